@@ -1,0 +1,56 @@
+"""hf_longctx: train transformers on long sequences, exactly or not at all.
+
+Importing this package registers `attn_implementation="ulysses"` with transformers and does nothing else; the registration
+itself waits until transformers loads its models, so the import is cheap. Everything public is listed below and loaded
+when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .on_import import call_after_import
+
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "LongContextConfig": ".config",
+    "SequenceMesh": ".parallel.mesh",
+    "SequenceShard": ".parallel.shard",
+    "shard_batch": ".parallel.shard",
+    "gather_sequence": ".parallel.collectives",
+    "ShardCollator": ".data.collator",
+    "LongContextTrainer": ".trainer.causal_lm",
+    "LongContextSFTTrainer": ".trainer.sft",
+}
+__all__ = sorted(_PUBLIC)
+
+if TYPE_CHECKING:
+    from .config import LongContextConfig
+    from .data.collator import ShardCollator
+    from .parallel.collectives import gather_sequence
+    from .parallel.mesh import SequenceMesh
+    from .parallel.shard import SequenceShard, shard_batch
+    from .trainer.causal_lm import LongContextTrainer
+    from .trainer.sft import LongContextSFTTrainer
+
+
+def _register_attention_names() -> None:
+    from .attention.registry import register_attention_names
+
+    register_attention_names()
+
+
+call_after_import("transformers.modeling_utils", _register_attention_names)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
+    return getattr(import_module(_PUBLIC[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,234 @@
+"""The inner kernels: which one runs, what it can do, and how it is called. All of them are the host's own.
+
+A host kernel reads facts from the attention module (`num_key_value_groups`, `config._attn_implementation`, `is_causal`). Under
+sharding those facts are local, so a kernel is handed a view of the module in which they differ; the module itself is
+never touched.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from types import SimpleNamespace
+
+import torch
+from transformers.integrations.flash_attention import flash_attention_forward
+from transformers.modeling_flash_attention_utils import lazy_import_flash_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
+
+from ..parallel.shard import PAD_SEGMENT
+from .masks import KernelPlan, build_mask, segment_bounds
+
+
+_FLASH_PACKAGES = {
+    "flash_attention_2": ("flash_attn", "flash-attn"),
+    "flash_attention_3": ("flash_attn_interface", "flash-attn-3"),
+    "flash_attention_4": ("flash_attn.cute", "flash-attn-4"),
+}
+_FLASH_HEAD_SIZE_LIMIT = 256
+
+
+def is_flash(kernel: str) -> bool:
+    return kernel in _FLASH_PACKAGES or "/" in kernel
+
+
+def validate_kernel_available(kernel: str) -> None:
+    """Raise `ImportError` if `kernel` needs a package that is not installed."""
+    if not is_flash(kernel):
+        return
+    module, package = _FLASH_PACKAGES.get(kernel, ("kernels", "kernels"))
+    has_hub_kernels = importlib.util.find_spec("kernels") is not None
+    if not has_hub_kernels and (kernel not in _FLASH_PACKAGES or not _importable(module)):
+        raise ImportError(
+            f"`inner_attention` ('{kernel}') needs the package `{package}`"
+            f"{'' if package == 'kernels' else ' or `kernels`'}, which is not installed: "
+            f"`pip install {package}`, or use 'sdpa', which is always there."
+        )
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def choose_kernel(name: str, query: torch.Tensor, extras: dict[str, object]) -> str:
+    """Turn `"auto"` into a kernel for this call; any other name is kept.
+
+    Args:
+        name (`str`): `LongContextConfig.inner_attention`.
+        query (`torch.Tensor` of shape `(B, N, t, H)`): decides by device, precision and head size.
+        extras (`dict`): the call's keyword arguments; sinks and softcap rule kernels out.
+    """
+    if name != "auto":
+        return name
+    needs_more = extras.get("s_aux") is not None or extras.get("softcap") is not None
+    on_gpu = query.device.type == "cuda"
+    if needs_more:
+        return "flex_attention" if on_gpu else "eager"
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    if on_gpu and half and query.shape[-1] <= _FLASH_HEAD_SIZE_LIMIT and is_flash_attn_2_available():
+        return "flash_attention_2"
+    return "sdpa"
+
+
+def refuse_unsupported(kernel: str, extras: dict[str, object], dropout: float) -> None:
+    """Raise `NotImplementedError` if the model asks `kernel` for something it would silently ignore."""
+    sinks, softcap = extras.get("s_aux"), extras.get("softcap")
+    if sinks is not None and (kernel == "sdpa" or (is_flash(kernel) and not _flash_supports_sinks(kernel))):
+        raise NotImplementedError(
+            f"this model has attention sinks (`s_aux`), which the '{kernel}' kernel does not have: use "
+            "`inner_attention='auto'`, 'eager' or 'flex_attention'."
+        )
+    if softcap is not None and kernel == "sdpa":
+        raise NotImplementedError(
+            "this model caps its attention scores (`softcap`), which the 'sdpa' kernel does not do: use "
+            "`inner_attention='auto'`, 'eager' or 'flex_attention'."
+        )
+    if dropout and kernel == "flex_attention":
+        raise NotImplementedError(
+            f"attention dropout ({dropout}) is not done by 'flex_attention': set the model's `attention_dropout` to 0, or "
+            "use `inner_attention='sdpa'`."
+        )
+
+
+def _flash_supports_sinks(kernel: str) -> bool:
+    _, (process_arguments, _) = lazy_import_flash_attention(kernel)
+    supports = process_arguments.keywords["supports_mapping"]
+    return bool(supports.get("s_aux") or supports.get("learnable_sink"))
+
+
+class ModuleView:
+    """An attention module as one kernel call should see it: everything of the module, except the given facts."""
+
+    def __init__(self, module: torch.nn.Module, kernel: str, **facts: object) -> None:
+        self._module = module
+        config = getattr(module, "config", None)
+        self.config = SimpleNamespace(**{**getattr(config, "__dict__", {}), "_attn_implementation": kernel})
+        for name, value in facts.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._module, name)
+
+
+def run_plain(kernel: str, module: torch.nn.Module, query, key, value, attention_mask, **kwargs):
+    """Run `kernel` exactly as the host would have run it under its own name."""
+    if kernel == "eager":
+        own = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", eager_attention)
+        return own(module, query, key, value, attention_mask, **kwargs)
+    function = flash_attention_forward if is_flash(kernel) else ALL_ATTENTION_FUNCTIONS[kernel]
+    return function(ModuleView(module, kernel), query, key, value, attention_mask, **kwargs)
+
+
+def run_planned(
+    kernel: str,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: KernelPlan,
+    dropout: float,
+    scaling: float | None,
+    softcap: float | None,
+    s_aux: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run `kernel` on whole rows under `plan`.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, n, T, H)`): some heads of whole rows; `key`, `value`: `(B, k, T, H)`, `n % k == 0`.
+        plan ([`KernelPlan`]): what may be seen; `plan.mask` is already the kernel's own object.
+        s_aux (`torch.Tensor` of shape `(n,)`, *optional*): sinks of these heads.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, n, H_v)`.
+    """
+    rule = plan.rule
+    groups = query.shape[1] // key.shape[1]
+    view = ModuleView(module, kernel, num_key_value_groups=groups, is_causal=rule.causal)
+    common = {"dropout": dropout, "scaling": scaling, "is_causal": rule.causal}
+    if kernel == "eager":
+        return eager_attention(
+            view, query, key, value, plan.mask, dropout=dropout, scaling=scaling, softcap=softcap, s_aux=s_aux
+        )[0]
+    if kernel == "sdpa":
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](view, query, key, value, plan.mask, **common)[0]
+    if kernel == "flex_attention":
+        return ALL_ATTENTION_FUNCTIONS["flex_attention"](
+            view, query, key, value, plan.mask, **common, softcap=softcap, s_aux=s_aux
+        )[0]
+    window = rule.window
+    if window is not None and not rule.causal:
+        window += 1  # the host's flash helper counts the query itself, its bidirectional masks do not
+    output = flash_attention_forward(
+        view,
+        query,
+        key,
+        value,
+        None,
+        **common,
+        sliding_window=window,
+        softcap=softcap,
+        s_aux=s_aux,
+        **(plan.mask or {}),
+    )[0]
+    if plan.segments is not None:
+        output = output.masked_fill((plan.segments == PAD_SEGMENT)[..., None, None], 0)  # as the host's unpadding does
+    return output
+
+
+def plan_for_kernel(plan: KernelPlan, kernel: str, query: torch.Tensor) -> object:
+    """What `kernel` takes to obey `plan` on whole rows like `query`: a mask, flat bounds, or `None`."""
+    rows, _, num_tokens, _ = query.shape
+    if is_flash(kernel):
+        if plan.segments is None:
+            return None
+        bounds, longest = segment_bounds(plan.segments, rows, num_tokens, query.device)
+        return {
+            "cu_seq_lens_q": bounds,
+            "cu_seq_lens_k": bounds,
+            "max_length_q": longest,
+            "max_length_k": longest,
+        }
+    if kernel == "sdpa" and plan.is_plain:
+        return None
+    return build_mask(plan, kernel, rows, num_tokens, query.dtype, query.device)
+
+
+def eager_attention(
+    module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with explicit scores, for any mix of softcap and sinks, on the heads it is given.
+
+    Shapes as in [`run_planned`]; `attention_mask` is additive, `(B, 1, T, T)`. The host's own eager functions read sinks and
+    head counts from the module and so cannot run on a part of the heads.
+
+    Memory: `B x n x T x T` scores.
+    """
+    groups = module.num_key_value_groups
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scores = query @ key.transpose(2, 3) * scaling
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    if s_aux is not None:
+        sinks = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
+        scores = torch.cat([scores, sinks], dim=-1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    if s_aux is not None:
+        weights = weights[..., :-1]
+    weights = torch.nn.functional.dropout(weights, p=dropout, training=dropout > 0)
+    return (weights @ value).transpose(1, 2).contiguous(), weights

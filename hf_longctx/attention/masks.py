@@ -1,0 +1,253 @@
+"""Which keys a query may see, as rules, and what each kernel needs to obey them.
+
+The host describes a mask as nested index functions (causal, window, chunk, documents, padding) and lets every attention name
+turn them into its own object. Under sharding those functions only know local indices, so `"ulysses"` registers a mask
+function that keeps the description (`DeferredMask`) instead of building anything. The attention function then either builds
+the inner kernel's own mask from it (no shard), or reads the rule out of it and applies the rule to the whole row (shard).
+A rule it cannot read is refused by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from transformers import masking_utils
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from ..parallel.shard import PAD_SEGMENT, SequenceShard
+
+
+@dataclass(frozen=True)
+class AttentionRule:
+    """Which keys a query may see inside its own document.
+
+    Args:
+        causal (`bool`): keys at or before the query.
+        window (`int`, *optional*): causal: the last `window` tokens, the query included. Otherwise: at most `window` tokens away
+            on either side.
+        chunk (`int`, *optional*): keys in the same block of `chunk` tokens, counted from the start of the document.
+    """
+
+    causal: bool = False
+    window: int | None = None
+    chunk: int | None = None
+
+
+class DeferredMask:
+    """The host's description of a mask, not yet built.
+
+    Holds the arguments the host passes to a mask function: `batch_size, q_length, kv_length, q_offset, kv_offset,
+    mask_function, attention_mask, dtype, device, ...`. One object serves all layers of a forward.
+    """
+
+    def __init__(self, arguments: dict[str, object]) -> None:
+        self._arguments = arguments
+        self._built: dict[str, object] = {}
+
+    def build(self, kernel: str) -> object:
+        """The mask that `kernel` itself would have got: a tensor, a block mask or `None`."""
+        if kernel not in self._built:
+            self._built[kernel] = ALL_MASK_ATTENTION_FUNCTIONS[kernel](**self._arguments)
+        return self._built[kernel]
+
+    def rule(self) -> AttentionRule:
+        """The rule behind the mask, free of local indices.
+
+        Raises:
+            NotImplementedError: the mask holds a function we cannot read.
+        """
+        return read_rule(self._arguments["mask_function"])
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        arguments = self._arguments
+        return arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"]
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    def to(self, device: torch.device | str, **_: object) -> DeferredMask:
+        """The same description on `device`, for models that are split over devices."""
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self._arguments.items()}
+        return DeferredMask({**moved, "device": device})
+
+    def contiguous(self) -> DeferredMask:
+        """Itself: `generate()` asks this of a mask it prepared for a static cache."""
+        return self
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise NotImplementedError(
+            f"this model edits its attention mask itself (`.{name}`), which attn_implementation='ulysses' cannot follow: "
+            "use 'sdpa' or 'eager' for it, without sharding."
+        )
+
+
+def deferred_mask(**arguments: object) -> object:
+    """The mask function registered for `"ulysses"`: keep the host's description for the attention function."""
+    prepared = arguments.get("attention_mask")
+    return prepared if isinstance(prepared, DeferredMask) else DeferredMask(arguments)
+
+
+def read_rule(mask_function: Callable) -> AttentionRule:
+    """Read one of the host's nested mask functions.
+
+    Documents and padding inside it are skipped: they hold local indices, and the shard knows both for the whole row.
+    """
+    if mask_function is masking_utils.causal_mask_function:
+        return AttentionRule(causal=True)
+    if mask_function is masking_utils.bidirectional_mask_function:
+        return AttentionRule()
+    ours = mask_function.__module__ == masking_utils.__name__
+    maker = mask_function.__qualname__.split(".")[0] if ours else ""
+    inside = inspect.getclosurevars(mask_function).nonlocals if ours else {}
+    if maker == "and_masks":
+        rule = AttentionRule()
+        for part in inside["mask_functions"]:
+            rule = _intersect(rule, read_rule(part))
+        return rule
+    if maker in ("packed_sequence_mask_function", "padding_mask_function"):
+        return AttentionRule()
+    if maker == "remap_positions_for_packed_sequence":
+        return read_rule(inside["mask_function"])
+    if maker in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
+        return AttentionRule(window=inside["sliding_window"])
+    if maker == "chunked_overlay":
+        return AttentionRule(chunk=inside["chunk_size"])
+    raise NotImplementedError(
+        f"this model masks attention with `{mask_function.__module__}.{mask_function.__qualname__}`, a rule that "
+        "attn_implementation='ulysses' cannot apply to a sharded row: set `sequence_parallel_size` to 1."
+    )
+
+
+def _intersect(left: AttentionRule, right: AttentionRule) -> AttentionRule:
+    windows = [w for w in (left.window, right.window) if w is not None]
+    chunks = {c for c in (left.chunk, right.chunk) if c is not None}
+    if len(chunks) > 1:
+        raise NotImplementedError(f"this model intersects chunks of {sorted(chunks)} tokens, which is not supported.")
+    return AttentionRule(
+        causal=left.causal or right.causal,
+        window=min(windows) if windows else None,
+        chunk=chunks.pop() if chunks else None,
+    )
+
+
+@dataclass(frozen=True)
+class KernelPlan:
+    """A rule applied to the whole row: what is left for a kernel to obey.
+
+    Args:
+        rule ([`AttentionRule`]): with `chunk` gone, and `window` gone where it is longer than the row.
+        segments (`torch.Tensor` of shape `(B, T)`, *optional*): tokens see their own segment only; `None`: the whole row.
+        num_tokens (`int`): tokens of a row before it was padded to a multiple of `P`.
+        mask (`object`, *optional*): the kernel's own mask object, if it needs one.
+    """
+
+    rule: AttentionRule
+    segments: torch.Tensor | None
+    num_tokens: int
+    mask: object = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Nothing but causal or full attention over the whole row: every kernel has a fast path and needs no mask."""
+        return self.segments is None and self.rule.window is None
+
+
+def plan_row(rule: AttentionRule, shard: SequenceShard, rows: int, device: torch.device) -> KernelPlan:
+    """Apply `rule` to the rows of `shard`: chunks become segments, and what cannot matter is dropped."""
+    num_tokens = shard.local_len * shard.size
+    segments = shard.segment_ids
+    if rule.causal and shard.only_right_padding:
+        # Padding stands after every real token, so no real token looks at it, and nothing is computed from what it sees.
+        segments = None
+    if segments is not None:
+        segments = segments.to(device)
+    if rule.chunk is not None and rule.chunk < num_tokens:
+        segments = chunk_segments(segments, rule.chunk, rows, num_tokens, device)
+    window = rule.window
+    if window is not None and window >= num_tokens:
+        window = None
+    return KernelPlan(replace(rule, chunk=None, window=window), segments, shard.num_tokens)
+
+
+def chunk_segments(
+    segments: torch.Tensor | None, chunk: int, rows: int, num_tokens: int, device: torch.device
+) -> torch.Tensor:
+    """Split every document into blocks of `chunk` tokens, counted from the document's start; padding stays whole."""
+    index = torch.arange(num_tokens, device=device).expand(rows, -1)
+    if segments is None:
+        return (index // chunk).to(torch.int32)
+    starts = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
+    first = torch.where(starts, index, 0).cummax(dim=1).values
+    block = (index - first) // chunk
+    width = num_tokens // chunk + 1
+    return torch.where(segments == PAD_SEGMENT, segments, segments * width + block).to(torch.int32)
+
+
+def index_function(plan: KernelPlan) -> Callable:
+    """The plan as one of the host's index functions `(row, head, query, key) -> bool`."""
+    rule, segments = plan.rule, plan.segments
+    parts = []
+    if rule.causal:
+        parts.append(masking_utils.causal_mask_function)
+        if rule.window is not None:
+            parts.append(masking_utils.sliding_window_overlay(rule.window))
+    elif rule.window is not None:
+        parts.append(masking_utils.sliding_window_bidirectional_overlay(rule.window))
+    if segments is not None:
+        parts.append(masking_utils.packed_sequence_mask_function(segments))
+        # Nobody sees padding, not even padding: with left padding the last pad token predicts the first real one, and the
+        # host lets it see nothing.
+        parts.append(masking_utils.padding_mask_function(segments != PAD_SEGMENT))
+    return masking_utils.and_masks(*(parts or [masking_utils.bidirectional_mask_function]))
+
+
+def build_mask(plan: KernelPlan, kernel: str, rows: int, num_tokens: int, dtype: torch.dtype, device: torch.device):
+    """The mask object of `"sdpa"`, `"eager"` or `"flex_attention"` for a whole row, built by the host."""
+    mask = ALL_MASK_ATTENTION_FUNCTIONS[kernel](
+        batch_size=rows,
+        q_length=num_tokens,
+        kv_length=num_tokens,
+        q_offset=0,
+        kv_offset=0,
+        mask_function=index_function(plan),
+        attention_mask=None,
+        allow_is_causal_skip=False,
+        dtype=dtype,
+        device=device,
+    )
+    if kernel == "eager" and plan.num_tokens < num_tokens:
+        # The eager mask is a large number, under which a token that sees nothing averages over every key: keep the
+        # keys added for divisibility out of that average.
+        mask = mask.masked_fill(torch.arange(num_tokens, device=device) >= plan.num_tokens, -torch.inf)
+    return mask
+
+
+def segment_bounds(segments: torch.Tensor | None, rows: int, num_tokens: int, device: torch.device):
+    """Segments as the flat bounds of variable-length kernels.
+
+    Returns:
+        tuple of the cumulative lengths, 32-bit of shape `(segments + 1,)` over the `B * T` flattened tokens, and the longest.
+
+    Raises:
+        NotImplementedError: a segment is interrupted (a padding mask with holes).
+    """
+    if segments is None:
+        bounds = torch.arange(0, (rows + 1) * num_tokens, num_tokens, dtype=torch.int32, device=device)
+        return bounds, num_tokens
+    changes = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
+    distinct = sum(len(row.unique()) for row in segments)
+    if int(changes.sum()) > distinct + int((segments == PAD_SEGMENT).any(dim=1).sum()):
+        raise NotImplementedError(
+            "the `attention_mask` has holes inside a document, which a flash kernel cannot express: use "
+            "`inner_attention='sdpa'`, or pad on the left or right only."
+        )
+    starts = changes.flatten().nonzero().flatten()
+    bounds = torch.cat([starts, starts.new_tensor([rows * num_tokens])]).to(torch.int32)
+    return bounds, int(bounds.diff().max())

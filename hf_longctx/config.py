@@ -1,0 +1,77 @@
+"""What the user wants: one frozen dataclass, valid from the moment it exists.
+
+It is an extra argument of a trainer, like `peft_config`, so it serves `TrainingArguments` and `SFTConfig` alike, and in a
+recipe it is one more dataclass for `TrlParser`. Its field names never collide with the hosts'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+INNER_ATTENTIONS = (
+    "auto",
+    "sdpa",
+    "eager",
+    "flex_attention",
+    "flash_attention_2",
+    "flash_attention_3",
+    "flash_attention_4",
+)
+
+
+def validate_sequence_parallel_size(size: object) -> None:
+    """Raise `ValueError` unless `size` is a positive integer."""
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise ValueError(
+            f"`sequence_parallel_size` ({size!r}) must be a positive integer: it is the number of processes that share "
+            "one sequence; use 1 for no sharding."
+        )
+
+
+def validate_inner_attention(name: object) -> None:
+    """Raise `ValueError` unless `name` is a kernel name we know or a hub kernel of the form `org/name`."""
+    if isinstance(name, str) and (name in INNER_ATTENTIONS or name.count("/") == 1):
+        return
+    raise ValueError(
+        f"`inner_attention` ({name!r}) is not a kernel that `ulysses` can wrap: choose one of "
+        f"{', '.join(INNER_ATTENTIONS)}, or a flash kernel on the Hub such as 'kernels-community/flash-attn2'."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongContextConfig:
+    """How a run treats long sequences.
+
+    Args:
+        sequence_parallel_size (`int`, *optional*, defaults to 1):
+            Number of processes that share one sequence, `P`. It must divide the number of processes and must not exceed
+            the model's query heads. The remaining factor of the world is data parallel.
+        inner_attention (`str`, *optional*, defaults to `"auto"`):
+            The kernel that `"ulysses"` runs on its share of the heads: `"sdpa"`, `"eager"`, `"flex_attention"`,
+            `"flash_attention_2"` (`_3`, `_4`) or a hub kernel `"org/name"`. `"auto"` takes an installed flash kernel for
+            half precision on CUDA, otherwise `"sdpa"`, and a kernel with sinks or softcap where the model needs them.
+        check_model (`bool`, *optional*, defaults to `True`):
+            Compare one tiny sharded forward with one unsharded forward before training. It costs a fraction of a second and
+            finds layers that never see the shard. Switch it off only for a model that cannot run a tiny batch.
+
+    Raises:
+        ValueError: a field has a value that no run could use.
+    """
+
+    sequence_parallel_size: int = field(
+        default=1,
+        metadata={"help": "Number of processes that share one sequence. Must divide the number of processes."},
+    )
+    inner_attention: str = field(
+        default="auto",
+        metadata={"help": "Kernel run by `ulysses` on its heads: " + ", ".join(INNER_ATTENTIONS) + " or org/name."},
+    )
+    check_model: bool = field(
+        default=True,
+        metadata={"help": "Compare a tiny sharded forward with an unsharded one before training."},
+    )
+
+    def __post_init__(self) -> None:
+        validate_sequence_parallel_size(self.sequence_parallel_size)
+        validate_inner_attention(self.inner_attention)

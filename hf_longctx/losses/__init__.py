@@ -1,0 +1,1 @@
+"""Floor 2: losses that stay exact when the sequence is cut."""

@@ -1,0 +1,173 @@
+"""Autograd collectives over the `sp` axis, each with a stated backward.
+
+Letters as everywhere: `B` rows, `N`/`K` query/key-value heads, `n`/`k` those of one rank, `T` tokens of the whole row, `t = T/P`
+tokens of one rank, `H` head size. None of them scales a gradient: the wrapper's mean over ranks is the only factor.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch.autograd.function import once_differentiable
+
+from .heads import HeadSplit
+
+
+def sequence_to_heads(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    split: HeadSplit,
+    group: dist.ProcessGroup,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Trade tokens for heads: from my tokens with all heads to all tokens with my heads.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, N, t, H)`): my tokens, all query heads.
+        key (`torch.Tensor` of shape `(B, K, t, H)`): my tokens, all key heads, not repeated.
+        value (`torch.Tensor` of shape `(B, K, t, H_v)`): my tokens, all value heads; `H_v` may differ from `H`.
+        split ([`HeadSplit`]): who owns which head.
+        group (`ProcessGroup`): the `sp` axis.
+
+    Returns:
+        tuple of `(B, n, T, H)`, `(B, k, T, H)` and `(B, k, T, H_v)`: my heads, tokens in rank order.
+
+    Communication: one all-to-all. `(P-1)/P` of `query` leaves this rank, and each key/value head goes once to every rank
+    that reads it.
+    Gradient: the inverse exchange; a key/value head read by several ranks receives the sum of their gradients.
+    Memory: one copy to send and one to receive.
+    Source: DeepSpeed-Ulysses, https://huggingface.co/papers/2309.14509, section 3.
+    """
+    dtype = query.dtype
+    if not dtype == key.dtype == value.dtype:
+        # Widening is lossless, so one exchange serves all three and each is cast back to what the model produced.
+        wide = torch.promote_types(torch.promote_types(dtype, key.dtype), value.dtype)
+        outputs = _SequenceToHeads.apply(split, group, query.to(wide), key.to(wide), value.to(wide))
+        return tuple(output.to(source.dtype) for output, source in zip(outputs, (query, key, value)))
+    return _SequenceToHeads.apply(split, group, query, key, value)
+
+
+def heads_to_sequence(output: torch.Tensor, split: HeadSplit, group: dist.ProcessGroup) -> torch.Tensor:
+    """Trade heads for tokens: from all tokens with my heads to my tokens with all heads.
+
+    Args:
+        output (`torch.Tensor` of shape `(B, T, n, H_v)`): what the inner kernel returned for my heads.
+        split ([`HeadSplit`]): who owns which head.
+        group (`ProcessGroup`): the `sp` axis.
+
+    Returns:
+        `torch.Tensor` of shape `(B, t, N, H_v)`: my tokens, all heads in their global order.
+
+    Communication: one all-to-all, `(P-1)/P` of `output` leaves this rank.
+    Gradient: the inverse exchange, no scaling.
+    Memory: one copy to send and one to receive.
+    """
+    return _HeadsToSequence.apply(split, group, output)
+
+
+def gather_sequence(local: torch.Tensor, group: dist.ProcessGroup | None, dim: int = 1) -> torch.Tensor:
+    """Concatenate every rank's tokens along `dim`, for looking at: the result carries no gradient.
+
+    Args:
+        local (`torch.Tensor`): my tokens; every rank passes the same shape.
+        group (`ProcessGroup`, *optional*): the `sp` axis; `None` returns `local` detached.
+        dim (`int`, *optional*, defaults to 1): the token dimension.
+
+    Returns:
+        `torch.Tensor`: `P` times longer along `dim`, the same on every rank.
+
+    Communication: one all-gather.
+    Gradient: none.
+    """
+    local = local.detach()
+    if group is None:
+        return local
+    parts = [torch.empty_like(local, memory_format=torch.contiguous_format) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, local.contiguous(), group=group)
+    return torch.cat(parts, dim=dim)
+
+
+def gather_integers(value: int, group: dist.ProcessGroup | None) -> list[int]:
+    """Every rank's `value`, in rank order. Communication: one all-gather of 8 bytes. Gradient: none."""
+    if group is None:
+        return [value]
+    device = "cuda" if "nccl" in dist.get_backend(group) else "cpu"
+    mine = torch.tensor([value], dtype=torch.int64, device=device)
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    return torch.cat(parts).tolist()
+
+
+def _exchange(send: list[torch.Tensor], receive_sizes: list[int], group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Send the `j`-th flat tensor to rank `j`; return the flat tensor from each rank."""
+    buffer = torch.cat(send)
+    received = buffer.new_empty(sum(receive_sizes))
+    dist.all_to_all_single(received, buffer, receive_sizes, [part.numel() for part in send], group=group)
+    return list(received.split(receive_sizes))
+
+
+def _flatten(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat([part.reshape(-1) for part in parts])
+
+
+class _SequenceToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, split: HeadSplit, group, *tensors):
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        ctx.split, ctx.group, ctx.rank, ctx.size = split, group, rank, size
+        ctx.shapes = [tensor.shape for tensor in tensors]
+        send = [_flatten([x[:, slice(*r[peer])] for x, r in zip(tensors, _ranges(split))]) for peer in range(size)]
+        shapes = [_with_heads(x.shape, r[rank]) for x, r in zip(tensors, _ranges(split))]
+        chunk_sizes = [shape.numel() for shape in shapes]
+        received = _exchange(send, [sum(chunk_sizes)] * size, group)
+        pieces = [chunk.split(chunk_sizes) for chunk in received]
+        return tuple(torch.cat([piece[i].view(shape) for piece in pieces], dim=2) for i, shape in enumerate(shapes))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        split, rank, size = ctx.split, ctx.rank, ctx.size
+        tokens = grads[0].shape[2] // size
+        send = [_flatten([g[:, :, peer * tokens : (peer + 1) * tokens] for g in grads]) for peer in range(size)]
+        shapes = [[_with_heads(s, r[peer]) for s, r in zip(ctx.shapes, _ranges(split))] for peer in range(size)]
+        sizes = [[shape.numel() for shape in peer_shapes] for peer_shapes in shapes]
+        received = _exchange(send, [sum(s) for s in sizes], ctx.group)
+        pieces = [chunk.split(s) for chunk, s in zip(received, sizes)]
+        outputs = []
+        for i, ranges in enumerate(_ranges(split)):
+            total = grads[i].new_zeros(ctx.shapes[i])
+            for peer in range(size):
+                total[:, slice(*ranges[peer])] += pieces[peer][i].view(shapes[peer][i])
+            outputs.append(total)
+        return None, None, *outputs
+
+
+class _HeadsToSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, split: HeadSplit, group, output):
+        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        ctx.split, ctx.group, ctx.rank, ctx.size = split, group, rank, size
+        rows, tokens, _, head_size = output.shape
+        tokens //= size
+        ctx.local_shape = (rows, tokens, split.query_count(rank), head_size)
+        send = [output[:, peer * tokens : (peer + 1) * tokens].reshape(-1) for peer in range(size)]
+        shapes = [(rows, tokens, split.query_count(peer), head_size) for peer in range(size)]
+        received = _exchange(send, [torch.Size(shape).numel() for shape in shapes], group)
+        return torch.cat([chunk.view(shape) for chunk, shape in zip(received, shapes)], dim=2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        send = [grad[:, :, slice(*ctx.split.query[peer])].reshape(-1) for peer in range(ctx.size)]
+        received = _exchange(send, [torch.Size(ctx.local_shape).numel()] * ctx.size, ctx.group)
+        return None, None, torch.cat([chunk.view(ctx.local_shape) for chunk in received], dim=1)
+
+
+def _ranges(split: HeadSplit):
+    """Head ranges of query, key and value, in that order."""
+    return split.query, split.key_value, split.key_value
+
+
+def _with_heads(shape: torch.Size, head_range: tuple[int, int]) -> torch.Size:
+    """The shape `(B, heads, t, H)` restricted to a range of heads."""
+    return torch.Size((shape[0], head_range[1] - head_range[0], *shape[2:]))

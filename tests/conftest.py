@@ -1,0 +1,45 @@
+"""Shared fixtures: one world per size and session."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+from .harness import World
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+_WORLDS: dict[int, World] = {}
+
+
+def world_of(size: int) -> World:
+    return _WORLDS.setdefault(size, World(size))
+
+
+@pytest.fixture
+def world2() -> World:
+    return world_of(2)
+
+
+@pytest.fixture
+def world4() -> World:
+    return world_of(4)
+
+
+@pytest.fixture
+def worlds():
+    """A function from a size to the session's world of that size."""
+    return world_of
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+def pytest_sessionfinish(session, exitstatus) -> None:
+    for world in _WORLDS.values():
+        world.close()

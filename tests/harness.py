@@ -1,0 +1,97 @@
+"""A gloo world of real processes that lives for the whole pytest session; functions are sent to it by name.
+
+Every rank runs one thread, meets the others through a file (no ports), and waits at most `TIMEOUT` for a collective. If any rank
+raises, the test fails with the tracebacks of all ranks and the world is started anew for the next test.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+import traceback
+from datetime import timedelta
+
+import torch.multiprocessing as multiprocessing
+
+
+TIMEOUT = timedelta(seconds=20)
+
+
+class WorldFailure(AssertionError):
+    """At least one rank raised; the message holds every rank's traceback."""
+
+
+class World:
+    """`size` processes joined by gloo."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._processes, self._pipes = [], []
+
+    def run(self, function, *args, seconds: float = 180):
+        """Call `function(*args)` on every rank and return the results in rank order."""
+        if not self._processes:
+            self._start()
+        message = pickle.dumps((function, args))
+        for pipe in self._pipes:
+            pipe.send_bytes(message)
+        results, failures = [], []
+        for rank, pipe in enumerate(self._pipes):
+            if not pipe.poll(seconds):
+                failures.append(f"rank {rank}: no answer within {seconds} s")
+                continue
+            try:
+                ok, value = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                ok, value = False, f"process ended with exit code {self._processes[rank].exitcode}"
+            results.append(value)
+            if not ok:
+                failures.append(f"rank {rank}:\n{value}")
+        if failures:
+            self.close()
+            raise WorldFailure("\n".join(failures))
+        return results
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
+            process.join(5)
+            if process.is_alive():
+                process.kill()
+        self._processes, self._pipes = [], []
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        store = os.path.join(tempfile.mkdtemp(), "store")
+        for rank in range(self.size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, store, rank, self.size), daemon=False)
+            process.start()
+            theirs.close()
+            self._processes.append(process)
+            self._pipes.append(ours)
+
+
+def _serve(pipe, store: str, rank: int, size: int) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), OMP_NUM_THREADS="1"
+    )
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT)
+    while True:
+        try:
+            function, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        try:
+            answer = (True, function(*args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        pipe.send_bytes(pickle.dumps(answer))
