@@ -123,7 +123,12 @@ def _validate_call(
             "tokens: set `sequence_parallel_size` to 1 for this model."
         )
     for key_name, extra in extras.items():
-        bias_like = isinstance(extra, torch.Tensor) and extra.is_floating_point() and key_name not in _KNOWN_EXTRAS
+        bias_like = (
+            isinstance(extra, torch.Tensor)
+            and extra.dim() > 0
+            and extra.is_floating_point()
+            and key_name not in _KNOWN_EXTRAS
+        )
         if extra is not None and (key_name in _REFUSED_EXTRAS or bias_like):
             raise NotImplementedError(
                 f"`{name}` passes `{key_name}` to its attention, which cannot be split by heads yet: set "

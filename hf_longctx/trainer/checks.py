@@ -1,0 +1,153 @@
+"""What a sharded run cannot do, said before it starts. Every refusal names the value seen, the rule and the remedy."""
+
+from __future__ import annotations
+
+import inspect
+
+from ..attention.kernels import validate_kernel_available
+from ..config import LongContextConfig
+from ..parallel.heads import validate_head_count
+
+
+# Layer kinds whose whole reach over the sequence is attention that reads the shard.
+_SHARDED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse")
+
+
+def check_arguments(args, config: LongContextConfig) -> None:
+    """Refuse `TrainingArguments` that would make a sharded run inexact. Without sharding everything is the host's."""
+    if args is None or config.sequence_parallel_size == 1:
+        return
+    size = config.sequence_parallel_size
+    parallelism = getattr(args, "parallelism_config", None)
+    for name in ("cp_size", "sp_size", "tp_size"):
+        if parallelism is not None and (getattr(parallelism, name, 1) or 1) > 1:
+            raise ValueError(
+                f"`ParallelismConfig({name}={getattr(parallelism, name)})` stands beside `sequence_parallel_size` ({size}): "
+                f"both would cut the batch; leave `{name}` at 1."
+            )
+    refusals = {
+        "deepspeed": "its engine scales and partitions gradients by its own rules; use DDP or FSDP2",
+        "torch_compile": "the exchange between ranks is not traced exactly; leave it off",
+        "neftune_noise_alpha": "its noise is scaled by the local length of a row; leave it unset",
+        "use_liger_kernel": "it replaces the model's forward and loss; leave it off",
+        "auto_find_batch_size": "one rank running out of memory would leave the others waiting; set the batch size",
+    }
+    for name, reason in refusals.items():
+        if getattr(args, name, None):
+            raise NotImplementedError(
+                f"`{name}` ({getattr(args, name)!r}) cannot be used with `sequence_parallel_size` ({size}): {reason}."
+            )
+    if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
+        raise NotImplementedError(
+            "`train_sampling_strategy` ('batch_rebalance') deals rows to single processes, but the ranks of a group must "
+            "read the same rows: use 'random', 'sequential' or 'group_by_length'."
+        )
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(getattr(args, "accelerator_config", None), name, None):
+            raise ValueError(
+                f"`accelerator_config.{name}` (True) sends pieces of one batch to all processes, but the ranks of a group must "
+                "read the same rows: leave it unset."
+            )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {args.n_gpu} GPUs and would use `DataParallel`: start one process a GPU with "
+            f"`torchrun --nproc_per_node {args.n_gpu} ...`."
+        )
+
+
+def check_trainer(trainer) -> None:
+    """Refuse a built trainer whose wrapper or metrics would make a sharded run inexact."""
+    size = trainer.mesh.sequence_parallel_size
+    if size == 1:
+        return
+    if trainer.is_deepspeed_enabled:
+        raise NotImplementedError(
+            f"DeepSpeed is configured beside `sequence_parallel_size` ({size}): its engine scales and partitions gradients by its "
+            "own rules; use DDP or FSDP2."
+        )
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
+        raise NotImplementedError(
+            f"FSDP version {plugin.fsdp_version} is configured beside `sequence_parallel_size` ({size}): use FSDP2, with "
+            '`fsdp_config={"fsdp_version": 2}`.'
+        )
+    check_arguments_of_accelerator(trainer.accelerator, size)
+    if trainer.compute_metrics is not None or trainer.preprocess_logits_for_metrics is not None:
+        raise NotImplementedError(
+            "`compute_metrics` needs the logits of whole rows, which no rank holds under sharding: drop it and read "
+            "`eval_loss`, or compute metrics after training with `sequence_parallel_size` 1."
+        )
+    if getattr(trainer, "aux_loss_enabled", False):
+        raise NotImplementedError(
+            f"the router's load-balancing loss (`router_aux_loss_coef` {trainer.router_aux_loss_coef}) is not a mean over tokens, so "
+            "shards cannot add up to it: set `router_aux_loss_coef=0.0`."
+        )
+
+
+def check_arguments_of_accelerator(accelerator, size: int) -> None:
+    """Refuse a `ParallelismConfig` that came from `accelerate launch` instead of the arguments."""
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    for name in ("cp_size", "sp_size", "tp_size"):
+        if parallelism is not None and (getattr(parallelism, name, 1) or 1) > 1:
+            raise ValueError(
+                f"accelerate is configured with `{name}` ({getattr(parallelism, name)}) beside `sequence_parallel_size` ({size}): "
+                f"both would cut the batch; leave `{name}` at 1."
+            )
+
+
+def check_model(model, config: LongContextConfig) -> None:
+    """Refuse a model that cannot be sharded, by what its configuration says. See `probe` for what it does."""
+    size = config.sequence_parallel_size
+    validate_kernel_available(config.inner_attention)
+    if size == 1:
+        return
+    base = unwrap(model)
+    name = type(base).__name__
+    text = base.config.get_text_config()
+    if not uses_ulysses(model):
+        raise ValueError(
+            f"`{name}` runs attn_implementation={text._attn_implementation!r}, which would see only this rank's tokens, with "
+            f"`sequence_parallel_size` ({size}): load it with `from_pretrained(..., attn_implementation='ulysses')` or call "
+            "`model.set_attn_implementation('ulysses')`."
+        )
+    if getattr(base.config, "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"`{name}` is an encoder-decoder: its cross-attention reads two sequences of different lengths, which are not "
+            "sharded; set `sequence_parallel_size` to 1."
+        )
+    other = sorted({kind for kind in getattr(text, "layer_types", None) or [] if kind not in _SHARDED_LAYER_TYPES})
+    if other:
+        raise NotImplementedError(
+            f"`{name}` has layers of type {', '.join(other)}, whose state runs along the sequence and would start anew on every "
+            "rank: set `sequence_parallel_size` to 1, or choose a model with attention layers only."
+        )
+    if getattr(text, "output_router_logits", False):
+        raise NotImplementedError(
+            f"`{name}` adds a load-balancing loss (`output_router_logits` True), which is not a mean over tokens: set "
+            "`model.config.output_router_logits = False`."
+        )
+    for adapter in getattr(model, "peft_config", {}).values():
+        if getattr(adapter, "is_prompt_learning", False):
+            raise NotImplementedError(
+                f"`{type(adapter).__name__}` puts virtual tokens in front of every rank's share: use LoRA or another adapter "
+                "that adds no tokens."
+            )
+    heads = getattr(text, "num_attention_heads", None)
+    if isinstance(heads, int):
+        validate_head_count(heads, size)
+    if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(base).forward).parameters.values()):
+        raise NotImplementedError(
+            f"`{name}.forward` takes no extra keyword arguments, so its attention cannot learn of the shard: set "
+            "`sequence_parallel_size` to 1."
+        )
+
+
+def uses_ulysses(model) -> bool:
+    """Whether the text part of `model` runs our attention."""
+    config = getattr(unwrap(model), "config", None)
+    return config is not None and config.get_text_config()._attn_implementation == "ulysses"
+
+
+def unwrap(model):
+    """The transformers model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model

@@ -1,0 +1,144 @@
+"""Prove on a tiny batch, before training, that this model under sharding is this model.
+
+What a configuration says can be wrong; what a model does cannot. Two short rows (one padded on the left) go through the model
+unsharded, sharded, and cut without telling it. Sharded must equal unsharded; if it equals the blind run instead, some
+layer never saw the shard. The loss is checked the same way: it must be a token mean that obeys `num_items_in_batch`.
+Price: three forwards of `4 P - 1` tokens, and one exchange each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+
+from ..losses.token_mean import token_mean
+from ..parallel.collectives import gather_sequence
+from ..parallel.mesh import SequenceMesh
+from ..parallel.shard import IGNORE_INDEX, shard_batch
+from .checks import unwrap
+
+
+# Noise that reordered sums may leave, relative to the largest output. Half precision keeps two to three digits.
+_NOISE = {torch.float64: 1e-4, torch.float32: 1e-4}
+_HALF_NOISE = 3e-2
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What the trainer must supply for this model to be exact."""
+
+    needs_position_ids: bool = False
+    loss_ignores_count: bool = False
+
+
+@torch.no_grad()
+def probe_model(
+    model, mesh: SequenceMesh, inner_attention: str, shift_labels: bool, check_loss: bool, context=None
+) -> ProbeResult:
+    """Compare a sharded with an unsharded forward of two short rows.
+
+    Args:
+        model: on its device, wrapped or not; every rank of the world calls this.
+        mesh ([`SequenceMesh`]): the axes of the run.
+        inner_attention (`str`): see [`LongContextConfig`].
+        shift_labels (`bool`): the model predicts the next token.
+        check_loss (`bool`): the run uses the model's own loss.
+        context (*optional*): a context manager around each forward, for autocast.
+
+    Raises:
+        NotImplementedError: the two differ, or the loss is not a token mean.
+
+    Communication: that of three forwards.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with context or contextlib.nullcontext():
+            return _compare(model, mesh, inner_attention, shift_labels, check_loss)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> ProbeResult:
+    base, size = unwrap(model), mesh.sequence_parallel_size
+    batch = _tiny_batch(model, size)
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    valid = inputs["attention_mask"].bool()
+    share = shard_batch(batch, mesh, inner_attention=inner_attention, shift_labels=shift_labels)
+    needs_position_ids = False
+    if size > 1:
+        forward = {key: value for key, value in share.items() if key not in ("labels", "num_items_in_batch")}
+        sharded = _whole_rows(model(**forward)[0], mesh, valid)
+        blind = {key: value for key, value in forward.items() if key not in ("sequence_shard", "shift_labels")}
+        unaware = _whole_rows(model(**blind)[0], mesh, valid)
+        positions = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
+        explicit = model(**inputs, position_ids=positions)[0][valid]
+        error, blind_error = _difference(sharded, explicit), _difference(unaware, explicit)
+        _validate_outputs(type(base).__name__, sharded, unaware, error, blind_error)
+        needs_position_ids = _difference(model(**inputs)[0][valid], explicit) > _noise(explicit)
+    ignores = check_loss and _loss_ignores_count(model, share, shift_labels)
+    return ProbeResult(needs_position_ids, ignores)
+
+
+def _tiny_batch(model, size: int) -> dict[str, torch.Tensor]:
+    device = next(model.parameters()).device
+    vocabulary = unwrap(model).config.get_text_config().vocab_size
+    num_tokens = 4 * size - 1
+    generator = torch.Generator().manual_seed(0)
+    first = min(10, vocabulary // 2)  # skip the special tokens, which some models read positions from
+    ids = torch.randint(first, min(vocabulary, 1000), (2, num_tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, : num_tokens // 3] = 0
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORE_INDEX)}
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def _whole_rows(local: torch.Tensor, mesh: SequenceMesh, valid: torch.Tensor) -> torch.Tensor:
+    return gather_sequence(local, mesh.sp_group)[:, : valid.shape[1]][valid]
+
+
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+def _noise(output: torch.Tensor) -> float:
+    return _NOISE.get(output.dtype, _HALF_NOISE)
+
+
+def _validate_outputs(name: str, sharded, unaware, error: float, blind_error: float) -> None:
+    # In half precision a router may choose another expert for a near tie; such an error stays far below the blind one.
+    near = sharded.dtype not in _NOISE and error < blind_error / 5
+    if error <= _noise(sharded) or near:
+        return
+    if torch.equal(sharded, unaware):
+        raise NotImplementedError(
+            f"the attention of `{name}` never received the shard, so each rank would attend to its own tokens only: it does not "
+            "use transformers' attention interface; set `sequence_parallel_size` to 1."
+        )
+    raise NotImplementedError(
+        f"`{name}` gives other outputs when its rows are sharded (largest relative difference {error:.1e}, allowed "
+        f"{_noise(sharded):.0e}): one of its layers mixes tokens without seeing the shard; set `sequence_parallel_size` to 1."
+    )
+
+
+def _loss_ignores_count(model, share: dict, shift_labels: bool) -> bool:
+    """Whether the model averages over its own tokens, whatever `num_items_in_batch` says."""
+    share = {key: value for key, value in share.items() if key != "num_items_in_batch"}
+    targets = share["shift_labels" if shift_labels else "labels"]
+    outputs = model(**share, num_items_in_batch=10.0)
+    loss = outputs["loss"]
+    noise = max(_noise(outputs["logits"]), 1e-3)
+    counted = token_mean(outputs, targets, 10.0)
+    if torch.allclose(loss.float(), counted, rtol=noise, atol=noise):
+        return False
+    averaged = token_mean(outputs, targets)
+    if torch.allclose(loss.float(), averaged, rtol=noise, atol=noise) or not (targets != IGNORE_INDEX).any():
+        return True
+    raise NotImplementedError(
+        f"the loss of `{type(unwrap(model)).__name__}` ({float(loss):.4f}) is not the mean cross entropy of its tokens "
+        f"({float(averaged):.4f}), so shards cannot add up to it: pass a `compute_loss_func` that divides a sum over tokens by "
+        "`num_items_in_batch`."
+    )
