@@ -1,8 +1,8 @@
 """From what people with long context have on disk to rows of tokens.
 
-`load_documents` reads a folder of documents (text, Markdown, code: one file is one row, whole), jsonl or parquet files, or a
-dataset on the Hub. `split_into_rows` cuts documents into rows of tokens without throwing text away, as truncation would.
-Reading, caching and streaming are `datasets`' own; it is imported only here and only when needed.
+`load_documents` reads a folder of documents (text, Markdown, code: one file is one row, whole), jsonl or parquet
+files, or a dataset on the Hub. `split_into_rows` cuts documents into rows of tokens without throwing text away, as
+truncation would. Reading, caching and streaming are `datasets`' own; it is imported here only, when needed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 DOCUMENT_EXTENSIONS = tuple(
-    ".txt .md .markdown .rst .org .adoc .tex .html .py .pyi .ipynb .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .kt .scala "
-    ".js .jsx .ts .tsx .swift .rb .php .pl .lua .r .jl .sh .sql .hs .ml .ex .erl .zig .cs".split()
+    ".txt .md .markdown .rst .org .adoc .tex .html .py .pyi .ipynb .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .kt "
+    ".scala .js .jsx .ts .tsx .swift .rb .php .pl .lua .r .jl .sh .sql .hs .ml .ex .erl .zig .cs".split()
 )
 DATA_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -43,14 +43,16 @@ def load_documents(
 
     Args:
         path_or_name (`str`):
-            A folder of documents, a folder of jsonl or parquet files, one such file, a glob such as `"notes/**/*.md"`, or
-            the name of a dataset on the Hub. In a folder of documents every file is one row with the columns `text` and
-            `path`; hidden files are left out, and undecodable, binary and empty ones are skipped and counted in the log.
+            A folder of documents, a folder of jsonl or parquet files, one such file, a glob such as
+            `"notes/**/*.md"`, or the name of a dataset on the Hub. In a folder of documents every file is one row with
+            the columns `text` and `path`; hidden files are left out, and undecodable, binary and empty ones are
+            skipped and counted in the log.
         split (`str`, *optional*, defaults to `"train"`): split of a data file or Hub dataset, as `datasets` writes it.
         text_field (`str`, *optional*, defaults to `"text"`): column that must exist; `None` checks nothing.
         config_name (`str`, *optional*): configuration of a Hub dataset.
-        extensions (`Sequence[str]`, *optional*): file endings that count as documents, instead of the usual ones of text,
-            Markdown and source code. Giving them says that the folder holds documents, whatever else lies in it.
+        extensions (`Sequence[str]`, *optional*):
+            File endings that count as documents, instead of the usual ones of text, Markdown and source code. Giving
+            them says that the folder holds documents, whatever else lies in it.
         streaming (`bool`, *optional*, defaults to `False`): return an `IterableDataset` that reads while training.
 
     Returns:
@@ -92,9 +94,9 @@ def split_into_rows(
         row_tokens (`int`): longest row, in tokens.
         text_field (`str`, *optional*, defaults to `"text"`): column of the text.
         join_documents (`bool`, *optional*, defaults to `False`):
-            `False`: a row holds one document or a part of it, so rows have up to `row_tokens` tokens; only a single last
-            token, which has nothing to predict, is left out. `True`: documents follow one another and every row has
-            exactly `row_tokens` tokens, as in pretraining; only the unfinished last row is left out.
+            `False`: a row holds one document or a part of it, so rows have up to `row_tokens` tokens; only a single
+            last token, which has nothing to predict, is left out. `True`: documents follow one another and every row
+            has exactly `row_tokens` tokens, as in pretraining; only the unfinished last row is left out.
         num_proc (`int`, *optional*): processes that tokenize.
 
     Returns:
@@ -178,8 +180,8 @@ def _find_files(path_or_name: str) -> tuple[Path, list[Path] | None]:
     if _HUB_NAME.fullmatch(path_or_name) and _extension(path) not in (*DATA_FORMATS, *DOCUMENT_EXTENSIONS):
         return path, None
     raise ValueError(
-        f"`{path_or_name}` does not exist and is not the name of a dataset on the Hub (`name` or `owner/name`): give a "
-        "folder of documents, a jsonl or parquet file, or a dataset's name."
+        f"`{path_or_name}` does not exist and is not the name of a dataset on the Hub (`name` or `owner/name`): give "
+        "a folder of documents, a jsonl or parquet file, or a dataset's name."
     )
 
 
@@ -201,15 +203,15 @@ def _choose_files(name: str, files: list[Path], extensions: Sequence[str] | None
     documents = [file for file in files if file.suffix.lower() in wanted]
     if extensions is not None and documents:
         return "documents", documents
-    folder = Path(name).expanduser().is_dir()
-    data = [
-        file for file in files if _extension(file) in DATA_FORMATS and not (folder and _extension(file) == ".json")
-    ]
+    formats = dict(DATA_FORMATS)
+    if Path(name).expanduser().is_dir():
+        del formats[".json"]  # in a folder these are settings, as a rule
+    data = [file for file in files if _extension(file) in formats]
     if not documents and not data:
         found = ", ".join(sorted({file.suffix or file.name for file in files})[:10]) or "no file"
         raise ValueError(
-            f"`{name}` holds no document: found {found}, looked for {' '.join((*wanted, *formats))}; pass `extensions` to "
-            "read other text files."
+            f"`{name}` holds no document: found {found}, looked for {' '.join((*wanted, *formats))}; pass "
+            "`extensions` to read other text files."
         )
     if data and all(file.stem.lower() == "readme" for file in documents):
         kinds = {formats[_extension(file)] for file in data}
@@ -218,15 +220,15 @@ def _choose_files(name: str, files: list[Path], extensions: Sequence[str] | None
     elif not data:
         return "documents", documents
     raise ValueError(
-        f"`{name}` holds {len(data)} data files (such as `{data[0].name}`) of different kinds or beside {len(documents)} "
-        "documents: give a glob for the ones to read, or `extensions` for documents."
+        f"`{name}` holds {len(data)} data files (such as `{data[0].name}`) of different kinds or beside "
+        f"{len(documents)} documents: give a glob for the ones to read, or `extensions` for documents."
     )
 
 
 def _read_folder(datasets, name: str, root: Path, files: list[Path], split: str, streaming: bool):
     if split != "train":
         raise ValueError(f"`split` ({split!r}) must be 'train' for `{name}`: a folder of documents has no other.")
-    # Sizes and times are among the arguments so that an edited file is read again, not found in the cache of `datasets`.
+    # Sizes and times are among the arguments so that an edited file is read again, not found in a cache.
     stamps = [(str(file), file.relative_to(root).as_posix(), *_stamp(file)) for file in files]
     if streaming:
         return datasets.IterableDataset.from_generator(_read_documents, gen_kwargs={"files": stamps})
@@ -272,5 +274,5 @@ def _load_from_hub(datasets, name: str, config_name: str | None, split: str, str
 def _check_column(name: str, text_field: str, names: list[str]) -> None:
     if text_field not in names:
         raise ValueError(
-            f"`{name}` has no column `{text_field}`, only {', '.join(names)}: set the text field to one of them."
+            f"`{name}` has no column `{text_field}`, only {', '.join(names)}: set the text field to one of these."
         )

@@ -1,12 +1,12 @@
 """One contender of the Ulysses benchmark, in a process of its own: build, warm up, one measured step, compare.
 
-Started by `ulysses.py`, alone or once per rank by torchrun, with the Python of the contender's own environment; so it imports
-nothing but torch, transformers and the contender. It reads its settings from one JSON argument and rank 0 writes its
-numbers to `result`.
+Started by `ulysses.py`, alone or once per rank by torchrun, with the Python of the contender's own environment; so it
+imports nothing but torch, transformers and the contender. It reads its settings from one JSON argument, and rank 0
+writes its numbers to `result`.
 
-A step is what a training loop does with one full row: cut it, forward with the causal loss, backward. Gradients are then
-averaged over ranks, as a wrapper would, outside the timed part. Peak memory is the process's largest resident set during
-the step (on CUDA: the allocator's peak), and the same less what the model occupied before.
+A step is what a training loop does with one full row: cut it, forward with the causal loss, backward. Gradients are
+then averaged over ranks, as a wrapper would, outside the timed part. Peak memory is the process's largest resident set
+during the step (on CUDA: the allocator's peak); what it held before, with the model built, is reported beside it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,22 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 
-WARM_UP_FRACTION = 8
+WARM_UP_FRACTION = 8  # the warm-up row is this much shorter: it starts threads, connections and caches
+CLOCK_TICKS = 100  # /proc/stat counts hundredths of a second
 
 
-def build_model(settings: dict) -> LlamaForCausalLM:
-    """The same random Llama in every process: seeded, drawn on the CPU in float32."""
+def build_model(settings: dict) -> torch.nn.Module:
+    """The same random Llama in every process: seeded and drawn on the CPU."""
     torch.manual_seed(0)
-    shape = settings["shape"]
-    config = LlamaConfig(**shape, max_position_embeddings=max(settings["tokens"], 2048), use_cache=False)
-    config.tie_word_embeddings = True
-    config._attn_implementation = "sdpa"
-    model = LlamaForCausalLM(config).to(getattr(torch, settings["dtype"]))
+    config = LlamaConfig(
+        **settings["shape"], max_position_embeddings=settings["tokens"], tie_word_embeddings=True, use_cache=False
+    )
+    model = AutoModelForCausalLM.from_config(
+        config, dtype=getattr(torch, settings["dtype"]), attn_implementation="sdpa"
+    )
     return model.to(settings["device"]).train()
 
 
@@ -112,19 +114,25 @@ class Meter:
         return _status_bytes("VmHWM") or _max_resident_bytes()
 
     def start(self) -> None:
+        self.busy_start = _machine_busy_seconds()
         self.cpu_start, self.start_time = time.process_time(), time.perf_counter()
         if self.cuda:
             self.events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
             self.events[0].record()
 
-    def stop(self) -> tuple[float, float]:
-        """Seconds of wall clock (on CUDA: of the stream) and of this process's threads since `start`."""
-        cpu = time.process_time() - self.cpu_start
-        if not self.cuda:
-            return time.perf_counter() - self.start_time, cpu
-        self.events[1].record()
-        torch.cuda.synchronize()
-        return self.events[0].elapsed_time(self.events[1]) / 1000, cpu
+    def stop(self) -> dict[str, float]:
+        """Since `start`: seconds of the clock (on CUDA: of the stream), of this process's threads, of all programs."""
+        if self.cuda:
+            self.events[1].record()
+            torch.cuda.synchronize()
+        times = {
+            "seconds": time.perf_counter() - self.start_time,
+            "cpu_seconds": time.process_time() - self.cpu_start,
+            "machine_cpu_seconds": _machine_busy_seconds() - self.busy_start,
+        }
+        if self.cuda:
+            times["seconds"] = self.events[0].elapsed_time(self.events[1]) / 1000
+        return times
 
 
 def _status_bytes(field: str) -> int | None:
@@ -133,6 +141,15 @@ def _status_bytes(field: str) -> int | None:
         return None
     line = next(line for line in status.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
+
+
+def _machine_busy_seconds() -> float:
+    """CPU seconds of every program since boot, to tell how quiet the machine was; 0 where it is not known."""
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return 0.0
+    user, nice, system, _, _, irq, softirq, steal = map(int, stat.read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / CLOCK_TICKS
 
 
 def _max_resident_bytes() -> int:
@@ -155,8 +172,7 @@ def measure(settings: dict) -> dict:
     meter.start()
     loss = loss_of(batch)
     loss.backward()
-    seconds, cpu_seconds = meter.stop()
-    peak = meter.peak()
+    mine = {**meter.stop(), "peak": meter.peak(), "model_memory": model_memory}
     loss = loss.detach().double()
     start = time.perf_counter()
     if ranks > 1:
@@ -164,7 +180,6 @@ def measure(settings: dict) -> dict:
             dist.all_reduce(tensor)
             tensor /= ranks
     mean_seconds = time.perf_counter() - start
-    mine = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak": peak, "model_memory": model_memory}
     every = [mine]
     if ranks > 1:
         every = [None] * ranks
@@ -173,15 +188,17 @@ def measure(settings: dict) -> dict:
     return {
         "seconds": max(r["seconds"] for r in every),
         "cpu_seconds": sum(r["cpu_seconds"] for r in every),
+        "machine_cpu_seconds": max(r["machine_cpu_seconds"] for r in every),
         "peak_bytes": [r["peak"] for r in every],
         "model_bytes": [r["model_memory"] for r in every],
         "gradient_mean_seconds": mean_seconds,
+        "device_name": torch.cuda.get_device_name() if meter.cuda else "CPU",
         **compare(loss.item(), gradients, settings["reference"]),
     }
 
 
 def compare(loss: float, gradients: dict[str, torch.Tensor], reference: str) -> dict:
-    """The relative errors of loss, gradient norm and worst gradient against `reference`, which is written if absent."""
+    """Relative errors of loss, gradient norm and worst gradient against `reference`, which is written if absent."""
     norm = torch.stack([g.double().norm() for g in gradients.values()]).norm().item()
     facts = {"loss": loss, "gradient_norm": norm}
     if int(os.environ.get("RANK", 0)):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from ..training import Rows, Stream, assert_same_trajectory, train
+from ..training import Rows, Stream, assert_same_trajectory, pad_right, train
 
 
 def compare(world, size, tolerance=1e-5, **options):
@@ -35,3 +35,142 @@ def test_mesh_shapes_equal_one_process(worlds, world_size, size):
 @pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2)])
 def test_accumulation_with_uneven_valid_tokens(worlds, world_size, size):
     compare(worlds(world_size), size, gradient_accumulation_steps=3, num_train_epochs=4, rows=Rows(24))
+
+
+@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2)])
+def test_tokens_averaged_per_group_when_asked(worlds, world_size, size):
+    """`average_tokens_across_devices=False`: the mean of the groups' own means, as in a data-parallel run of the groups."""
+    options = {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2, "num_train_epochs": 4}
+    groups = world_size // size
+    if groups == 1:
+        compare(worlds(world_size), size, **options)
+        return
+    expected = worlds(groups).run(run_here, 0, {"per_device_train_batch_size": 2, **options})[0]
+    for actual in worlds(world_size).run(run_here, size, {"per_device_train_batch_size": 2, **options}):
+        assert_same_trajectory(actual, expected)
+
+
+def test_label_smoothing(world2):
+    compare(world2, 2, label_smoothing_factor=0.1)
+
+
+def shifting_loss(outputs, labels, num_items_in_batch=None):
+    """A user's loss as written for one process: squared error of the right token's probability, shifted inside."""
+    logits, labels = outputs.logits[..., :-1, :], labels[..., 1:]
+    chosen = logits.softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return (((1 - chosen) ** 2) * (labels != -100)).sum() / num_items_in_batch
+
+
+@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2)])
+def test_compute_loss_func_written_for_one_process(worlds, world_size, size):
+    options = {"trainer_options": {"compute_loss_func": shifting_loss}, "learning_rate": 3.0}
+    compare(worlds(world_size), size, gradient_accumulation_steps=2, **options)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_reentrant": False},
+        {"use_reentrant": True},
+        {"use_reentrant": False, "offload": True, "every_n_layers": 2},
+    ],
+    ids=["non_reentrant", "reentrant", "offload"],
+)
+def test_activation_checkpointing(world2, settings):
+    compare(world2, 2, activation_checkpointing=True, activation_checkpointing_kwargs=settings)
+
+
+def with_lora(model):
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    return get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=64))
+
+
+def test_lora(world2):
+    compare(world2, 2, prepare=with_lora, learning_rate=1.0)
+
+
+def test_bf16_autocast(world2):
+    """Autocast rounds activations to 8 bits of mantissa (4e-3), so the two runs agree to a few such roundings."""
+    compare(world2, 2, tolerance=3e-2, bf16=True)
+
+
+@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2)])
+def test_data_workers(worlds, world_size, size):
+    compare(worlds(world_size), size, dataloader_num_workers=2)
+
+
+@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2)])
+def test_iterable_dataset(worlds, world_size, size):
+    compare(worlds(world_size), size, rows=Stream(Rows()), accelerator_config={"dispatch_batches": False})
+
+
+def stream_of_hub_datasets():
+    import datasets
+
+    return datasets.Dataset.from_list(list(Rows().rows)).to_iterable_dataset()
+
+
+@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2)])
+def test_streaming_datasets(worlds, world_size, size):
+    compare(worlds(world_size), size, rows=stream_of_hub_datasets(), accelerator_config={"dispatch_batches": False})
+
+
+def test_epochs_batch_size_and_token_counts(worlds):
+    """Compared with a stock data-parallel run of two processes, which pads the same batches."""
+    options = {"num_train_epochs": 2, "max_steps": -1, "include_num_input_tokens_seen": "all", "rows": Rows(16)}
+    expected = worlds(2).run(run_here, 0, options)[0]
+    for actual in worlds(4).run(run_here, 2, options):
+        assert_same_trajectory(actual, expected)
+        assert actual[2]["state"] == expected[2]["state"]
+        assert actual[2]["total_train_batch_size"] == expected[2]["total_train_batch_size"] == 4
+
+
+def test_non_padding_token_count(world2):
+    expected, results = compare(world2, 2, include_num_input_tokens_seen="non_padding")
+    for _, _, extra in results:
+        assert extra["state"]["num_input_tokens_seen"] == expected[2]["state"]["num_input_tokens_seen"]
+
+
+def masking_collator(rows):
+    """A random collator: it masks other tokens each time it is called."""
+    import torch
+
+    batch = pad_right(rows)
+    chosen = torch.rand(batch["input_ids"].shape) < 0.4
+    batch["labels"] = batch["input_ids"].masked_fill(~chosen, -100)
+    batch["input_ids"] = batch["input_ids"].masked_fill(chosen, 5)
+    return batch
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_of_a_group_draw_the_same_rows_from_a_random_collator(world4, workers):
+    """Every batch's checksum is compared inside the trainer, so a run that ends has drawn the same rows."""
+    options = {"trainer_options": {"data_collator": masking_collator}, "dataloader_num_workers": workers}
+    results = world4.run(run_here, 2, options)
+    for actual in results[1:]:
+        assert_same_trajectory(actual, results[0])
+
+
+@pytest.mark.parametrize("model", ["bert", "modernbert"])
+def test_masked_language_model(world2, model):
+    """BERT's own head averages over the tokens it sees; the trainer notices and counts over the whole step instead."""
+    options = {"model": model, "gradient_accumulation_steps": 2}
+    if model == "bert":
+        from hf_longctx.losses.token_mean import token_mean
+
+        expected = train(0, trainer_options={"compute_loss_func": token_mean}, **options)
+    else:
+        expected = train(0, **options)
+    for actual in world2.run(run_here, 2, options):
+        assert_same_trajectory(actual, expected)
+
+
+@pytest.mark.parametrize("model", ["mistral", "gemma2", "gpt_oss", "llama4"])
+def test_windows_softcap_sinks_and_chunks_train_alike(world2, model):
+    attention = "eager" if model in ("gemma2", "gpt_oss") else "sdpa"
+    expected = train(0, model=model, attention=attention)
+    for actual in world2.run(run_here, 2, {"model": model}):
+        assert_same_trajectory(actual, expected, 3e-5)

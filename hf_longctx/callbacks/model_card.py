@@ -1,0 +1,137 @@
+"""A Hub model card that says how a long-context run was made: lengths, processes, command, versions, curves.
+
+The card is huggingface_hub's `ModelCard`; metadata that a trainer or PEFT already wrote is kept and added to.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+
+logger = logging.getLogger(__name__)
+
+TAGS = ("hf_longctx", "long-context", "sequence-parallel")
+_TRAINER_TAGS = {*TAGS, "generated_from_trainer", "trl", "sft"}
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+GIB = 2**30
+
+
+def is_hub_name(name: object) -> bool:
+    """Whether `name` reads as `owner/name` on the Hub and is not a folder here."""
+    return isinstance(name, str) and bool(_HUB_NAME.fullmatch(name)) and not os.path.isdir(name)
+
+
+def write_model_card(folder: Path, metrics: dict, picture: str | None, earlier_card: str | None = None) -> Path:
+    """Write `README.md` into `folder`.
+
+    Args:
+        folder (`Path`): the run's output folder.
+        metrics (`dict`): what `metrics.json` holds.
+        picture (`str`, *optional*): file name of the curves, next to the card.
+        earlier_card (`str`, *optional*):
+            Text of a `README.md` that stood there before the run; unless a trainer wrote it, it is kept as
+            `README.before_training.md`.
+
+    Returns:
+        `Path`: the card.
+    """
+    path = folder / "README.md"
+    if earlier_card is not None and not _TRAINER_TAGS & set(_metadata(earlier_card).get("tags") or []):
+        kept = folder / "README.before_training.md"
+        kept.write_text(earlier_card, encoding="utf-8")
+        logger.warning("`%s` was there before the run: it is kept as `%s`", path, kept.name)
+    metadata = _metadata(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    data = ModelCardData(**_merge(metadata, metrics))
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(folder, metrics, picture)}").save(path)
+    return path
+
+
+def _metadata(text: str) -> dict:
+    try:
+        return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
+    except ValueError:  # a README that is no model card
+        return {}
+
+
+def _merge(metadata: dict, metrics: dict) -> dict:
+    """What others said about the model, our tags, and no path of this machine."""
+    kept = [tag for tag in metadata.get("tags") or [] if _is_public(tag)]
+    merged = {**metadata, "tags": sorted({*kept, *TAGS})}
+    if not is_hub_name(merged.get("base_model")):
+        merged.pop("base_model", None)
+    if is_hub_name(metrics["base_model"]):
+        merged["base_model"] = metrics["base_model"]
+    if is_hub_name(metrics["dataset"]):
+        merged["datasets"] = [metrics["dataset"]]
+    merged.setdefault("library_name", "transformers")
+    merged.setdefault("pipeline_tag", "text-generation")
+    return merged
+
+
+def _is_public(tag: str) -> bool:
+    return not tag.startswith("base_model:") or is_hub_name(tag.rsplit(":", 1)[-1])
+
+
+def _body(folder: Path, metrics: dict, picture: str | None) -> str:
+    size, row_tokens = metrics["sequence_parallel_size"], metrics["row_tokens"]
+    base = metrics["base_model"]
+    base = f"[`{base}`](https://huggingface.co/{base})" if is_hub_name(base) else f"`{base}`" if base else "a model"
+    shared = f"each shared by {size} processes (Ulysses sequence parallelism)" if size > 1 else "on whole sequences"
+    length = f"rows of up to {row_tokens:,} tokens, {shared}" if row_tokens else f"rows {shared}"
+    source = f" on `{metrics['dataset']}`" if metrics["dataset"] else ""
+    parts = [
+        f"# {folder.resolve().name}",
+        f"{base[0].upper() + base[1:]} trained{source} with `hf_longctx`: {length}. To run, the saved model needs "
+        f"only `transformers`{' and `peft`' if (folder / 'adapter_config.json').is_file() else ''}.",
+    ]
+    if picture is not None:
+        parts.append(f"![Loss and throughput]({picture})")
+    parts += ["## Results", _table("Measure", "Value", _results(metrics))]
+    parts += ["## Training", _table("Setting", "Value", _settings(metrics))]
+    parts += ["Command, from the folder with the recipes:", f"```bash\n{metrics['command']}\n```"]
+    parts += [
+        "## Versions",
+        _table("Library", "Version", metrics["versions"]),
+        "Numbers of every step: `metrics.json`.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _results(metrics: dict) -> dict[str, str]:
+    history, evaluations, train = metrics["history"], metrics["eval_history"], metrics["train"]
+    rows = {"Optimizer steps": str(metrics["num_steps"])}
+    if history:
+        first, last = history[0], history[-1]
+        rows["Training loss, nats per token"] = f"{last['loss']:.4f} (at step {first['step']}: {first['loss']:.4f})"
+    if evaluations:
+        rows["Evaluation loss, nats per token"] = f"{evaluations[-1]['eval_loss']:.4f}"
+    if train.get("num_input_tokens_seen"):
+        rows["Tokens seen"] = f"{train['num_input_tokens_seen']:,}"
+    if train.get("train_runtime"):
+        rows["Seconds of training"] = f"{train['train_runtime']:.1f}"
+    speeds = [entry["tokens_per_second"] for entry in history if entry.get("tokens_per_second")]
+    if speeds:
+        rows["Tokens per second, all processes, median"] = f"{sorted(speeds)[len(speeds) // 2]:,.0f}"
+    for name in ("device", "host"):
+        peaks = [rank[f"{name}_bytes"] for rank in metrics["peak_memory"] if rank[f"{name}_bytes"]]
+        if peaks:
+            rows[f"Peak {name} memory of a process"] = f"{max(peaks) / GIB:.2f} GiB"
+    return rows
+
+
+def _settings(metrics: dict) -> dict[str, str]:
+    rows = {
+        "Context length, tokens per row": f"{metrics['row_tokens']:,}" if metrics["row_tokens"] else "as in the data",
+        "Sequence-parallel size": str(metrics["sequence_parallel_size"]),
+        "Data-parallel size": str(metrics["data_parallel_size"]),
+    }
+    return {**rows, **{name.replace("_", " ").capitalize(): str(value) for name, value in metrics["settings"].items()}}
+
+
+def _table(name: str, value: str, rows: dict[str, str]) -> str:
+    return "\n".join([f"| {name} | {value} |", "|---|---|", *(f"| {key} | {cell} |" for key, cell in rows.items())])

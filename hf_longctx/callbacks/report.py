@@ -1,0 +1,209 @@
+"""`RunReport`: what a run leaves behind beside the model - numbers, a picture and a model card.
+
+It reads the host's own logs and counters, adds `tokens_per_second` to them, so that `report_to` shows it, and at the
+end writes `metrics.json`, `loss_and_throughput.png` and `README.md` into `output_dir`, on rank 0. It changes no number
+of the run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from transformers import Trainer, TrainerCallback
+
+from .command import launch_command
+from .model_card import is_hub_name, write_model_card
+
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE, PICTURE_FILE = "metrics.json", "loss_and_throughput.png"
+_LIBRARIES = ("hf-longctx", "torch", "transformers", "accelerate", "trl", "peft", "datasets", "tokenizers")
+
+
+class RunReport(TrainerCallback):
+    """Report on one training run.
+
+    Args:
+        sequence_parallel_size (`int`, *optional*, defaults to 1): processes that share a row.
+        row_tokens (`int`, *optional*): longest row, in tokens: the context length that was trained.
+        base_model (`str`, *optional*): name of the model that training started from; otherwise the model's own name.
+        dataset (`str`, *optional*): name of the data.
+
+    Use [`RunReport.attach`] rather than `callbacks=[...]`: callbacks run in order, and loggers come before a user's.
+
+    Communication: one gather of a few numbers at the end of training; every rank must have the callback.
+    """
+
+    def __init__(
+        self,
+        *,
+        sequence_parallel_size: int = 1,
+        row_tokens: int | None = None,
+        base_model: str | None = None,
+        dataset: str | None = None,
+    ) -> None:
+        self.sequence_parallel_size, self.row_tokens = sequence_parallel_size, row_tokens
+        self.base_model, self.dataset = base_model, dataset
+        self.metrics: dict | None = None
+        self._earlier_card: str | None = None
+        self._clock, self._seconds, self._tokens = 0.0, 0.0, 0
+
+    def attach(self, trainer: Trainer) -> RunReport:
+        """Put this report before every other callback of `trainer`, so that loggers see what it adds."""
+        trainer.callback_handler.callbacks.insert(0, self)
+        return self
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        card = Path(args.output_dir, "README.md")
+        self._earlier_card = (
+            card.read_text(encoding="utf-8") if state.is_world_process_zero and card.is_file() else None
+        )
+        self._clock, self._seconds, self._tokens = time.perf_counter(), 0.0, state.num_input_tokens_seen
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        self._count_time()
+
+    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
+        if logs is None or "loss" not in logs:
+            return
+        self._count_time()
+        tokens = state.num_input_tokens_seen - self._tokens
+        if tokens > 0 and self._seconds > 0:
+            logs["tokens_per_second"] = round(tokens / self._seconds, 2)
+            state.log_history[-1]["tokens_per_second"] = logs["tokens_per_second"]
+        self._seconds, self._tokens = 0.0, state.num_input_tokens_seen
+
+    def on_evaluate(self, args, state, control, **kwargs) -> None:
+        self._clock = time.perf_counter()
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        self._clock = time.perf_counter()
+
+    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+        peaks = gather_object([_peak_memory(args.process_index)])
+        if not state.is_world_process_zero:
+            return
+        self.metrics = self._collect(args, state, peaks, model)
+        self.write(args.output_dir)
+
+    def write(self, folder: str | Path) -> None:
+        """Write everything into `folder`; does nothing but on rank 0 and after training.
+
+        Saving a model may put a host's card in the place of ours, so call this again after `trainer.save_model()`.
+        """
+        if self.metrics is None:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / METRICS_FILE).write_text(json.dumps(self.metrics, indent=2) + "\n", encoding="utf-8")
+        drawn = draw_curves(self.metrics, folder / PICTURE_FILE)
+        write_model_card(folder, self.metrics, PICTURE_FILE if drawn else None, self._earlier_card)
+
+    def _count_time(self) -> None:
+        now = time.perf_counter()
+        self._seconds, self._clock = self._seconds + now - self._clock, now
+
+    def _collect(self, args, state, peaks: list[dict], model) -> dict:
+        history = [entry for entry in state.log_history if "loss" in entry]
+        evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+        summary = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
+        keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second")
+        name = getattr(getattr(model, "config", None), "_name_or_path", None)
+        data_parallel_size = args.world_size // self.sequence_parallel_size
+        return {
+            "command": launch_command(),
+            "base_model": self.base_model or (name if is_hub_name(name) else None),
+            "dataset": self.dataset,
+            "row_tokens": self.row_tokens,
+            "world_size": args.world_size,
+            "data_parallel_size": data_parallel_size,
+            "sequence_parallel_size": self.sequence_parallel_size,
+            "num_steps": state.global_step,
+            "settings": _settings(args, data_parallel_size),
+            "versions": _versions(),
+            "history": [{key: entry.get(key) for key in keys} for entry in history],
+            "eval_history": [{"step": entry["step"], "eval_loss": entry["eval_loss"]} for entry in evaluations],
+            "train": {key: value for key, value in summary.items() if isinstance(value, (int, float))},
+            "peak_memory": sorted(peaks, key=lambda peak: peak["rank"]),
+        }
+
+
+def draw_curves(metrics: dict, path: Path) -> bool:
+    """Draw loss and throughput over optimizer steps; `False`, with a warning, where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("`%s` was not drawn, matplotlib is missing: run `pip install hf-longctx[demo]`", path.name)
+        return False
+    history, evaluations = metrics["history"], metrics["eval_history"]
+    figure = Figure(figsize=(11, 4), dpi=150, layout="constrained")
+    losses, speeds = figure.subplots(1, 2)
+    few = "o" if len(history) <= 50 else None
+    steps = [entry["step"] for entry in history]
+    losses.plot(steps, [entry["loss"] for entry in history], marker=few, color="tab:blue", label="training")
+    if evaluations:
+        points = [entry["step"] for entry in evaluations], [entry["eval_loss"] for entry in evaluations]
+        losses.plot(*points, marker="s", color="tab:orange", label="evaluation")
+        losses.legend(frameon=False)
+    losses.set(title="Loss", xlabel="optimizer step", ylabel="loss (nats per token)")
+    measured = [(entry["step"], entry["tokens_per_second"]) for entry in history if entry["tokens_per_second"]]
+    if measured:
+        speeds.plot(*zip(*measured), marker=few, color="tab:green")
+        speeds.set_ylim(bottom=0)
+    speeds.set(title="Throughput", xlabel="optimizer step", ylabel="tokens per second (all processes)")
+    for panel in (losses, speeds):
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(_headline(metrics), fontsize=11)
+    figure.savefig(path)
+    return True
+
+
+def _headline(metrics: dict) -> str:
+    words = [metrics["base_model"] or "model"]
+    if metrics["row_tokens"]:
+        words.append(f"{metrics['row_tokens']:,} tokens per row")
+    words.append(
+        f"{metrics['data_parallel_size']} data-parallel x {metrics['sequence_parallel_size']} sequence-parallel"
+    )
+    return ", ".join(words)
+
+
+def _settings(args, data_parallel_size: int) -> dict[str, object]:
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * data_parallel_size
+    return {
+        "rows_per_optimizer_step": rows,
+        "learning_rate": args.learning_rate,
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "as loaded",
+        "gradient_checkpointing": args.gradient_checkpointing,
+        "seed": args.seed,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _peak_memory(rank: int) -> dict[str, int | None]:
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return {"rank": rank, "host_bytes": host, "device_bytes": device}

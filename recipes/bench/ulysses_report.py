@@ -1,0 +1,187 @@
+"""How `ulysses.py` shows its numbers: a table in the terminal, and a Markdown page with a chart and the raw JSON.
+
+Every number on the page comes from the run; the prose around it states only what holds for any run. Price: the chart
+needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+
+HEADERS = (
+    "row",
+    "contender",
+    "s",
+    "tokens/s",
+    "CPU s",
+    "peak GB",
+    "step GB",
+    "time",
+    "best time",
+    "CPU time",
+    "step memory",
+    "loss error",
+    "gradient error",
+    "others",
+)
+
+READING = """\
+- *s*: forward and backward of one row, the slowest rank, median of {repeats} rounds (the best in brackets); *tokens/s*
+  follows from the median.
+- *CPU s*: processor seconds of all ranks together, which other programs on the machine disturb less than the clock.
+- *peak GB*: the most memory one process held. *step GB*: the same less what it held once the model existed (its weights
+  and the libraries), that is gradients, activations and logits.
+- *time*, *best time*, *CPU time*, *step memory*: ratios to the one process of the same row and kernel.
+- *loss error*, *gradient error*: relative to the one process, after the mean over ranks, the worst of all rounds; for
+  gradients `|g - g_ref| / |g_ref|`, the worst of all parameters.
+- *others*: the share of the cores that other programs used during the step, median. Above a few per cent, read
+  *CPU time* rather than *time*.
+- Every measurement is a fresh process with a warm-up of an eighth of the row; contenders take turns within a round. The
+  mean of gradients over ranks, which a wrapper overlaps with the backward, is not in *s*: it took {mean_seconds} here.
+"""
+
+WHEN_NOT = """\
+- **The row fits in one process.** Sequence parallelism divides the work of a row, it does not reduce it: at equal cores
+  or devices, data parallelism gives the same tokens a second without an exchange in every layer.
+- **The weights are what does not fit.** Every rank holds all weights and gradients; sequence parallelism divides
+  activations and logits only. Shard weights with FSDP2, or train LoRA.
+- **Query heads that the ranks do not divide.** An uneven split is exact, but the rank with more heads sets the pace of
+  attention: 9 heads on 2 ranks are 5 and 4, so attention takes 5 / 4.5 = 1.11 times its share. A key/value head that two
+  ranks read is sent to and kept by both.
+- **Ranks on different nodes.** Every layer waits for two exchanges forward and two backward; keep the `sp` axis inside a
+  node.
+- **Short rows.** What every rank does whole (weight gradients, starting kernels, waiting for the slowest) does not
+  shrink with its share of the row; measure your own length before you decide.
+"""
+
+
+def describe_machine(rows: list[dict]) -> dict[str, str]:
+    """Cores, memory and device of this machine, without its name."""
+    model, memory = platform.machine(), None
+    if os.path.exists("/proc/cpuinfo"):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), model)
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    devices = {run["device_name"] for row in rows for run in row["runs"]} - {"CPU"}
+    return {
+        "processor": f"{model}, {os.cpu_count()} cores",
+        "memory": "unknown" if memory is None else f"{memory:.0f} GB",
+        "device": ", ".join(sorted(devices)) or "none, on the CPU",
+        "system": f"{platform.system()}, Python {platform.python_version()}",
+    }
+
+
+def cells(row: dict) -> list[str]:
+    """One row of the table, in the order of `HEADERS`."""
+    if row["failed"]:
+        return [row["case"], row["label"], "does not run", *[""] * (len(HEADERS) - 3)]
+    ratios = [row.get(f"{key}_ratio") for key in ("seconds", "best_seconds", "cpu_seconds", "step_gb")]
+    errors = [None if row["name"] == "stock" else row[key] for key in ("loss_error", "gradient_error")]
+    return [
+        row["case"],
+        row["label"],
+        f"{row['seconds']:.2f} ({row['best_seconds']:.2f})",
+        f"{row['tokens_per_second']:,.0f}",
+        f"{row['cpu_seconds']:.2f}",
+        f"{row['peak_gb']:.2f}",
+        f"{row['step_gb']:.2f}",
+        *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
+        *("" if error is None else f"{error:.0e}" for error in errors),
+        f"{row['other_load']:.0%}",
+    ]
+
+
+def failures(result: dict) -> list[str]:
+    """One sentence for each contender that could not run a shape."""
+    return sorted({f"{r['label']} on {r['case']}: {r['failed']}" for r in result["rows"] if r["failed"]})
+
+
+def print_table(result: dict, console: Console) -> None:
+    """Versions, command and numbers, for the terminal."""
+    console.print(" · ".join(f"{name} {version}" for name, version in result["versions"].items()))
+    console.print(" · ".join(f"{name}: {value}" for name, value in result["machine"].items()))
+    console.print(result["command"])
+    table = Table(*HEADERS)
+    for row in result["rows"]:
+        table.add_row(*cells(row))
+    console.print(table)
+    for line in failures(result):
+        console.print(line)
+
+
+def write_report(result: dict, path: Path) -> None:
+    """Write `path` (Markdown), and the raw JSON and the chart beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    draw_chart(result, path.with_suffix(".png"))
+    settings = result["settings"]
+    measured = [row for row in result["rows"] if not row["failed"]]
+    mean_seconds = max(row["gradient_mean_seconds"] for row in measured)
+    lines = [
+        f"# Ulysses on {'a CPU' if settings['device'] == 'cpu' else 'CUDA'}: time and memory of one step",
+        "",
+        f"A Llama with random weights: {settings['layers']} layers, hidden size {settings['hidden']}, MLP "
+        f"{settings['intermediate']}, heads of {settings['head_size']}, {settings['vocab']:,} words, tied embeddings, "
+        f"{settings['dtype']}, one row a step. *9/3 heads* means 9 query and 3 key/value heads.",
+        "",
+        markdown_table(result),
+        "",
+        *(f"- Does not run: {line}" for line in failures(result)),
+        "",
+        f"![seconds and memory]({path.with_suffix('.png').name})",
+        "",
+        "## How to read it",
+        "",
+        READING.format(repeats=settings["repeats"], mean_seconds=f"at most {mean_seconds:.2f} s"),
+        "## When not to use it",
+        "",
+        WHEN_NOT,
+        "## How it was measured",
+        "",
+        "```",
+        result["command"],
+        "```",
+        "",
+        *(f"- {name}: {value}" for name, value in {**result["machine"], **result["versions"]}.items()),
+        f"- every run: [{path.with_suffix('.json').name}]({path.with_suffix('.json').name})",
+    ]
+    path.write_text("\n".join(lines).replace("\n\n\n", "\n\n") + "\n")
+
+
+def markdown_table(result: dict) -> str:
+    rows = [HEADERS, ["---"] * len(HEADERS), *(cells(row) for row in result["rows"])]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def draw_chart(result: dict, path: Path) -> None:
+    """Two panels of bars: seconds, and memory of the step, grouped by row."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in result["rows"] if not row["failed"]]
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    width = 0.8 / len(labels)
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    panels = (("seconds", "seconds a step (median)"), ("step_gb", "GB per process, beyond the model"))
+    for panel, (key, title) in zip(axes, panels):
+        for index, label in enumerate(labels):
+            mine = [row for row in rows if row["label"] == label]
+            places = [cases.index(row["case"]) + (index - (len(labels) - 1) / 2) * width for row in mine]
+            panel.bar(places, [row[key] for row in mine], width, label=label)
+        panel.set_xticks(range(len(cases)), [case.replace(", ", "\n") for case in cases], fontsize=8)
+        panel.set_title(title, fontsize=10)
+        panel.spines[["top", "right"]].set_visible(False)
+    axes[0].legend(fontsize=8, frameon=False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

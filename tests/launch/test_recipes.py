@@ -1,0 +1,144 @@
+"""Recipes, started as a user starts them: `torchrun`, a YAML file, a folder of documents."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from hf_longctx.data.documents import load_documents, split_into_rows
+
+
+ROOT = Path(__file__).parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TEXT = "The exchange trades heads for tokens, and every token keeps its place in the row. "
+
+
+def start(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 240}
+    return subprocess.run([sys.executable, *arguments], **options)
+
+
+def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["[EOS]"], initial_alphabet=alphabet)
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="[EOS]", pad_token="[EOS]")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> dict:
+    """A tiny Llama with its tokenizer, and a folder of documents."""
+    folder = tmp_path_factory.mktemp("recipe")
+    documents = folder / "documents"
+    documents.mkdir()
+    texts = [TEXT * count for count in (40, 3, 25, 60)]
+    for index, text in enumerate(texts):
+        (documents / f"chapter_{index}.md").write_text(text)
+    tokenizer = train_tokenizer(texts)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    return {"folder": folder, "model": str(folder / "model"), "documents": str(documents)}
+
+
+def write_config(path: Path, inputs: dict, **changes) -> str:
+    settings = {
+        "model_name_or_path": inputs["model"],
+        "dataset_name": inputs["documents"],
+        "output_dir": str(path.parent / "run"),
+        "use_cpu": True,
+        "max_steps": 3,
+        "per_device_train_batch_size": 1,
+        "learning_rate": 1.0e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        **changes,
+    }
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def test_pretrain_on_two_processes_leaves_a_model_with_its_report(inputs, tmp_path):
+    changes = {"row_tokens": 64, "num_eval_documents": 1, "eval_strategy": "steps", "eval_steps": 3}
+    config = write_config(tmp_path / "run.yaml", inputs, sequence_parallel_size=2, **changes)
+    done = start(*TORCHRUN, "recipes/pretrain.py", "--config", config, "--max_steps", "2", "--eval_steps", "2")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = tmp_path / "run"
+
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert (metrics["world_size"], metrics["sequence_parallel_size"], metrics["data_parallel_size"]) == (2, 2, 1)
+    assert [entry["step"] for entry in metrics["history"]] == [1, 2]  # the command line overrides the YAML file
+    assert all(entry["loss"] > 0 and entry["grad_norm"] > 0 for entry in metrics["history"])
+    assert all(entry["tokens_per_second"] > 0 for entry in metrics["history"])
+    assert metrics["train"]["num_input_tokens_seen"] == 2 * 64  # one row a step, shared, not counted twice
+    assert [entry["step"] for entry in metrics["eval_history"]] == [2]
+    assert [peak["rank"] for peak in metrics["peak_memory"]] == [0, 1]
+
+    assert (run / "loss_and_throughput.png").read_bytes().startswith(b"\x89PNG")
+    card = ModelCard.load(run / "README.md")
+    assert {"hf_longctx", "long-context", "sequence-parallel"} <= set(card.data.tags)
+    assert "torchrun --standalone --nproc_per_node 2 recipes/pretrain.py --config" in card.text
+    assert "| Context length, tokens per row | 64 |" in card.text
+    assert "| Sequence-parallel size | 2 |" in card.text
+    assert "![Loss and throughput](loss_and_throughput.png)" in card.text
+    assert str(run / "README.md")[-20:] in done.stdout.replace("\n", "")
+
+    model = AutoModelForCausalLM.from_pretrained(run)  # an ordinary model again
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_sft_on_one_process_trains_whole_documents_with_lora(inputs, tmp_path):
+    changes = {"max_length": 48, "use_peft": True, "bf16": False, "gradient_checkpointing": False}
+    config = write_config(tmp_path / "run.yaml", inputs, **changes, num_train_epochs=1, max_steps=-1)
+    done = start("recipes/sft.py", "--config", config, "--per_device_train_batch_size", "8")
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(inputs["model"])
+    rows = split_into_rows(load_documents(inputs["documents"]), tokenizer, 48)
+    tokens = sum(len(row["input_ids"]) for row in rows)
+    assert metrics["train"]["num_input_tokens_seen"] == tokens  # a whole epoch: nothing was truncated away
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    card = ModelCard.load(tmp_path / "run" / "README.md")
+    assert card.data.library_name == "peft"
+    assert "hf_longctx" in card.data.tags
+    assert inputs["model"] not in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_unknown_key_is_named(inputs, tmp_path):
+    done = start(
+        "recipes/pretrain.py", "--config", write_config(tmp_path / "run.yaml", inputs, sequence_paralel_size=2)
+    )
+    assert done.returncode != 0
+    assert "sequence_paralel_size" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_output_folder_is_left_alone(inputs, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    done = start("recipes/pretrain.py", "--config", write_config(tmp_path / "run.yaml", inputs))
+    assert done.returncode != 0
+    assert "`output_dir`" in done.stderr and "--overwrite_output_dir" in done.stderr
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["notes.txt"]

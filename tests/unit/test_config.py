@@ -1,0 +1,120 @@
+"""`LongContextConfig`: valid from the moment it exists, and one more dataclass beside the hosts'."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from hf_longctx import LongContextConfig
+from hf_longctx.config import INNER_ATTENTIONS
+
+
+FIELDS = {field.name for field in dataclasses.fields(LongContextConfig)}
+
+
+def test_defaults_are_no_sharding_and_a_checked_model():
+    config = LongContextConfig()
+    assert (config.sequence_parallel_size, config.inner_attention, config.check_model) == (1, "auto", True)
+
+
+def test_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        LongContextConfig().sequence_parallel_size = 2
+
+
+def test_config_is_keyword_only():
+    with pytest.raises(TypeError):
+        LongContextConfig(2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4096])
+def test_positive_sizes_are_accepted(size):
+    assert LongContextConfig(sequence_parallel_size=size).sequence_parallel_size == size
+
+
+@pytest.mark.parametrize("size", [0, -1, True, False, "4", 2.0, None])
+def test_size_that_is_no_positive_integer_is_refused_with_its_value_and_the_remedy(size):
+    with pytest.raises(ValueError) as error:
+        LongContextConfig(sequence_parallel_size=size)
+    assert f"`sequence_parallel_size` ({size!r}) must be a positive integer" in str(error.value)
+    assert "use 1 for no sharding" in str(error.value)
+
+
+@pytest.mark.parametrize("name", [*INNER_ATTENTIONS, "kernels-community/flash-attn2", "org/name@v1"])
+def test_known_and_hub_kernels_are_accepted(name):
+    assert LongContextConfig(inner_attention=name).inner_attention == name
+
+
+def test_promised_kernels_are_known():
+    flash = {f"flash_attention_{version}" for version in (2, 3, 4)}
+    assert {"auto", "sdpa", "eager", "flex_attention", *flash} <= set(INNER_ATTENTIONS)
+
+
+@pytest.mark.parametrize("name", ["sdpaa", "ulysses", "", "a/b/c", None, 3])
+def test_unknown_kernel_is_refused_with_its_value_and_the_choices(name):
+    with pytest.raises(ValueError) as error:
+        LongContextConfig(inner_attention=name)
+    assert f"`inner_attention` ({name!r})" in str(error.value)
+    assert all(choice in str(error.value) for choice in (*INNER_ATTENTIONS, "kernels-community/flash-attn2"))
+
+
+@pytest.mark.parametrize("name", ["/", "org/", "/name"])
+def test_half_a_hub_kernel_is_refused(name):
+    with pytest.raises(ValueError, match="inner_attention"):
+        LongContextConfig(inner_attention=name)
+
+
+def test_replace_validates_again():
+    with pytest.raises(ValueError, match="sequence_parallel_size"):
+        dataclasses.replace(LongContextConfig(), sequence_parallel_size=0)
+
+
+def test_every_field_has_help_for_the_command_line():
+    assert all(field.metadata.get("help") for field in dataclasses.fields(LongContextConfig))
+
+
+def test_field_names_do_not_collide_with_training_arguments():
+    from transformers import TrainingArguments
+
+    assert FIELDS & {field.name for field in dataclasses.fields(TrainingArguments)} == set()
+
+
+def test_field_names_do_not_collide_with_trl():
+    trl = pytest.importorskip("trl")
+    for host in (trl.SFTConfig, trl.ScriptArguments, trl.ModelConfig):
+        assert FIELDS & {field.name for field in dataclasses.fields(host)} == set()
+
+
+@pytest.fixture
+def parse(tmp_path):
+    """A function from YAML text and command-line arguments to the parsed config."""
+    trl = pytest.importorskip("trl")
+
+    def parse(yaml: str, *arguments: str) -> LongContextConfig:
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml)
+        (config,) = trl.TrlParser((LongContextConfig,)).parse_args_and_config(["--config", str(path), *arguments])
+        return config
+
+    return parse
+
+
+def test_yaml_round_trip(parse):
+    config = parse("sequence_parallel_size: 4\ninner_attention: sdpa\ncheck_model: false\n")
+    assert config == LongContextConfig(sequence_parallel_size=4, inner_attention="sdpa", check_model=False)
+
+
+def test_command_line_overrides_yaml_and_the_rest_keeps_its_default(parse):
+    config = parse("sequence_parallel_size: 4\n", "--sequence_parallel_size", "2")
+    assert config == LongContextConfig(sequence_parallel_size=2)
+
+
+def test_yaml_value_is_validated(parse):
+    with pytest.raises(ValueError, match=r"`sequence_parallel_size` \(0\)"):
+        parse("sequence_parallel_size: 0\n")
+
+
+def test_misspelled_yaml_key_raises(parse):
+    with pytest.raises(ValueError, match="sequence_paralel_size"):
+        parse("sequence_paralel_size: 4\n")

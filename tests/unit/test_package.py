@@ -1,0 +1,352 @@
+"""The package as a whole: what importing it costs and does, and the rules every file keeps (floors, budgets)."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_longctx
+from hf_longctx.on_import import call_after_import
+
+
+ROOT = Path(hf_longctx.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+HEAVY = ("trl", "sentence_transformers", "datasets")
+
+
+def in_subprocess(code: str):
+    """Run `code` in a fresh interpreter and return what its last line prints, as JSON."""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+# What an import costs
+
+
+def test_import_adds_under_300_milliseconds_to_transformers():
+    code = """
+import json, time
+import transformers
+start = time.perf_counter()
+import hf_longctx
+print(json.dumps(time.perf_counter() - start))
+"""
+    assert min(in_subprocess(code) for _ in range(3)) < 0.3
+
+
+def test_import_alone_pulls_in_neither_torch_nor_transformers_nor_any_trainer():
+    code = "import sys, json, hf_longctx; print(json.dumps(sorted(sys.modules)))"
+    assert not set(in_subprocess(code)) & {"torch", "transformers", *HEAVY}
+
+
+REGISTERED = """
+import json, sys
+def state():
+    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as attentions
+    hooks = [type(finder).__name__ for finder in sys.meta_path if type(finder).__module__.startswith("hf_longctx")]
+    return ["ulysses" in attentions.valid_keys(), "ulysses" in masks.valid_keys(), hooks]
+
+import hf_longctx
+waiting = [type(finder).__name__ for finder in sys.meta_path if type(finder).__module__.startswith("hf_longctx")]
+import transformers.modeling_utils
+before_transformers = state()
+pulled = [name for name in ("trl", "sentence_transformers") if name in sys.modules]
+
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+AttentionInterface._global_mapping.pop("ulysses")
+AttentionMaskInterface._global_mapping.pop("ulysses")
+for name in [name for name in sys.modules if name.startswith("hf_longctx")]:
+    del sys.modules[name]
+gone = state()[:2]
+import hf_longctx
+print(json.dumps([waiting, before_transformers, pulled, gone, state()]))
+"""
+
+
+def test_name_is_registered_in_both_registries_in_either_import_order_and_the_hook_leaves():
+    waiting, before_transformers, pulled, gone, after_transformers = in_subprocess(REGISTERED)
+    assert waiting == ["_WaitingFinder"]
+    assert before_transformers == [True, True, []]
+    assert pulled == []
+    assert gone == [False, False]
+    assert after_transformers == [True, True, []]
+
+
+def test_registered_module_can_itself_be_the_first_import():
+    assert in_subprocess("import hf_longctx.attention.kernels as first; print(int(first is not None))") == 1
+
+
+# The hook itself, on modules of our own
+
+
+@pytest.fixture
+def new_module(tmp_path, monkeypatch):
+    """A function that writes an importable module; module and hooks are removed afterwards."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    names = []
+
+    def write(name: str, source: str = "value = 1\n") -> str:
+        (tmp_path / f"{name}.py").write_text(source)
+        importlib.invalidate_caches()
+        names.append(name)
+        return name
+
+    yield write
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_hook_calls_once_after_the_import_and_leaves(new_module):
+    name, calls, finders = new_module("waited_for"), [], list(sys.meta_path)
+    call_after_import(name, lambda: calls.append(sys.modules[name].value))
+    importlib.import_module(new_module("another_module"))
+    assert calls == [] and len(sys.meta_path) == len(finders) + 1
+    importlib.import_module(name)
+    importlib.import_module(name)
+    assert calls == [1]
+    assert sys.meta_path == finders
+
+
+def test_hook_calls_at_once_if_the_module_is_there(new_module):
+    name, calls, finders = new_module("already_there"), [], list(sys.meta_path)
+    importlib.import_module(name)
+    call_after_import(name, lambda: calls.append(1))
+    assert calls == [1] and sys.meta_path == finders
+
+
+def test_hook_keeps_the_error_of_a_module_that_fails(new_module):
+    name, calls = new_module("broken_module", "raise KeyError('its own error')\n"), []
+    call_after_import(name, lambda: calls.append(1))
+    with pytest.raises(KeyError, match="its own error"):
+        importlib.import_module(name)
+    assert calls == []
+
+
+def test_hook_survives_a_caller_that_only_looks_for_the_module(new_module):
+    name, calls = new_module("looked_for"), []
+    call_after_import(name, lambda: calls.append(1))
+    assert importlib.util.find_spec(name) is not None
+    assert calls == []
+    importlib.import_module(name)
+    assert calls == [1]
+
+
+# Public names
+
+
+def test_public_names_are_at_most_fifteen_and_sorted():
+    assert 0 < len(hf_longctx.__all__) <= 15
+    assert hf_longctx.__all__ == sorted(set(hf_longctx.__all__))
+    assert set(hf_longctx.__all__) <= set(dir(hf_longctx))
+
+
+@pytest.mark.parametrize("name", hf_longctx.__all__)
+def test_public_name_loads(name):
+    if name == "LongContextSFTTrainer":
+        pytest.importorskip("trl")
+    value = getattr(hf_longctx, name)
+    assert value.__name__ == name
+    assert value.__module__ == "hf_longctx" + hf_longctx._PUBLIC[name]
+    assert value.__doc__
+
+
+def test_type_checkers_see_exactly_the_public_names():
+    seen = {}
+    for node in ast.parse((ROOT / "__init__.py").read_text()).body:
+        if isinstance(node, ast.If):
+            for statement in node.body:
+                seen.update({alias.name: f".{statement.module}" for alias in statement.names})
+    assert seen == hf_longctx._PUBLIC
+
+
+def test_unknown_name_lists_what_there_is():
+    with pytest.raises(AttributeError) as error:
+        hf_longctx.LongContextTrainr  # noqa: B018
+    assert "LongContextTrainr" in str(error.value)
+    assert all(name in str(error.value) for name in hf_longctx.__all__)
+
+
+# Arrows point down
+
+FLOORS = {
+    "config": 0,
+    "on_import": 0,
+    "parallel": 1,
+    "attention": 2,
+    "layers": 2,
+    "data": 2,
+    "losses": 2,
+    "memory": 2,
+    "": 3,
+    "trainer": 3,
+    "callbacks": 3,
+    "cli": 3,
+    "experimental": 4,
+}
+# Packages that a floor may not import; each list also holds for the floors below.
+TRAINERS = {"trl", "sentence_transformers", "accelerate", "peft"}
+NOT_ON_FLOOR = {
+    0: {"torch", "transformers", "datasets", *TRAINERS},
+    1: {"transformers", "datasets", *TRAINERS},
+    2: TRAINERS,
+}
+
+
+def floor_of(module: str) -> int:
+    """The floor of a dotted module of the package. A new room must be given one above."""
+    parts = module.split(".")
+    room = parts[1] if len(parts) > 1 else ""
+    assert room in FLOORS, f"`{module}` stands on no floor: add '{room}' to FLOORS"
+    return FLOORS[room]
+
+
+def imports_of(source: str, module: str, is_package: bool) -> set[str]:
+    """Every absolute dotted name that `source` imports, at any depth of the code."""
+    found = set()
+    package = module if is_package else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = importlib.util.resolve_name("." * node.level + base, package)
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def upward_arrows(source: str, module: str, is_package: bool = False) -> list[str]:
+    floor, arrows = floor_of(module), []
+    for target in sorted(imports_of(source, module, is_package)):
+        top, *rest = target.split(".")
+        if top == "hf_longctx":
+            # `from .. import config` names a room, `from .. import LongContextTrainer` the root.
+            known = rest and rest[0] in FLOORS
+            too_high = floor_of(target if known else "hf_longctx") > floor
+        else:
+            host_trainer = top == "transformers" and any("trainer" in p.lower() or "Training" in p for p in rest)
+            too_high = top in NOT_ON_FLOOR.get(floor, ()) or (host_trainer and floor < 3)
+        if too_high:
+            arrows.append(f"{module} (floor {floor}) imports {target}")
+    return arrows
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT.parent).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path != ROOT / "__init__.py"], ids=module_name)
+def test_arrows_point_down(path):
+    assert upward_arrows(path.read_text(), module_name(path), path.name == "__init__.py") == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("hf_longctx.config", "import torch"),
+        ("hf_longctx.config", "from .parallel import mesh"),
+        ("hf_longctx.parallel.mesh", "from ..attention.masks import read_rule"),
+        ("hf_longctx.parallel.mesh", "def f():\n    from ..trainer import mixin"),
+        ("hf_longctx.parallel.mesh", "from transformers import PreTrainedModel"),
+        ("hf_longctx.attention.masks", "from hf_longctx.trainer.mixin import SequenceParallelMixin"),
+        ("hf_longctx.attention.masks", "from .. import LongContextTrainer"),
+        ("hf_longctx.attention.masks", "from transformers import Trainer"),
+        ("hf_longctx.data.collator", "from transformers.trainer_utils import seed_worker"),
+        ("hf_longctx.data.collator", "from transformers import TrainingArguments"),
+        ("hf_longctx.losses.dft", "import trl.trainer"),
+        ("hf_longctx.trainer.mixin", "from ..experimental import idea"),
+    ],
+)
+def test_arrow_checker_sees_an_upward_import(module, source):
+    assert len(upward_arrows(source, module)) == 1
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("hf_longctx.config", "from dataclasses import dataclass"),
+        ("hf_longctx.parallel.mesh", "import torch\nfrom ..config import LongContextConfig\nfrom .. import config"),
+        ("hf_longctx.attention.masks", "from transformers import masking_utils\nfrom ..parallel.shard import x"),
+        ("hf_longctx.trainer.mixin", "import trl\nfrom transformers import Trainer\nfrom .. import __version__"),
+    ],
+)
+def test_arrow_checker_allows_a_downward_import(module, source):
+    assert upward_arrows(source, module) == []
+
+
+def names_in(source: str) -> set[str]:
+    """Every imported name and every attribute that `source` uses."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            names.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize(
+    ("names", "only"),
+    [
+        ({"AttentionInterface", "AttentionMaskInterface"}, "attention/registry.py"),
+        ({"new_group", "new_subgroups", "new_subgroups_by_enumeration", "init_device_mesh"}, "parallel/mesh.py"),
+    ],
+)
+def test_registries_and_process_groups_are_touched_in_one_file(names, only):
+    users = [str(path.relative_to(ROOT)) for path in FILES if names & names_in(path.read_text())]
+    assert users == [only]
+
+
+# Budgets
+
+
+def docstring_of(node: ast.AST) -> range:
+    """The lines of a docstring, empty if there is none."""
+    first = node.body[0] if node.body else None
+    if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+        return range(first.lineno, first.end_lineno + 1)
+    return range(0)
+
+
+def function_lengths(source: str) -> dict[str, int]:
+    """Lines of every function without its docstring."""
+    functions = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {n.name: n.end_lineno - n.lineno + 1 - len(docstring_of(n)) for n in functions}
+
+
+def lines_of_code(source: str) -> int:
+    """Lines that are neither blank, nor comment, nor docstring."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    skipped = {i for n in ast.walk(ast.parse(source)) if isinstance(n, documented) for i in docstring_of(n)}
+    lines = enumerate(source.splitlines(), start=1)
+    return sum(1 for i, line in lines if i not in skipped and line.strip() and not line.strip().startswith("#"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_file_keeps_its_budget_and_says_what_it_is_for(path):
+    source = path.read_text()
+    assert len(source.splitlines()) <= 300
+    assert {name: length for name, length in function_lengths(source).items() if length > 60} == {}
+    assert ast.get_docstring(ast.parse(source))
+
+
+def test_mixin_keeps_its_budget():
+    assert lines_of_code((ROOT / "trainer" / "mixin.py").read_text()) <= 150
+
+
+def test_counters_count():
+    source = '"""File.\n\nMore.\n"""\n\n# why\ndef f(x):\n    """One\n    two."""\n    # why\n    return x\n'
+    assert lines_of_code(source) == 2
+    assert function_lengths(source) == {"f": 3}
