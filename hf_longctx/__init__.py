@@ -1,8 +1,8 @@
 """hf_longctx: train transformers on long sequences, exactly or not at all.
 
-Importing this package registers `attn_implementation="ulysses"` with transformers and does nothing else; the registration
-itself waits until transformers loads its models, so the import is cheap. Everything public is listed below and loaded
-when first used.
+Importing this package registers `attn_implementation="ulysses"` with transformers and does nothing else; the
+registration itself waits until transformers loads its models, so the import is cheap. Everything public is listed
+below and loaded when first used.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _PUBLIC = {
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
-    from .config import LongContextConfig
-    from .data.collator import ShardCollator
-    from .parallel.collectives import gather_sequence
-    from .parallel.mesh import SequenceMesh
-    from .parallel.shard import SequenceShard, shard_batch
-    from .trainer.causal_lm import LongContextTrainer
-    from .trainer.sft import LongContextSFTTrainer
+    from .config import LongContextConfig  # noqa: F401
+    from .data.collator import ShardCollator  # noqa: F401
+    from .parallel.collectives import gather_sequence  # noqa: F401
+    from .parallel.mesh import SequenceMesh  # noqa: F401
+    from .parallel.shard import SequenceShard, shard_batch  # noqa: F401
+    from .trainer.causal_lm import LongContextTrainer  # noqa: F401
+    from .trainer.sft import LongContextSFTTrainer  # noqa: F401
 
 
 def _register_attention_names() -> None:

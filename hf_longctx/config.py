@@ -1,7 +1,7 @@
 """What the user wants: one frozen dataclass, valid from the moment it exists.
 
-It is an extra argument of a trainer, like `peft_config`, so it serves `TrainingArguments` and `SFTConfig` alike, and in a
-recipe it is one more dataclass for `TrlParser`. Its field names never collide with the hosts'.
+It is an extra argument of a trainer, like `peft_config`, so it serves `TrainingArguments` and `SFTConfig` alike, and
+in a recipe it is one more dataclass for `TrlParser`. Its field names never collide with the hosts'.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def validate_sequence_parallel_size(size: object) -> None:
     """Raise `ValueError` unless `size` is a positive integer."""
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
-            f"`sequence_parallel_size` ({size!r}) must be a positive integer: it is the number of processes that share "
+            f"`sequence_parallel_size` ({size!r}) must be a positive integer: it is the number of processes that "
+            "share "
             "one sequence; use 1 for no sharding."
         )
 
@@ -45,15 +46,17 @@ class LongContextConfig:
 
     Args:
         sequence_parallel_size (`int`, *optional*, defaults to 1):
-            Number of processes that share one sequence, `P`. It must divide the number of processes and must not exceed
-            the model's query heads. The remaining factor of the world is data parallel.
+            Number of processes that share one sequence, `P`. It must divide the number of processes and must not
+            exceed the model's query heads. The remaining factor of the world is data parallel.
         inner_attention (`str`, *optional*, defaults to `"auto"`):
             The kernel that `"ulysses"` runs on its share of the heads: `"sdpa"`, `"eager"`, `"flex_attention"`,
-            `"flash_attention_2"` (`_3`, `_4`) or a hub kernel `"org/name"`. `"auto"` takes an installed flash kernel for
-            half precision on CUDA, otherwise `"sdpa"`, and a kernel with sinks or softcap where the model needs them.
+            `"flash_attention_2"` (`_3`, `_4`) or a hub kernel `"org/name"`. `"auto"` takes an installed flash kernel
+            for half precision on CUDA, otherwise `"sdpa"`, and a kernel with sinks or softcap where the model needs
+            them.
         check_model (`bool`, *optional*, defaults to `True`):
-            Compare one tiny sharded forward with one unsharded forward before training. It costs a fraction of a second and
-            finds layers that never see the shard. Switch it off only for a model that cannot run a tiny batch.
+            Compare one tiny sharded forward with one unsharded forward before training. It costs a fraction of a
+            second and finds layers that never see the shard. Switch it off only for a model that cannot run a tiny
+            batch.
 
     Raises:
         ValueError: a field has a value that no run could use.

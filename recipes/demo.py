@@ -3,8 +3,8 @@
     python recipes/demo.py
 
 SmolLM2-135M learns from the long sources of Python's standard library, LoRA, rows of 2,048 tokens, each shared by two
-processes on the CPU. The first steps are then repeated by one process on whole rows. Both loss columns are printed with
-their largest difference, and the exit code is 1 if that passes the tolerance. Everything is written to `runs/demo/`,
+processes on the CPU. The first steps are then repeated by one process on whole rows. Both loss columns are printed
+with their largest difference, and the exit code is 1 if that passes the tolerance. Everything goes to `runs/demo/`,
 which this script owns and replaces. It takes about five minutes on two cores and needs no network.
 """
 

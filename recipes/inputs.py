@@ -13,9 +13,9 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import transformers
 from huggingface_hub import HfApi
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import get_quantization_config
 
@@ -96,8 +96,11 @@ def load_model(recipe: RecipeArguments, args, model_args, from_scratch: bool = F
         )
     else:
         quantization = get_quantization_config(model_args)
-        extra = {} if quantization is None else {"quantization_config": quantization}
-        model = AutoModelForCausalLM.from_pretrained(source, **options, **extra)
+        if recipe.gguf_file and hasattr(transformers, "GgufConfig"):  # without it, weights may stay packed and frozen
+            quantization = transformers.GgufConfig(dequantize=True)
+        if quantization is not None:
+            options["quantization_config"] = quantization
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
     if recipe.base_model:  # an adapter should point to the Hub, not to a folder of this machine
         model.config._name_or_path = model.name_or_path = recipe.base_model
     return model, tokenizer
@@ -133,12 +136,16 @@ def read_documents(recipe: RecipeArguments, args, text_field: str | None = "text
 
 def make_report(recipe: RecipeArguments, long_context, row_tokens: int | None) -> RunReport:
     """The report of a run, with names a reader elsewhere understands."""
-    names = {STDLIB: "the Python standard library's long sources"}
+    dataset = recipe.dataset_name
+    if dataset == STDLIB:
+        dataset = "the long sources of Python's standard library"
+    elif os.path.exists(dataset):  # a card is public, and where a folder lies is not
+        dataset = Path(dataset).resolve().name
     return RunReport(
         sequence_parallel_size=long_context.sequence_parallel_size,
         row_tokens=row_tokens,
         base_model=recipe.base_model,
-        dataset=names.get(recipe.dataset_name, recipe.dataset_name),
+        dataset=dataset,
     )
 
 
@@ -160,9 +167,8 @@ def train_and_save(trainer, report: RunReport, args) -> None:
 
 
 def _show(folder: Path) -> None:
-    table = Table(title="Written", title_justify="left", show_header=False)
-    table.add_row("model", str(folder))
-    for what, name in (("numbers", METRICS_FILE), ("picture", PICTURE_FILE), ("model card", "README.md")):
+    console = Console()
+    console.print(f"Model:      {folder}", soft_wrap=True)
+    for what, name in (("Numbers:", METRICS_FILE), ("Picture:", PICTURE_FILE), ("Model card:", "README.md")):
         if (folder / name).is_file():
-            table.add_row(what, str(folder / name))
-    Console().print(table)
+            console.print(f"{what:<11} {folder / name}", soft_wrap=True)

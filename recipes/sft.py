@@ -10,6 +10,8 @@ beyond `max_length`, truncated by TRL, as always.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 from inputs import RecipeArguments, check_output_dir, load_model, make_report, read_documents, train_and_save
 from torch.distributed.elastic.multiprocessing.errors import record
 from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config
@@ -21,17 +23,26 @@ from hf_longctx.data.documents import column_names, split_into_rows
 CONVERSATIONS = {"messages", "prompt", "conversations"}
 
 
-def make_rows(documents, tokenizer, args):
+@dataclass
+class SFTArguments(RecipeArguments):
+    join_documents: bool = field(
+        default=False,
+        metadata={"help": "Let documents follow one another, so that every row has exactly `max_length` tokens."},
+    )
+
+
+def make_rows(documents, tokenizer, args, join_documents: bool):
     """Rows of tokens from documents; conversations as they are."""
     if documents is None or args.max_length is None or CONVERSATIONS & set(column_names(documents)):
         return documents
     options = {"text_field": args.dataset_text_field, "num_proc": args.dataset_num_proc}
+    options["join_documents"] = join_documents
     return split_into_rows(documents, tokenizer, args.max_length, **options)
 
 
 @record
 def main() -> None:
-    parser = TrlParser((RecipeArguments, SFTConfig, ModelConfig, LongContextConfig))
+    parser = TrlParser((SFTArguments, SFTConfig, ModelConfig, LongContextConfig))
     recipe, args, model_args, long_context = parser.parse_args_and_config()
     check_output_dir(recipe, args)
     if args.include_num_input_tokens_seen == "no":
@@ -39,7 +50,9 @@ def main() -> None:
     model, tokenizer = load_model(recipe, args, model_args)
     with args.main_process_first(desc="reading documents"):
         documents, eval_documents = read_documents(recipe, args, text_field=None)
-        rows, eval_rows = (make_rows(part, tokenizer, args) for part in (documents, eval_documents))
+        rows, eval_rows = (
+            make_rows(part, tokenizer, args, recipe.join_documents) for part in (documents, eval_documents)
+        )
     trainer = LongContextSFTTrainer(
         model=model,
         args=args,

@@ -1,7 +1,8 @@
 """A gloo world of real processes that lives for the whole pytest session; functions are sent to it by name.
 
-Every rank runs one thread, meets the others through a file (no ports), and waits at most `TIMEOUT` for a collective. If any rank
-raises, the test fails with the tracebacks of all ranks and the world is started anew for the next test.
+Every rank runs one thread, meets the others through a file (no ports), and waits at most `TIMEOUT` for a collective.
+If any rank raises, the test fails with the tracebacks of all ranks; unless all of them raised, the world is started
+anew.
 """
 
 from __future__ import annotations
@@ -36,20 +37,24 @@ class World:
         message = pickle.dumps((function, args))
         for pipe in self._pipes:
             pipe.send_bytes(message)
-        results, failures = [], []
+        results, failures, healthy = [], [], True
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(seconds):
                 failures.append(f"rank {rank}: no answer within {seconds} s")
+                healthy = False
                 continue
             try:
                 ok, value = pickle.loads(pipe.recv_bytes())
             except EOFError:
                 ok, value = False, f"process ended with exit code {self._processes[rank].exitcode}"
+                healthy = False
             results.append(value)
             if not ok:
                 failures.append(f"rank {rank}:\n{value}")
         if failures:
-            self.close()
+            # When every rank raised and answered, as all do on bad input, none waits for another: the world lives on.
+            if not healthy or len(failures) < self.size:
+                self.close()
             raise WorldFailure("\n".join(failures))
         return results
 

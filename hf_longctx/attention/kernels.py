@@ -1,6 +1,7 @@
 """The inner kernels: which one runs, what it can do, and how it is called. All of them are the host's own.
 
-A host kernel reads facts from the attention module (`num_key_value_groups`, `config._attn_implementation`, `is_causal`). Under
+A host kernel reads facts from the attention module (`num_key_value_groups`, `config._attn_implementation`,
+    `is_causal`). Under
 sharding those facts are local, so a kernel is handed a view of the module in which they differ; the module itself is
 never touched.
 """
@@ -89,7 +90,8 @@ def refuse_unsupported(kernel: str, extras: dict[str, object], dropout: float) -
         )
     if dropout and kernel == "flex_attention":
         raise NotImplementedError(
-            f"attention dropout ({dropout}) is not done by 'flex_attention': set the model's `attention_dropout` to 0, or "
+            f"attention dropout ({dropout}) is not done by 'flex_attention': set the model's `attention_dropout` to "
+            "0, or "
             "use `inner_attention='sdpa'`."
         )
 
@@ -138,7 +140,8 @@ def run_planned(
     """Run `kernel` on whole rows under `plan`.
 
     Args:
-        query (`torch.Tensor` of shape `(B, n, T, H)`): some heads of whole rows; `key`, `value`: `(B, k, T, H)`, `n % k == 0`.
+        query (`torch.Tensor` of shape `(B, n, T, H)`): some heads of whole rows; `key`, `value`: `(B, k, T, H)`,
+            `n % k == 0`.
         plan ([`KernelPlan`]): what may be seen; `plan.mask` is already the kernel's own object.
         s_aux (`torch.Tensor` of shape `(n,)`, *optional*): sinks of these heads.
 
@@ -211,8 +214,8 @@ def eager_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with explicit scores, for any mix of softcap and sinks, on the heads it is given.
 
-    Shapes as in [`run_planned`]; `attention_mask` is additive, `(B, 1, T, T)`. The host's own eager functions read sinks and
-    head counts from the module and so cannot run on a part of the heads.
+    Shapes as in [`run_planned`]; `attention_mask` is additive, `(B, 1, T, T)`. The host's own eager functions read
+    sinks and head counts from the module and so cannot run on a part of the heads.
 
     Memory: `B x n x T x T` scores.
     """

@@ -1,10 +1,12 @@
 """Which keys a query may see, as rules, and what each kernel needs to obey them.
 
-The host describes a mask as nested index functions (causal, window, chunk, documents, padding) and lets every attention name
-turn them into its own object. Under sharding those functions only know local indices, so `"ulysses"` registers a mask
-function that keeps the description (`DeferredMask`) instead of building anything. The attention function then either builds
-the inner kernel's own mask from it (no shard), or reads the rule out of it and applies the rule to the whole row (shard).
-A rule it cannot read is refused by name.
+The host describes a mask as nested index functions (causal, window, chunk, documents, padding) and lets every
+attention name turn them into its own object. Under sharding those functions only know local indices, so `"ulysses"`
+registers a mask
+function that keeps the description (`DeferredMask`) instead of building anything. The attention function then
+    either builds
+the inner kernel's own mask from it (no shard), or reads the rule out of it and applies the rule to the whole row
+(shard). A rule it cannot read is refused by name.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ class AttentionRule:
 
     Args:
         causal (`bool`): keys at or before the query.
-        window (`int`, *optional*): causal: the last `window` tokens, the query included. Otherwise: at most `window` tokens away
-            on either side.
+        window (`int`, *optional*): causal: the last `window` tokens, the query included. Otherwise: at most
+            `window` tokens away on either side.
         chunk (`int`, *optional*): keys in the same block of `chunk` tokens, counted from the start of the document.
     """
 
@@ -83,7 +85,8 @@ class DeferredMask:
         if name.startswith("__"):
             raise AttributeError(name)
         raise NotImplementedError(
-            f"this model edits its attention mask itself (`.{name}`), which attn_implementation='ulysses' cannot follow: "
+            f"this model edits its attention mask itself (`.{name}`), which attn_implementation='ulysses' cannot "
+            "follow: "
             "use 'sdpa' or 'eager' for it, without sharding."
         )
 
@@ -143,7 +146,8 @@ class KernelPlan:
 
     Args:
         rule ([`AttentionRule`]): with `chunk` gone, and `window` gone where it is longer than the row.
-        segments (`torch.Tensor` of shape `(B, T)`, *optional*): tokens see their own segment only; `None`: the whole row.
+        segments (`torch.Tensor` of shape `(B, T)`, *optional*): tokens see their own segment only; `None`: the
+            whole row.
         num_tokens (`int`): tokens of a row before it was padded to a multiple of `P`.
         mask (`object`, *optional*): the kernel's own mask object, if it needs one.
     """
@@ -164,7 +168,8 @@ def plan_row(rule: AttentionRule, shard: SequenceShard, rows: int, device: torch
     num_tokens = shard.local_len * shard.size
     segments = shard.segment_ids
     if rule.causal and shard.only_right_padding:
-        # Padding stands after every real token, so no real token looks at it, and nothing is computed from what it sees.
+        # Padding stands after every real token, so no real token looks at it, and nothing is computed from what it
+        # sees.
         segments = None
     if segments is not None:
         segments = segments.to(device)
@@ -202,8 +207,8 @@ def index_function(plan: KernelPlan) -> Callable:
         parts.append(masking_utils.sliding_window_bidirectional_overlay(rule.window))
     if segments is not None:
         parts.append(masking_utils.packed_sequence_mask_function(segments))
-        # Nobody sees padding, not even padding: with left padding the last pad token predicts the first real one, and the
-        # host lets it see nothing.
+        # Nobody sees padding, not even padding: with left padding the last pad token predicts the first real one, and
+        # the # host lets it see nothing.
         parts.append(masking_utils.padding_mask_function(segments != PAD_SEGMENT))
     return masking_utils.and_masks(*(parts or [masking_utils.bidirectional_mask_function]))
 
@@ -233,7 +238,8 @@ def segment_bounds(segments: torch.Tensor | None, rows: int, num_tokens: int, de
     """Segments as the flat bounds of variable-length kernels.
 
     Returns:
-        tuple of the cumulative lengths, 32-bit of shape `(segments + 1,)` over the `B * T` flattened tokens, and the longest.
+        tuple of the cumulative lengths, 32-bit of shape `(segments + 1,)` over the `B * T` flattened tokens, and the
+        longest.
 
     Raises:
         NotImplementedError: a segment is interrupted (a padding mask with holes).

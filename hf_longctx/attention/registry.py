@@ -1,6 +1,7 @@
 """The only file that touches transformers' attention registries.
 
-A name is registered with its mask function, always: a name without one gets no mask at all, and padding is lost in silence.
+A name is registered with its mask function, always: a name without one gets no mask at all, and padding is lost in
+silence.
 """
 
 from __future__ import annotations

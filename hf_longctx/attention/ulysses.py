@@ -1,10 +1,11 @@
 """Ulysses sequence parallelism: exchange tokens for heads around the model's own attention kernel.
 
-Every rank holds some tokens of all heads. One all-to-all turns that into all tokens of some heads, on which any exact kernel
-runs unchanged; a second one turns the output back. Without a `sequence_shard` the function is the inner kernel, no more.
+Every rank holds some tokens of all heads. One all-to-all turns that into all tokens of some heads, on which any exact
+kernel runs unchanged; a second one turns the output back. Without a `sequence_shard` the function is the inner kernel,
+no more.
 
-Price per layer and rank, forward: `(P-1)/P` of the query and output once, and each key/value head once to every rank that reads
-it; the same again backward.
+Price per layer and rank, forward: `(P-1)/P` of the query and output once, and each key/value head once to every rank
+that reads it; the same again backward.
 Source: DeepSpeed-Ulysses, https://huggingface.co/papers/2309.14509.
 """
 
@@ -47,11 +48,12 @@ def ulysses_attention(
         key (`torch.Tensor` of shape `(B, K, t, H)`): my tokens; `K` divides `N`.
         value (`torch.Tensor` of shape `(B, K, t, H_v)`): my tokens.
         attention_mask ([`DeferredMask`], *optional*): the host's description of the mask.
-        dropout (`float`): attention dropout. Under a shard every global head draws from its own stream, so the result does not
-            depend on `P`.
+        dropout (`float`): attention dropout. Under a shard every global head draws from its own stream, so the
+            result does not depend on `P`.
         scaling (`float`, *optional*): score scale; defaults to `H ** -0.5`.
         is_causal (`bool`, *optional*): overrides `module.is_causal` where there is no mask.
-        sequence_shard ([`SequenceShard`], *optional*): the facts of the batch. `None`: behave exactly as the inner kernel.
+        sequence_shard ([`SequenceShard`], *optional*): the facts of the batch. `None`: behave exactly as the inner
+        kernel.
 
     Returns:
         tuple of `(B, t, N, H_v)`, and the kernel's weights without a shard or `None` with one.
@@ -80,7 +82,8 @@ def ulysses_attention(
     if shard.size > 1:
         if shard.group is None:
             raise RuntimeError(
-                "`sequence_shard` is not bound to this process's group: call `batch['sequence_shard'].bind(mesh)` on a batch "
+                "`sequence_shard` is not bound to this process's group: call `batch['sequence_shard'].bind(mesh)` on "
+                "a batch "
                 "that a data worker cut, or use `hf_longctx.shard_batch`."
             )
         query, key, value = sequence_to_heads(query, key, value, split, shard.group)
@@ -114,12 +117,14 @@ def _validate_call(
     if query.shape[2] != key.shape[2] or query.shape[2] != shard.local_len:
         raise NotImplementedError(
             f"`{name}` attends from {query.shape[2]} to {key.shape[2]} tokens, but this rank holds {shard.local_len}: "
-            "cross-attention, key/value caches and virtual prompt tokens cannot be sharded; train without them, or set "
+            "cross-attention, key/value caches and virtual prompt tokens cannot be sharded; train without them, or "
+            "set "
             "`sequence_parallel_size` to 1."
         )
     if attention_mask is not None and not isinstance(attention_mask, DeferredMask):
         raise NotImplementedError(
-            f"`{name}` got a mask of {type(attention_mask).__name__} that the model made itself, which only knows this rank's "
+            f"`{name}` got a mask of {type(attention_mask).__name__} that the model made itself, which only knows "
+            "this rank's "
             "tokens: set `sequence_parallel_size` to 1 for this model."
         )
     for key_name, extra in extras.items():
@@ -152,7 +157,8 @@ def _plan(
         rule = AttentionRule(causal=getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if is_flash(kernel) and extras.get("sliding_window") is not None and rule.window is None:
         raise NotImplementedError(
-            f"`{type(module).__name__}` asks for a sliding window of {extras['sliding_window']} tokens that its mask does not "
+            f"`{type(module).__name__}` asks for a sliding window of {extras['sliding_window']} tokens that its mask "
+            "does not "
             f"have, so '{kernel}' and 'sdpa' would disagree: use `inner_attention='sdpa'`."
         )
     key = (rule, kernel, query.dtype, query.device, query.shape[0])
@@ -177,8 +183,8 @@ def _run_with_head_streams(
 ) -> torch.Tensor:
     """Run the kernel head by head, each with the random stream of its global index.
 
-    One shared seed is drawn from the default generator, which checkpointing saves and restores. Drawing all heads from one
-    stream instead would give the heads of different ranks the same dropout mask.
+    One shared seed is drawn from the default generator, which checkpointing saves and restores. Drawing all heads from
+    one stream instead would give the heads of different ranks the same dropout mask.
     """
     seed = int(torch.randint(2**62, (1,)))
     groups = query.shape[1] // key.shape[1]

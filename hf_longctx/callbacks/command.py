@@ -37,13 +37,23 @@ def launch_command(arguments: Sequence[str] | None = None, environment: Mapping[
     if arguments and os.path.isabs(arguments[0]):
         near = os.path.relpath(arguments[0])
         arguments[0] = os.path.basename(arguments[0]) if near.startswith("..") else near
-    launcher = ["python"]
-    if "TORCHELASTIC_RUN_ID" in environment:
-        num_nodes = environment.get("GROUP_WORLD_SIZE", "1")
-        nodes = ["--standalone"] if num_nodes == "1" else ["--nnodes", num_nodes]
-        launcher = ["torchrun", *nodes, "--nproc_per_node", environment.get("LOCAL_WORLD_SIZE", "1")]
     # The placeholder is no shell word; quoted it would read as a real value, which is what we want it not to be.
-    return shlex.join([*launcher, *redact(arguments)]).replace(f"'{REDACTED}'", REDACTED)
+    return shlex.join([*_launcher(environment), *redact(arguments)]).replace(f"'{REDACTED}'", REDACTED)
+
+
+def _launcher(environment: Mapping[str, str]) -> list[str]:
+    num_nodes = environment.get("GROUP_WORLD_SIZE", "1")
+    if "ACCELERATE_DYNAMO_USE_FULLGRAPH" in environment:  # set by `accelerate launch` and nobody else
+        launcher = ["accelerate", "launch", "--num_processes", environment.get("WORLD_SIZE", "1")]
+        if num_nodes != "1":
+            launcher += ["--num_machines", num_nodes]
+        if environment.get("ACCELERATE_USE_FSDP") == "true":
+            launcher += ["--use_fsdp", "--fsdp_version", environment.get("FSDP_VERSION", "1")]
+        return launcher
+    if "TORCHELASTIC_RUN_ID" in environment:
+        nodes = ["--standalone"] if num_nodes == "1" else ["--nnodes", num_nodes]
+        return ["torchrun", *nodes, "--nproc_per_node", environment.get("LOCAL_WORLD_SIZE", "1")]
+    return ["python"]
 
 
 def redact(arguments: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Collate full rows, then keep one rank's share, all in the data worker.
 
-The collator a user brings stays as it is: it sees the full rows and makes the full batch. `ShardCollator` wraps it and cuts the
-result, so labels are shifted over whole rows and the trainer counts every token once over all ranks.
+The collator a user brings stays as it is: it sees the full rows and makes the full batch. `ShardCollator` wraps it and
+cuts the result, so labels are shifted over whole rows and the trainer counts every token once over all ranks.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ class ShardCollator:
 
     Args:
         collator (`Callable`): makes a batch of full rows, with `labels` of shape `(B, T)`.
-        mesh ([`SequenceMesh`]): the axes of the run; only its sizes and ranks are kept, so workers can be started by any method.
+        mesh ([`SequenceMesh`]): the axes of the run; only its sizes and ranks are kept, so workers can be started by
+        any method.
         inner_attention (`str`, *optional*, defaults to `"auto"`): see [`LongContextConfig`].
         shift_labels (`bool`, *optional*, defaults to `True`): the model predicts the next token.
-        needs_position_ids (`bool`, *optional*, defaults to `False`): the model reads positions from the mask or the token
-            ids, which a share does not tell, so the batch must bring them.
+        needs_position_ids (`bool`, *optional*, defaults to `False`): the model reads positions from the mask or
+            the token ids, which a share does not tell, so the batch must bring them.
 
     Returns of a call:
         `dict`: the share, with an unbound `sequence_shard`: bind it in the main process with `.bind(mesh)`.
@@ -52,12 +53,14 @@ class ShardCollator:
         batch = dict(self.collator(real or [rows[0].row]))
         if batch.get("labels") is None:
             raise ValueError(
-                f"the collated batch ({', '.join(batch)}) has no `labels`, so no token would be trained: add a `labels` column, or "
+                f"the collated batch ({', '.join(batch)}) has no `labels`, so no token would be trained: add a "
+                "`labels` column, or "
                 "use a collator that makes them, such as `DataCollatorForLanguageModeling(tokenizer, mlm=False)`."
             )
         if self.needs_position_ids and batch.get("position_ids") is None:
             raise ValueError(
-                f"the collated batch ({', '.join(batch)}) has no `position_ids`, but this model derives them from the mask or the "
+                f"the collated batch ({', '.join(batch)}) has no `position_ids`, but this model derives them from the "
+                "mask or the "
                 "token ids, which a rank sees only a part of: add `position_ids` of shape (rows, tokens) to the batch."
             )
         if not real:

@@ -124,12 +124,12 @@ def split_into_rows(
         return datasets.IterableDataset.from_generator(_rows, gen_kwargs=source)
     ids = datasets.List(datasets.Value("int32"))
     features = datasets.Features({"input_ids": ids, "labels": ids})
-    rows = datasets.Dataset.from_generator(_rows, features=features, gen_kwargs=source)
-    if not len(rows):
+    if next(_rows(**source), None) is None:
         raise ValueError(
             f"{len(dataset)} documents do not fill one row of `row_tokens` ({row_tokens}) tokens: lower it or add "
             "documents."
         )
+    rows = datasets.Dataset.from_generator(_rows, features=features, gen_kwargs=source)
     logger.info("%d documents became %d rows of up to %d tokens", len(dataset), len(rows), row_tokens)
     return rows
 
@@ -234,12 +234,12 @@ def _read_folder(datasets, name: str, root: Path, files: list[Path], split: str,
         return datasets.IterableDataset.from_generator(_read_documents, gen_kwargs={"files": stamps})
     text = datasets.Value("large_string")  # one batch of long documents passes the 2 GiB of an ordinary string column
     features = datasets.Features({"text": text, "path": datasets.Value("string")})
+    if next(_read_documents(stamps), None) is None:
+        raise ValueError(f"all {len(stamps)} files of `{name}` are binary, empty or not UTF-8: save them as UTF-8.")
     dataset = datasets.Dataset.from_generator(_read_documents, features=features, gen_kwargs={"files": stamps})
     skipped = len(stamps) - len(dataset)
     if skipped:
         logger.warning("skipped %d of %d files in `%s`: binary, empty or not UTF-8", skipped, len(stamps), name)
-    if not len(dataset):
-        raise ValueError(f"all {len(stamps)} files of `{name}` are binary, empty or not UTF-8: save them as UTF-8.")
     return dataset
 
 

@@ -1,7 +1,8 @@
-"""Cross entropy as a sum over my tokens divided by the tokens of the whole step, for models that cannot do it themselves.
+"""Cross entropy as a sum over my tokens divided by the tokens of the whole step, for models that cannot do it
+themselves.
 
-Some heads (BERT's masked language model among them) average over the tokens they see and ignore `num_items_in_batch`. The mean of
-such means over shards is not the mean over the row, so their loss is computed here, from their logits.
+Some heads (BERT's masked language model among them) average over the tokens they see and ignore `num_items_in_batch`.
+The mean of such means over shards is not the mean over the row, so their loss is computed here, from their logits.
 """
 
 from __future__ import annotations

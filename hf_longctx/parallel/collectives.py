@@ -1,7 +1,8 @@
 """Autograd collectives over the `sp` axis, each with a stated backward.
 
-Letters as everywhere: `B` rows, `N`/`K` query/key-value heads, `n`/`k` those of one rank, `T` tokens of the whole row, `t = T/P`
-tokens of one rank, `H` head size. None of them scales a gradient: the wrapper's mean over ranks is the only factor.
+Letters as everywhere: `B` rows, `N`/`K` query/key-value heads, `n`/`k` those of one rank, `T` tokens of the whole row,
+`t = T/P` tokens of one rank, `H` head size. None of them scales a gradient: the wrapper's mean over ranks is the only
+factor.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ def sequence_to_heads(
     Returns:
         tuple of `(B, n, T, H)`, `(B, k, T, H)` and `(B, k, T, H_v)`: my heads, tokens in rank order.
 
-    Communication: one all-to-all. `(P-1)/P` of `query` leaves this rank, and each key/value head goes once to every rank
-    that reads it.
+    Communication: one all-to-all. `(P-1)/P` of `query` leaves this rank, and each key/value head goes once to every
+    rank that reads it.
     Gradient: the inverse exchange; a key/value head read by several ranks receives the sum of their gradients.
     Memory: one copy to send and one to receive.
     Source: DeepSpeed-Ulysses, https://huggingface.co/papers/2309.14509, section 3.
@@ -98,16 +99,20 @@ def gather_integers(value: int, group: dist.ProcessGroup | None) -> list[int]:
     return torch.cat(parts).tolist()
 
 
-def _exchange(send: list[torch.Tensor], receive_sizes: list[int], group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """Send the `j`-th flat tensor to rank `j`; return the flat tensor from each rank."""
-    buffer = torch.cat(send)
+def _exchange(
+    send: list[list[torch.Tensor]], receive_sizes: list[int], group: dist.ProcessGroup
+) -> list[torch.Tensor]:
+    """Send the `j`-th list of tensors to rank `j`, flat and in order; return the flat tensor from each rank."""
+    send_sizes = [sum(part.numel() for part in parts) for parts in send]
+    buffer = send[0][0].new_empty(sum(send_sizes))
+    offset = 0
+    for part in (part for parts in send for part in parts):
+        # Written straight into place: flattening a slice of heads first would copy it twice.
+        buffer[offset : offset + part.numel()].view(part.shape).copy_(part)
+        offset += part.numel()
     received = buffer.new_empty(sum(receive_sizes))
-    dist.all_to_all_single(received, buffer, receive_sizes, [part.numel() for part in send], group=group)
+    dist.all_to_all_single(received, buffer, receive_sizes, send_sizes, group=group)
     return list(received.split(receive_sizes))
-
-
-def _flatten(parts: list[torch.Tensor]) -> torch.Tensor:
-    return torch.cat([part.reshape(-1) for part in parts])
 
 
 class _SequenceToHeads(torch.autograd.Function):
@@ -116,7 +121,7 @@ class _SequenceToHeads(torch.autograd.Function):
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         ctx.split, ctx.group, ctx.rank, ctx.size = split, group, rank, size
         ctx.shapes = [tensor.shape for tensor in tensors]
-        send = [_flatten([x[:, slice(*r[peer])] for x, r in zip(tensors, _ranges(split))]) for peer in range(size)]
+        send = [[x[:, slice(*r[peer])] for x, r in zip(tensors, _ranges(split))] for peer in range(size)]
         shapes = [_with_heads(x.shape, r[rank]) for x, r in zip(tensors, _ranges(split))]
         chunk_sizes = [shape.numel() for shape in shapes]
         received = _exchange(send, [sum(chunk_sizes)] * size, group)
@@ -126,18 +131,22 @@ class _SequenceToHeads(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        split, rank, size = ctx.split, ctx.rank, ctx.size
+        split, size = ctx.split, ctx.size
         tokens = grads[0].shape[2] // size
-        send = [_flatten([g[:, :, peer * tokens : (peer + 1) * tokens] for g in grads]) for peer in range(size)]
+        send = [[g[:, :, peer * tokens : (peer + 1) * tokens] for g in grads] for peer in range(size)]
         shapes = [[_with_heads(s, r[peer]) for s, r in zip(ctx.shapes, _ranges(split))] for peer in range(size)]
         sizes = [[shape.numel() for shape in peer_shapes] for peer_shapes in shapes]
         received = _exchange(send, [sum(s) for s in sizes], ctx.group)
         pieces = [chunk.split(s) for chunk, s in zip(received, sizes)]
         outputs = []
         for i, ranges in enumerate(_ranges(split)):
+            parts = [pieces[peer][i].view(shapes[peer][i]) for peer in range(size)]
+            if sum(part.shape[1] for part in parts) == ctx.shapes[i][1]:
+                outputs.append(torch.cat(parts, dim=1))
+                continue
             total = grads[i].new_zeros(ctx.shapes[i])
-            for peer in range(size):
-                total[:, slice(*ranges[peer])] += pieces[peer][i].view(shapes[peer][i])
+            for head_range, part in zip(ranges, parts):
+                total[:, slice(*head_range)] += part
             outputs.append(total)
         return None, None, *outputs
 
@@ -150,7 +159,7 @@ class _HeadsToSequence(torch.autograd.Function):
         rows, tokens, _, head_size = output.shape
         tokens //= size
         ctx.local_shape = (rows, tokens, split.query_count(rank), head_size)
-        send = [output[:, peer * tokens : (peer + 1) * tokens].reshape(-1) for peer in range(size)]
+        send = [[output[:, peer * tokens : (peer + 1) * tokens]] for peer in range(size)]
         shapes = [(rows, tokens, split.query_count(peer), head_size) for peer in range(size)]
         received = _exchange(send, [torch.Size(shape).numel() for shape in shapes], group)
         return torch.cat([chunk.view(shape) for chunk, shape in zip(received, shapes)], dim=2)
@@ -158,7 +167,7 @@ class _HeadsToSequence(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        send = [grad[:, :, slice(*ctx.split.query[peer])].reshape(-1) for peer in range(ctx.size)]
+        send = [[grad[:, :, slice(*ctx.split.query[peer])]] for peer in range(ctx.size)]
         received = _exchange(send, [torch.Size(ctx.local_shape).numel()] * ctx.size, ctx.group)
         return None, None, torch.cat([chunk.view(ctx.local_shape) for chunk in received], dim=1)
 

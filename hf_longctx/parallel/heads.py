@@ -1,8 +1,8 @@
 """Which heads each rank owns. Pure arithmetic, no tensors, no processes.
 
-Query heads are split into contiguous ranges whose sizes differ by at most one, so 9 heads on 2 ranks are 5 and 4. A rank needs
-the key/value heads that its query heads read, and no others; where two ranks read the same head, both receive it and
-their gradients for it are summed.
+Query heads are split into contiguous ranges whose sizes differ by at most one, so 9 heads on 2 ranks are 5 and 4. A
+rank needs the key/value heads that its query heads read, and no others; where two ranks read the same head, both
+receive it and their gradients for it are summed.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def validate_head_count(num_query_heads: int, size: int) -> None:
     """Raise `ValueError` if some rank would own no query head."""
     if size > num_query_heads:
         raise ValueError(
-            f"`sequence_parallel_size` ({size}) exceeds the model's query heads ({num_query_heads}): every rank needs at "
+            f"`sequence_parallel_size` ({size}) exceeds the model's query heads ({num_query_heads}): every rank needs "
+            "at "
             f"least one head; any size from 1 to {num_query_heads} that divides the number of processes works."
         )

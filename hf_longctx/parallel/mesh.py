@@ -1,7 +1,7 @@
 """The two axes of a run, decided once: `dp` (different rows) and `sp` (different tokens of the same rows).
 
-Ranks are laid out with `sp` innermost, so the processes that exchange heads in every layer are neighbours, on one node whenever
-`sequence_parallel_size` fits there. This is the only file that creates process groups.
+Ranks are laid out with `sp` innermost, so the processes that exchange heads in every layer are neighbours, on one node
+whenever `sequence_parallel_size` fits there. This is the only file that creates process groups.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class SequenceMesh:
             ValueError: `P` does not divide the number of processes.
             RuntimeError: `P > 1` before `torch.distributed` was initialised.
 
-        Communication: creating the groups is collective, so every process must call it. With `P = 1` it creates nothing and
-        needs no process group.
+        Communication: creating the groups is collective, so every process must call it. With `P = 1` it creates
+        nothing and needs no process group.
         """
         validate_sequence_parallel_size(sequence_parallel_size)
         running = dist.is_available() and dist.is_initialized()

@@ -1,12 +1,12 @@
 """One batch, cut along its tokens: full rows in, one rank's share out.
 
-What: `shard_batch` is the one named, visible step between a collated batch and `model(**batch)`. Labels are shifted over the
-whole row first and cut afterwards, so the last token of a shard keeps its target. Rows are padded to a multiple of `P` with
-one pad segment that no token attends to and no loss counts.
+What: `shard_batch` is the one named, visible step between a collated batch and `model(**batch)`. Labels are shifted
+over the whole row first and cut afterwards, so the last token of a shard keeps its target. Rows are padded to a
+multiple of `P` with one pad segment that no token attends to and no loss counts.
 
-How: everything that attention must know about the whole row (documents, padding) travels in a `SequenceShard` beside the
-tensors, as the model keyword argument `sequence_shard`. Price: `B x T` 32-bit integers per rank when rows are packed or
-padded, nothing otherwise.
+How: everything that attention must know about the whole row (documents, padding) travels in a `SequenceShard` beside
+the tensors, as the model keyword argument `sequence_shard`. Price: `B x T` 32-bit integers per rank when rows are
+packed or padded, nothing otherwise.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ class SequenceShard:
         rank (`int`): which share is mine.
         num_tokens (`int`): tokens of a row before padding to a multiple of `P`.
         local_len (`int`): tokens of a row on this rank, `t`; the padded row has `P * t`.
-        segment_ids (`torch.Tensor` of shape `(B, P * t)`, *optional*): the document of every token of the whole row, -1 for
-            padding; `None` if each row is one document with no padding. Tokens attend within their segment only.
+        segment_ids (`torch.Tensor` of shape `(B, P * t)`, *optional*): the document of every token of the whole
+            row, -1 for padding; `None` if each row is one document with no padding. Tokens attend within their segment
+            only.
         only_right_padding (`bool`): each row is one document followed by padding, so a causal kernel needs no mask.
         inner_attention (`str`): the kernel that `"ulysses"` runs.
         row_digest (`int`): checksum of the full rows, equal on the ranks of a group.
-        group (`ProcessGroup`, *optional*): the `sp` axis; bound in the main process, since it cannot leave a data worker.
+        group (`ProcessGroup`, *optional*): the `sp` axis; bound in the main process, since it cannot leave a data
+            worker.
     """
 
     size: int
@@ -90,22 +92,24 @@ def shard_batch(
     """Cut full rows to my share, ready for `model(**batch)`.
 
     Args:
-        batch (`Mapping`): collated full rows: `input_ids` (or `inputs_embeds`), and optionally `labels`, `attention_mask`,
-            `position_ids`, `token_type_ids`, packed bounds (`cu_seq_lens_*`), each of shape `(B, T, ...)`. Every rank of a
-            group passes the same rows.
+        batch (`Mapping`): collated full rows: `input_ids` (or `inputs_embeds`), and optionally `labels`,
+            `attention_mask`, `position_ids`, `token_type_ids`, packed bounds (`cu_seq_lens_*`), each of shape `(B, T,
+            ...)`. Every rank of a group passes the same rows.
         mesh ([`SequenceMesh`]): the axes of the run.
         inner_attention (`str`, *optional*, defaults to `"auto"`): see [`LongContextConfig`].
-        shift_labels (`bool`, *optional*, defaults to `True`): the model predicts the next token. Set it to `False` for a masked
-            language model, whose labels stand at their own position.
+        shift_labels (`bool`, *optional*, defaults to `True`): the model predicts the next token. Set it to `False`
+            for a masked language model, whose labels stand at their own position.
         check_rows (`bool`, *optional*, defaults to `True`): compare a checksum of the rows within the group.
 
     Returns:
-        `dict`: each tensor cut to `(B, t, ...)` with `t = ceil(T / P)`, plus `position_ids`, `sequence_shard` and, with labels,
-        `shift_labels` and `num_items_in_batch`. The model's loss on rank `r` is then `P * S_r / N`, with `S_r` the sum over its
-        valid tokens and `N` the valid tokens of the full rows: its mean over the group is the loss of one process.
+        `dict`: each tensor cut to `(B, t, ...)` with `t = ceil(T / P)`, plus `position_ids`, `sequence_shard` and,
+        with labels, `shift_labels` and `num_items_in_batch`. The model's loss on rank `r` is then `P * S_r / N`, with
+        `S_r` the sum over its valid tokens and `N` the valid tokens of the full rows: its mean over the group is the
+        loss of one process.
 
     Raises:
-        ValueError: the batch is already sharded, holds images or 3-D positions or a 4-D mask, packs documents and pads at
+        ValueError: the batch is already sharded, holds images or 3-D positions or a 4-D mask, packs documents and pads
+        at
             once, or has a tensor without a token dimension.
         RuntimeError: the ranks of the group hold different rows.
 
@@ -176,8 +180,8 @@ def segment_rows(
     """The document of every token, from the mask, the packed bounds or restarting positions.
 
     Returns:
-        tuple of `(B, T)` 32-bit segment ids (-1 for padding) or `None` for whole rows, and whether each row is one document
-        with padding on the right only.
+        tuple of `(B, T)` 32-bit segment ids (-1 for padding) or `None` for whole rows, and whether each row is one
+        document with padding on the right only.
     """
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     valid = None if mask is None or bool(mask.all()) else mask.bool()
@@ -186,7 +190,8 @@ def segment_rows(
         documents = _documents_from_positions(positions.expand(rows, -1), valid)
     if documents is not None and mask is not None:
         raise ValueError(
-            "the batch packs several documents in a row and also has an `attention_mask`: the mask would make the model "
+            "the batch packs several documents in a row and also has an `attention_mask`: the mask would make the "
+            "model "
             "ignore the document bounds; drop `attention_mask` and mark padding as a document of its own."
         )
     if valid is None:
@@ -201,8 +206,10 @@ def validate_same_rows(shard: SequenceShard) -> None:
     digests = gather_integers(shard.row_digest, shard.group)
     if len(set(digests)) > 1:
         raise RuntimeError(
-            f"the {shard.size} ranks of one sequence-parallel group drew different rows (checksums {digests}): they must "
-            "read the same data in the same order; split the data set by `mesh.data_parallel_rank`, not by the process "
+            f"the {shard.size} ranks of one sequence-parallel group drew different rows (checksums {digests}): they "
+            "must "
+            "read the same data in the same order; split the data set by `mesh.data_parallel_rank`, not by the "
+            "process "
             "rank, and seed a random collator by it."
         )
 
@@ -217,25 +224,29 @@ def _validate_batch(batch: Mapping[str, object]) -> tuple[int, int, torch.device
     for key, value in batch.items():
         if any(mark in key for mark in _MULTIMODAL_MARKS):
             raise NotImplementedError(
-                f"`{key}` belongs to an image, video or audio input, which `ulysses` does not shard: train the text model "
+                f"`{key}` belongs to an image, video or audio input, which `ulysses` does not shard: train the text "
+                "model "
                 "alone, or set `sequence_parallel_size` to 1."
             )
         if not isinstance(value, torch.Tensor) or key in _DOCUMENT_BOUND_KEYS:
             continue
         if key == "position_ids" and value.dim() == 3:
             raise NotImplementedError(
-                f"`position_ids` has shape {tuple(value.shape)}: 3-D multimodal rotary positions are not sharded; pass 2-D "
+                f"`position_ids` has shape {tuple(value.shape)}: 3-D multimodal rotary positions are not sharded; "
+                "pass 2-D "
                 "positions of shape (rows, tokens)."
             )
         if key == "attention_mask" and value.dim() != 2:
             raise NotImplementedError(
-                f"`attention_mask` has shape {tuple(value.shape)}: a hand-made mask cannot be cut by heads; pass a 2-D "
+                f"`attention_mask` has shape {tuple(value.shape)}: a hand-made mask cannot be cut by heads; pass a "
+                "2-D "
                 "padding mask, or `position_ids` that restart at each document."
             )
         fits = value.dim() >= 2 and value.shape[1] == num_tokens and value.shape[0] in (rows, 1)
         if not fits and value.dim() > 0:
             raise ValueError(
-                f"`{key}` has shape {tuple(value.shape)}, but a sharded batch needs ({rows}, {num_tokens}, ...), one entry a "
+                f"`{key}` has shape {tuple(value.shape)}, but a sharded batch needs ({rows}, {num_tokens}, ...), one "
+                "entry a "
                 "token: drop the key, or give it a token dimension."
             )
     return rows, num_tokens, tokens.device
@@ -251,7 +262,8 @@ def _documents_from_bounds(
     if bounds.dim() != 1 or rows != 1 or int(bounds[0]) != 0 or int(bounds[-1]) != num_tokens:
         raise ValueError(
             f"`cu_seq_lens_q` (shape {tuple(bounds.shape)}, from {int(bounds.flatten()[0])} to "
-            f"{int(bounds.flatten()[-1])}) must run from 0 to the {num_tokens} tokens of one flattened row, but the batch has "
+            f"{int(bounds.flatten()[-1])}) must run from 0 to the {num_tokens} tokens of one flattened row, but the "
+            "batch has "
             f"{rows} row(s): flatten the batch, or pass `position_ids` that restart at each document."
         )
     if len(bounds) == 2:

@@ -22,7 +22,8 @@ def check_arguments(args, config: LongContextConfig) -> None:
     for name in ("cp_size", "sp_size", "tp_size"):
         if parallelism is not None and (getattr(parallelism, name, 1) or 1) > 1:
             raise ValueError(
-                f"`ParallelismConfig({name}={getattr(parallelism, name)})` stands beside `sequence_parallel_size` ({size}): "
+                f"`ParallelismConfig({name}={getattr(parallelism, name)})` stands beside `sequence_parallel_size` "
+                f"({size}): "
                 f"both would cut the batch; leave `{name}` at 1."
             )
     refusals = {
@@ -39,13 +40,15 @@ def check_arguments(args, config: LongContextConfig) -> None:
             )
     if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
         raise NotImplementedError(
-            "`train_sampling_strategy` ('batch_rebalance') deals rows to single processes, but the ranks of a group must "
+            "`train_sampling_strategy` ('batch_rebalance') deals rows to single processes, but the ranks of a group "
+            "must "
             "read the same rows: use 'random', 'sequential' or 'group_by_length'."
         )
     for name in ("split_batches", "dispatch_batches"):
         if getattr(getattr(args, "accelerator_config", None), name, None):
             raise ValueError(
-                f"`accelerator_config.{name}` (True) sends pieces of one batch to all processes, but the ranks of a group must "
+                f"`accelerator_config.{name}` (True) sends pieces of one batch to all processes, but the ranks of a "
+                "group must "
                 "read the same rows: leave it unset."
             )
     if args.n_gpu > 1:
@@ -57,18 +60,20 @@ def check_arguments(args, config: LongContextConfig) -> None:
 
 def check_trainer(trainer) -> None:
     """Refuse a built trainer whose wrapper or metrics would make a sharded run inexact."""
-    size = trainer.mesh.sequence_parallel_size
+    size = trainer.long_context.sequence_parallel_size
     if size == 1:
         return
     if trainer.is_deepspeed_enabled:
         raise NotImplementedError(
-            f"DeepSpeed is configured beside `sequence_parallel_size` ({size}): its engine scales and partitions gradients by its "
+            f"DeepSpeed is configured beside `sequence_parallel_size` ({size}): its engine scales and partitions "
+            "gradients by its "
             "own rules; use DDP or FSDP2."
         )
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
         raise NotImplementedError(
-            f"FSDP version {plugin.fsdp_version} is configured beside `sequence_parallel_size` ({size}): use FSDP2, with "
+            f"FSDP version {plugin.fsdp_version} is configured beside `sequence_parallel_size` ({size}): use FSDP2, "
+            "with "
             '`fsdp_config={"fsdp_version": 2}`.'
         )
     check_arguments_of_accelerator(trainer.accelerator, size)
@@ -79,7 +84,8 @@ def check_trainer(trainer) -> None:
         )
     if getattr(trainer, "aux_loss_enabled", False):
         raise NotImplementedError(
-            f"the router's load-balancing loss (`router_aux_loss_coef` {trainer.router_aux_loss_coef}) is not a mean over tokens, so "
+            f"the router's load-balancing loss (`router_aux_loss_coef` {trainer.router_aux_loss_coef}) is not a mean "
+            "over tokens, so "
             "shards cannot add up to it: set `router_aux_loss_coef=0.0`."
         )
 
@@ -90,7 +96,8 @@ def check_arguments_of_accelerator(accelerator, size: int) -> None:
     for name in ("cp_size", "sp_size", "tp_size"):
         if parallelism is not None and (getattr(parallelism, name, 1) or 1) > 1:
             raise ValueError(
-                f"accelerate is configured with `{name}` ({getattr(parallelism, name)}) beside `sequence_parallel_size` ({size}): "
+                f"accelerate is configured with `{name}` ({getattr(parallelism, name)}) beside "
+                f"`sequence_parallel_size` ({size}): "
                 f"both would cut the batch; leave `{name}` at 1."
             )
 
@@ -106,19 +113,23 @@ def check_model(model, config: LongContextConfig) -> None:
     text = base.config.get_text_config()
     if not uses_ulysses(model):
         raise ValueError(
-            f"`{name}` runs attn_implementation={text._attn_implementation!r}, which would see only this rank's tokens, with "
-            f"`sequence_parallel_size` ({size}): load it with `from_pretrained(..., attn_implementation='ulysses')` or call "
+            f"`{name}` runs attn_implementation={text._attn_implementation!r}, which would see only this rank's "
+            "tokens, with "
+            f"`sequence_parallel_size` ({size}): load it with `from_pretrained(..., attn_implementation='ulysses')` "
+            "or call "
             "`model.set_attn_implementation('ulysses')`."
         )
     if getattr(base.config, "is_encoder_decoder", False):
         raise NotImplementedError(
-            f"`{name}` is an encoder-decoder: its cross-attention reads two sequences of different lengths, which are not "
+            f"`{name}` is an encoder-decoder: its cross-attention reads two sequences of different lengths, which are "
+            "not "
             "sharded; set `sequence_parallel_size` to 1."
         )
     other = sorted({kind for kind in getattr(text, "layer_types", None) or [] if kind not in _SHARDED_LAYER_TYPES})
     if other:
         raise NotImplementedError(
-            f"`{name}` has layers of type {', '.join(other)}, whose state runs along the sequence and would start anew on every "
+            f"`{name}` has layers of type {', '.join(other)}, whose state runs along the sequence and would start "
+            "anew on every "
             "rank: set `sequence_parallel_size` to 1, or choose a model with attention layers only."
         )
     if getattr(text, "output_router_logits", False):
@@ -129,7 +140,8 @@ def check_model(model, config: LongContextConfig) -> None:
     for adapter in getattr(model, "peft_config", {}).values():
         if getattr(adapter, "is_prompt_learning", False):
             raise NotImplementedError(
-                f"`{type(adapter).__name__}` puts virtual tokens in front of every rank's share: use LoRA or another adapter "
+                f"`{type(adapter).__name__}` puts virtual tokens in front of every rank's share: use LoRA or another "
+                "adapter "
                 "that adds no tokens."
             )
     heads = getattr(text, "num_attention_heads", None)

@@ -1,4 +1,5 @@
-"""Data loaders of a sharded run, on accelerate's own machinery told the data-parallel size instead of the process count."""
+"""Data loaders of a sharded run, on accelerate's own machinery told the data-parallel size instead of the process "
+"count."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from ..data.sampler import evaluation_loader
 def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn, is_training: bool) -> DataLoader:
     """The host's `_get_dataloader` for batches that are cut by the collator.
 
-    Differences from the host: rows are dealt to groups, not to processes; random collators in workers are seeded by group;
-    streams are read by every group itself; evaluation counts every row once.
+    Differences from the host: rows are dealt to groups, not to processes; random collators in workers are seeded by
+    group; streams are read by every group itself; evaluation counts every row once.
     """
     mesh, args = trainer.mesh, trainer.args
     collator = trainer.data_collator

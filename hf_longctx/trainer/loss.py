@@ -1,8 +1,9 @@
 """Let a loss that shifts labels inside itself work on a shard, unchanged.
 
-`compute_loss_func` and label smoothing take logits and labels of the same positions and shift by one token. On a shard that would drop
-the last token's target, which lives on the next rank. The batch already holds every token's target (`shift_labels`), so one dummy
-position is added in front of the labels and one behind the logits: the shift inside then lands on exactly those targets.
+`compute_loss_func` and label smoothing take logits and labels of the same positions and shift by one token. On a shard
+that would drop the last token's target, which lives on the next rank. The batch already holds every token's target
+(`shift_labels`), so one dummy position is added in front of the labels and one behind the logits: the shift inside
+then lands on exactly those targets.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ class AlignedLoss:
         half = self.function(_extend(outputs, 0.0), labels, **{**kwargs, "num_items_in_batch": 2 * count})
         if not torch.allclose(one, 2 * half, rtol=1e-3, atol=1e-6):
             raise ValueError(
-                f"`compute_loss_func` returned {float(one):.6g} for `num_items_in_batch` {float(count):.6g} and {float(half):.6g} for "
-                "twice that: it must return a sum over tokens divided by `num_items_in_batch`, or shards with few valid "
+                f"`compute_loss_func` returned {float(one):.6g} for `num_items_in_batch` {float(count):.6g} and "
+                f"{float(half):.6g} for "
+                "twice that: it must return a sum over tokens divided by `num_items_in_batch`, or shards with few "
+                "valid "
                 "tokens would weigh too much."
             )
         last = labels.clone()
@@ -54,7 +57,8 @@ class AlignedLoss:
         other = self.function(_extend(outputs, 50.0), last, **kwargs)
         if not torch.allclose(same, other, rtol=1e-4, atol=1e-6):
             raise ValueError(
-                "`compute_loss_func` does not shift labels: it must compare the logits at position `i` with the label at `i + 1`, as "
+                "`compute_loss_func` does not shift labels: it must compare the logits at position `i` with the label "
+                "at `i + 1`, as "
                 "the loss of a causal language model does; shift inside the function."
             )
 

@@ -1,8 +1,8 @@
 """The seams between a host trainer and a sharded batch. No arithmetic beyond counting.
 
-Batches arrive from the data loader already cut, with their labels shifted over whole rows. The host then counts every token once
-over all ranks and accumulation steps and scales its loss by the world size, which is the gradient law; so neither
-`compute_loss` nor `training_step` is touched.
+Batches arrive from the data loader already cut, with their labels shifted over whole rows. The host then counts every
+token once over all ranks and accumulation steps and scales its loss by the world size, which is the gradient law; so
+neither `compute_loss` nor `training_step` is touched.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class SequenceParallelMixin:
         check_arguments(kwargs.get("args", args[1] if len(args) > 1 else None), self.long_context)
         super().__init__(*args, **kwargs)
         check_arguments(self.args, self.long_context)
-        self.mesh = SequenceMesh.build(self.long_context.sequence_parallel_size)
         check_trainer(self)
         check_model(self.model, self.long_context)
+        self.mesh = SequenceMesh.build(self.long_context.sequence_parallel_size)
         self.shards_batches = uses_ulysses(self.model)
         self._eval_sums: torch.Tensor | None = None
         self._probe = ProbeResult()
@@ -155,7 +155,8 @@ class SequenceParallelMixin:
         if count:
             output.metrics[f"{metric_key_prefix}_loss"] = total / count
         if fresh and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            # The host marks the bare model as prepared, and `train()` would then never wrap it: ranks would drift apart.
+            # The host marks the bare model as prepared, and `train()` would then never wrap it: ranks would drift
+            # apart.
             self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
             self.model._is_accelerate_prepared = False
         return output

@@ -1,8 +1,9 @@
 """Prove on a tiny batch, before training, that this model under sharding is this model.
 
-What a configuration says can be wrong; what a model does cannot. Two short rows (one padded on the left) go through the model
-unsharded, sharded, and cut without telling it. Sharded must equal unsharded; if it equals the blind run instead, some
-layer never saw the shard. The loss is checked the same way: it must be a token mean that obeys `num_items_in_batch`.
+What a configuration says can be wrong; what a model does cannot. Two short rows (one padded on the left) go through
+the model unsharded, sharded, and cut without telling it. Sharded must equal unsharded; if it equals the blind run
+instead, some layer never saw the shard. The loss is checked the same way: it must be a token mean that obeys
+`num_items_in_batch`.
 Price: three forwards of `4 P - 1` tokens, and one exchange each.
 """
 
@@ -115,12 +116,14 @@ def _validate_outputs(name: str, sharded, unaware, error: float, blind_error: fl
         return
     if torch.equal(sharded, unaware):
         raise NotImplementedError(
-            f"the attention of `{name}` never received the shard, so each rank would attend to its own tokens only: it does not "
+            f"the attention of `{name}` never received the shard, so each rank would attend to its own tokens only: "
+            "it does not "
             "use transformers' attention interface; set `sequence_parallel_size` to 1."
         )
     raise NotImplementedError(
         f"`{name}` gives other outputs when its rows are sharded (largest relative difference {error:.1e}, allowed "
-        f"{_noise(sharded):.0e}): one of its layers mixes tokens without seeing the shard; set `sequence_parallel_size` to 1."
+        f"{_noise(sharded):.0e}): one of its layers mixes tokens without seeing the shard; set "
+        "`sequence_parallel_size` to 1."
     )
 
 
@@ -138,7 +141,9 @@ def _loss_ignores_count(model, share: dict, shift_labels: bool) -> bool:
     if torch.allclose(loss.float(), averaged, rtol=noise, atol=noise) or not (targets != IGNORE_INDEX).any():
         return True
     raise NotImplementedError(
-        f"the loss of `{type(unwrap(model)).__name__}` ({float(loss):.4f}) is not the mean cross entropy of its tokens "
-        f"({float(averaged):.4f}), so shards cannot add up to it: pass a `compute_loss_func` that divides a sum over tokens by "
+        f"the loss of `{type(unwrap(model)).__name__}` ({float(loss):.4f}) is not the mean cross entropy of its "
+        "tokens "
+        f"({float(averaged):.4f}), so shards cannot add up to it: pass a `compute_loss_func` that divides a sum over "
+        "tokens by "
         "`num_items_in_batch`."
     )

@@ -1,7 +1,7 @@
 """Seconds and peak memory of one training step: one process, `ulysses`, and axolotl-ringmaster, side by side.
 
-What: forward with the causal loss and backward of a Llama with random weights. On a CPU: (a) one process with all cores
-and the stock `sdpa`; (b) `attn_implementation="ulysses"` on 2 ranks that share the same cores; (c) with
+What: forward with the causal loss and backward of a Llama with random weights. On a CPU: (a) one process with all
+cores and the stock `sdpa`; (b) `attn_implementation="ulysses"` on 2 ranks that share the same cores; (c) with
 `--peer_python`, ringmaster's Ulysses on 2 ranks. On CUDA: one rank, the stock kernel against `ulysses` around it, in
 bfloat16.
 

@@ -36,27 +36,27 @@ READING = """\
 - *s*: forward and backward of one row, the slowest rank, median of {repeats} rounds (the best in brackets); *tokens/s*
   follows from the median.
 - *CPU s*: processor seconds of all ranks together, which other programs on the machine disturb less than the clock.
-- *peak GB*: the most memory one process held. *step GB*: the same less what it held once the model existed (its weights
-  and the libraries), that is gradients, activations and logits.
+- *peak GB*: the most memory one process held. *step GB*: the same less what it held once the model existed (weights and
+  libraries), that is gradients, activations and logits.
 - *time*, *best time*, *CPU time*, *step memory*: ratios to the one process of the same row and kernel.
 - *loss error*, *gradient error*: relative to the one process, after the mean over ranks, the worst of all rounds; for
   gradients `|g - g_ref| / |g_ref|`, the worst of all parameters.
 - *others*: the share of the cores that other programs used during the step, median. Above a few per cent, read
   *CPU time* rather than *time*.
-- Every measurement is a fresh process with a warm-up of an eighth of the row; contenders take turns within a round. The
-  mean of gradients over ranks, which a wrapper overlaps with the backward, is not in *s*: it took {mean_seconds} here.
+- Every measurement is a fresh process with a warm-up of an eighth of the row; contenders take turns within a round.
+  The mean of gradients over ranks, which a wrapper overlaps with the backward, is not in *s*: it took {mean_seconds}.
 """
 
 WHEN_NOT = """\
-- **The row fits in one process.** Sequence parallelism divides the work of a row, it does not reduce it: at equal cores
-  or devices, data parallelism gives the same tokens a second without an exchange in every layer.
+- **The row fits in one process.** Sequence parallelism divides the work of a row, it does not reduce it: at equal
+  cores or devices, data parallelism gives the same tokens a second without an exchange in every layer.
 - **The weights are what does not fit.** Every rank holds all weights and gradients; sequence parallelism divides
   activations and logits only. Shard weights with FSDP2, or train LoRA.
 - **Query heads that the ranks do not divide.** An uneven split is exact, but the rank with more heads sets the pace of
-  attention: 9 heads on 2 ranks are 5 and 4, so attention takes 5 / 4.5 = 1.11 times its share. A key/value head that two
-  ranks read is sent to and kept by both.
-- **Ranks on different nodes.** Every layer waits for two exchanges forward and two backward; keep the `sp` axis inside a
-  node.
+  attention: 9 heads on 2 ranks are 5 and 4, so attention takes 5 / 4.5 = 1.11 times its share. A key/value head that
+  two ranks read is sent to and kept by both.
+- **Ranks on different nodes.** Every layer waits for two exchanges forward and two backward; keep the `sp` axis
+  inside a node.
 - **Short rows.** What every rank does whole (weight gradients, starting kernels, waiting for the slowest) does not
   shrink with its share of the row; measure your own length before you decide.
 """

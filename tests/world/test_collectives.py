@@ -1,7 +1,7 @@
 """The exchanges move every number to the right place, once, and their gradients come back summed.
 
-The oracle is plain indexing of the full tensor, which every rank makes from the same seed. Values are small whole numbers, so sums
-are exact in bfloat16 too and every comparison is for equality.
+The oracle is plain indexing of the full tensor, which every rank makes from one seed. Values are small whole numbers,
+so sums are exact in bfloat16 too and every comparison is for equality.
 """
 
 from __future__ import annotations
@@ -315,7 +315,7 @@ def test_bytes_on_the_wire_equal_the_formula(worlds, heads, key_value_heads, dty
 
 
 def test_formula_is_the_one_of_the_paper():
-    """Query and output once, `(P-1)/P` of them; each key/value head once to every other rank that reads it; backward the same."""
+    """`(P-1)/P` of query and output, each key/value head once to every other rank that reads it; backward the same."""
     for heads, key_value_heads in GEOMETRIES:
         for size in (2, 4):
             split = split_heads(heads, key_value_heads, size)
@@ -330,7 +330,7 @@ def test_formula_is_the_one_of_the_paper():
 
 
 def bytes_of_attention(heads, key_value_heads):
-    from hf_longctx.attention.ulysses import ulysses_attention
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     rank, size = dist.get_rank(), dist.get_world_size()
     full = full_inputs(heads, key_value_heads, LOCAL * size, [torch.float32] * 3)
@@ -341,7 +341,7 @@ def bytes_of_attention(heads, key_value_heads):
         size=size, rank=rank, num_tokens=LOCAL * size, local_len=LOCAL, inner_attention="sdpa", group=dist.group.WORLD
     )
     with counted_collectives() as forward:
-        output, _ = ulysses_attention(module, *local, None, sequence_shard=shard)
+        output, _ = ALL_ATTENTION_FUNCTIONS["ulysses"](module, *local, None, sequence_shard=shard)
     with counted_collectives() as backward:
         output.backward(numbers(*output.shape, seed=rank))
     return forward, backward

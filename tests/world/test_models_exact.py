@@ -1,9 +1,10 @@
 """Every mask, head geometry and row shape: losses and all gradients of the sharded model equal one process's.
 
-The oracle is the stock kernel (`sdpa`, or `eager` where sinks and softcap need it) on the whole rows, in one process. Models run in
-float64 where the host allows it (its eager masks overflow there, and its grouped experts have no such kernel): what is left
-is the host's own casts of norms, eager softmax and loss to float32, so entries agree to 1e-6 of the largest. Models in
-float32 are held to 1e-5: a gradient there is a sum over some 50 tokens taken in another order.
+The oracle is the stock kernel (`sdpa`, or `eager` where sinks and softcap need it) on the whole rows, in one
+    process. Models run in
+float64 where the host allows it (its eager masks overflow there, and its grouped experts have no such kernel): what is
+left is the host's own casts of norms, eager softmax and loss to float32, so entries agree to 1e-6 of the largest.
+Models in float32 are held to 1e-5: a gradient there is a sum over some 50 tokens taken in another order.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ EAGER_ONLY = ("gemma2", "gpt_oss")
 
 
 def make_batch(rows: str, name: str, tokens: int = 23, seed: int = 1) -> dict[str, torch.Tensor]:
-    """Two rows of random tokens: `full`, `right` or `left` padded, `packed` documents, or `tiny` rows of three tokens."""
+    """Two rows of random tokens: `full`, `right` or `left` padded, `packed` documents, or `tiny` rows of three "
+    "tokens."""
     generator = torch.Generator().manual_seed(seed)
     tokens = 3 if rows == "tiny" else tokens
     ids = torch.randint(3, VOCAB, (2, tokens), generator=generator)

@@ -1,4 +1,5 @@
-"""`LongContextSFTTrainer` equals TRL's `SFTTrainer` in one process: every loss type, every way to choose the trained tokens."""
+"""`LongContextSFTTrainer` equals TRL's `SFTTrainer` in one process: every loss type, every way to choose the trained "
+"tokens."""
 
 from __future__ import annotations
 

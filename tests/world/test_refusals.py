@@ -1,0 +1,213 @@
+"""Refusals that need real ranks: probes, disagreeing rows, world sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import transformers
+from transformers import AttentionInterface
+
+from hf_longctx import SequenceMesh, shard_batch
+
+from ..harness import WorldFailure
+from ..models import _BASE, VOCAB, build
+from ..training import Rows, pad_right, train
+
+
+def build_mesh(size):
+    SequenceMesh.build(size)
+
+
+def test_world_size_must_be_divisible(world4):
+    with pytest.raises(WorldFailure, match=r"\(3\) must divide the number of processes \(4\): start 3 processes"):
+        world4.run(build_mesh, 3)
+
+
+def other_rows_on_each_rank():
+    mesh = SequenceMesh.build(2)
+    ids = torch.full((1, 8), 7 + mesh.sequence_parallel_rank)
+    shard_batch({"input_ids": ids}, mesh)
+
+
+def test_ranks_that_drew_different_rows_are_told(world2):
+    with pytest.raises(WorldFailure, match="drew different rows.*data_parallel_rank"):
+        world2.run(other_rows_on_each_rank)
+
+
+class RankRows(Rows):
+    """A data set that wrongly depends on the process."""
+
+    def __getitem__(self, index):
+        row = super().__getitem__(index)
+        shift = torch.distributed.get_rank()
+        return {**row, "input_ids": [3 + (i + shift) % 90 for i in row["input_ids"]]}
+
+
+def train_on_rank_rows():
+    train(2, rows=RankRows())
+
+
+def test_the_trainer_notices_rows_that_differ_within_a_group(world2):
+    with pytest.raises(WorldFailure, match="drew different rows"):
+        world2.run(train_on_rank_rows)
+
+
+def without_labels(rows):
+    batch = pad_right(rows)
+    del batch["labels"]
+    return batch
+
+
+def train_without_labels():
+    train(2, trainer_options={"data_collator": without_labels})
+
+
+def test_missing_labels_are_told(world2):
+    with pytest.raises(WorldFailure, match="no `labels`.*DataCollatorForLanguageModeling"):
+        world2.run(train_without_labels)
+
+
+def blind_attention(module, query, key, value, attention_mask, sequence_shard=None, **kwargs):
+    return transformers.integrations.sdpa_attention.sdpa_attention_forward(module, query, key, value, None, **kwargs)
+
+
+def train_a_model_that_hides_the_shard():
+    class Hiding(transformers.LlamaForCausalLM):
+        def forward(self, *args, sequence_shard=None, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    torch.manual_seed(0)
+    model = Hiding(build("llama", "ulysses").config)
+    train(2, model=model)
+
+
+def test_an_attention_that_never_sees_the_shard_is_found_by_the_probe(world2):
+    with pytest.raises(WorldFailure, match="never received the shard.*sequence_parallel_size` to 1"):
+        world2.run(train_a_model_that_hides_the_shard)
+
+
+def train_a_model_with_a_layer_that_mixes_tokens():
+    model = build("llama", "ulysses")
+    mlp = model.model.layers[1].mlp
+    plain = mlp.forward
+    mlp.forward = lambda x: plain(x) + 0.1 * x.cumsum(dim=1)
+    train(2, model=model)
+
+
+def test_a_layer_that_mixes_tokens_by_itself_is_found_by_the_probe(world2):
+    with pytest.raises(WorldFailure, match="gives other outputs when its rows are sharded"):
+        world2.run(train_a_model_with_a_layer_that_mixes_tokens)
+
+
+def train_recurrent():
+    config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, state_size=4, num_hidden_layers=1)
+    model = transformers.MambaForCausalLM(config)
+    model.config._attn_implementation = "ulysses"
+    train(2, model=model)
+
+
+def test_a_recurrent_model_is_refused(world2):
+    with pytest.raises(WorldFailure, match="NotImplementedError.*Mamba"):
+        world2.run(train_recurrent)
+
+
+def train_a_model_with_another_loss():
+    model = build("llama", "ulysses")
+    model.loss_function = lambda logits, labels, **kwargs: logits.pow(2).mean()
+    train(2, model=model)
+
+
+def test_a_loss_that_is_not_a_token_mean_is_refused(world2):
+    with pytest.raises(WorldFailure, match="is not the mean cross entropy of its tokens"):
+        world2.run(train_a_model_with_another_loss)
+
+
+def mean_loss(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def unshifted_loss(outputs, labels, num_items_in_batch=None):
+    logits, labels = outputs.logits.flatten(0, 1), labels.flatten()
+    return torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+def train_with_loss(function):
+    train(2, trainer_options={"compute_loss_func": function})
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [(mean_loss, "divided by `num_items_in_batch`"), (unshifted_loss, "does not shift labels")],
+)
+def test_a_compute_loss_func_that_cannot_be_exact_is_refused(world2, function, sentence):
+    with pytest.raises(WorldFailure, match=sentence):
+        world2.run(train_with_loss, function)
+
+
+def positions_from_the_ids(with_positions):
+    config = transformers.RobertaConfig(
+        **{
+            **_BASE,
+            "pad_token_id": 1,
+            "type_vocab_size": 1,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+        },
+    )
+    torch.manual_seed(0)
+    model = transformers.RobertaForMaskedLM._from_config(config, attn_implementation="ulysses")
+
+    def collate(rows):
+        batch = pad_right(rows)
+        if with_positions:
+            mask = batch["attention_mask"]
+            batch["position_ids"] = (mask.cumsum(1) * mask) + 1
+        return batch
+
+    return train(2, model=model, trainer_options={"data_collator": collate})
+
+
+def test_a_model_that_derives_positions_asks_for_them(world2):
+    with pytest.raises(WorldFailure, match="add `position_ids` of shape"):
+        world2.run(positions_from_the_ids, False)
+    world2.run(positions_from_the_ids, True)
+
+
+def predict():
+    from hf_longctx import LongContextConfig, LongContextTrainer
+
+    from ..training import arguments, reset_host
+
+    reset_host()
+    trainer = LongContextTrainer(
+        model=build("llama", "ulysses"),
+        args=arguments("unused"),
+        data_collator=pad_right,
+        long_context=LongContextConfig(sequence_parallel_size=2),
+    )
+    trainer.predict(Rows(4))
+
+
+def test_predicting_logits_is_refused(world2):
+    with pytest.raises(WorldFailure, match="prediction_loss_only=True"):
+        world2.run(predict)
+
+
+def shard_twice():
+    mesh = SequenceMesh.build(2)
+    shard_batch(shard_batch({"input_ids": torch.ones(1, 8, dtype=torch.long)}, mesh), mesh)
+
+
+def test_a_sharded_batch_is_not_sharded_again(world2):
+    with pytest.raises(WorldFailure, match="already sharded"):
+        world2.run(shard_twice)
+
+
+def registered_names():
+    return AttentionInterface()["ulysses"].__name__, dataclasses.is_dataclass(SequenceMesh.build(2))
+
+
+def test_every_rank_has_the_name_registered(world2):
+    assert world2.run(registered_names) == [("ulysses_attention", True)] * 2
