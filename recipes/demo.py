@@ -18,6 +18,7 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 from rich.table import Table
@@ -71,11 +72,11 @@ def compare(console: Console, shared: dict, single: dict) -> float:
 
 def show_cost(console: Console, runs: dict[str, tuple[dict, float]]) -> None:
     table = Table(title="Cost", title_justify="left")
-    for name in ("run", "peak memory of each process", "tokens per second", "seconds, loading included"):
+    for name in ("run", "peak memory per process", "tokens/s", "seconds with loading"):
         table.add_column(name, justify="left" if name == "run" else "right")
     for name, (metrics, seconds) in runs.items():
         peaks = ", ".join(f"{rank['host_bytes'] / GIB:.2f} GiB" for rank in metrics["peak_memory"])
-        speed = sorted(entry["tokens_per_second"] for entry in metrics["history"])[len(metrics["history"]) // 2]
+        speed = median(entry["tokens_per_second"] for entry in metrics["history"])
         table.add_row(name, peaks, f"{speed:.0f}", f"{seconds:.0f}")
     console.print(table)
 
@@ -84,7 +85,7 @@ def main() -> int:
     (arguments,) = HfArgumentParser(DemoArguments).parse_args_into_dataclasses()
     console = Console()
     folder = Path(arguments.folder)
-    shared_folder, single_folder = folder / "two_processes", folder / "one_process"
+    shared_folder, single_folder = folder / "smollm2-stdlib", folder / "one_process"
     for old in (shared_folder, single_folder):
         shutil.rmtree(ROOT / old, ignore_errors=True)
     recipe = ["recipes/sft.py", "--config", arguments.config]

@@ -230,7 +230,7 @@ def eager_attention(
     if s_aux is not None:
         sinks = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
         scores = torch.cat([scores, sinks], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     if s_aux is not None:
         weights = weights[..., :-1]
     weights = torch.nn.functional.dropout(weights, p=dropout, training=dropout > 0)

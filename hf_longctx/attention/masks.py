@@ -148,13 +148,11 @@ class KernelPlan:
         rule ([`AttentionRule`]): with `chunk` gone, and `window` gone where it is longer than the row.
         segments (`torch.Tensor` of shape `(B, T)`, *optional*): tokens see their own segment only; `None`: the
             whole row.
-        num_tokens (`int`): tokens of a row before it was padded to a multiple of `P`.
         mask (`object`, *optional*): the kernel's own mask object, if it needs one.
     """
 
     rule: AttentionRule
-    segments: torch.Tensor | None
-    num_tokens: int
+    segments: torch.Tensor | None = None
     mask: object = None
 
     @property
@@ -165,8 +163,7 @@ class KernelPlan:
 
 def plan_row(rule: AttentionRule, shard: SequenceShard, rows: int, device: torch.device) -> KernelPlan:
     """Apply `rule` to the rows of `shard`: chunks become segments, and what cannot matter is dropped."""
-    num_tokens = shard.local_len * shard.size
-    segments = shard.segment_ids
+    num_tokens, segments = shard.num_tokens, shard.segment_ids
     if rule.causal and shard.only_right_padding:
         # Padding stands after every real token, so no real token looks at it, and nothing is computed from what it
         # sees.
@@ -178,7 +175,7 @@ def plan_row(rule: AttentionRule, shard: SequenceShard, rows: int, device: torch
     window = rule.window
     if window is not None and window >= num_tokens:
         window = None
-    return KernelPlan(replace(rule, chunk=None, window=window), segments, shard.num_tokens)
+    return KernelPlan(replace(rule, chunk=None, window=window), segments)
 
 
 def chunk_segments(
@@ -215,7 +212,7 @@ def index_function(plan: KernelPlan) -> Callable:
 
 def build_mask(plan: KernelPlan, kernel: str, rows: int, num_tokens: int, dtype: torch.dtype, device: torch.device):
     """The mask object of `"sdpa"`, `"eager"` or `"flex_attention"` for a whole row, built by the host."""
-    mask = ALL_MASK_ATTENTION_FUNCTIONS[kernel](
+    return ALL_MASK_ATTENTION_FUNCTIONS[kernel](
         batch_size=rows,
         q_length=num_tokens,
         kv_length=num_tokens,
@@ -227,11 +224,6 @@ def build_mask(plan: KernelPlan, kernel: str, rows: int, num_tokens: int, dtype:
         dtype=dtype,
         device=device,
     )
-    if kernel == "eager" and plan.num_tokens < num_tokens:
-        # The eager mask is a large number, under which a token that sees nothing averages over every key: keep the
-        # keys added for divisibility out of that average.
-        mask = mask.masked_fill(torch.arange(num_tokens, device=device) >= plan.num_tokens, -torch.inf)
-    return mask
 
 
 def segment_bounds(segments: torch.Tensor | None, rows: int, num_tokens: int, device: torch.device):

@@ -87,6 +87,11 @@ def ulysses_attention(
                 "that a data worker cut, or use `hf_longctx.shard_batch`."
             )
         query, key, value = sequence_to_heads(query, key, value, split, shard.group)
+    padding = shard.local_len * shard.size - shard.num_tokens
+    if padding:
+        # From here the row is the user's own again, so the kernel sees what one process would: the same lengths, the same
+        # fast path without a mask, the same random numbers.
+        query, key, value = (tensor[:, :, : shard.num_tokens] for tensor in (query, key, value))
     index = split.key_value_index(shard.rank)
     if index is not None:
         index = torch.tensor(index, device=key.device)
@@ -100,6 +105,8 @@ def ulysses_attention(
         output = _run_with_head_streams(heads.start, kernel, module, query, key, value, *call)
     else:
         output = run_planned(kernel, module, query, key, value, *call)
+    if padding:
+        output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, padding))
     if shard.size > 1:
         output = heads_to_sequence(output, split, shard.group)
     return output, None

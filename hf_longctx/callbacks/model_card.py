@@ -9,6 +9,7 @@ import logging
 import os
 import re
 from pathlib import Path
+from statistics import median
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -79,14 +80,14 @@ def _is_public(tag: str) -> bool:
 
 def _body(folder: Path, metrics: dict, picture: str | None) -> str:
     size, row_tokens = metrics["sequence_parallel_size"], metrics["row_tokens"]
-    base = metrics["base_model"]
-    base = f"[`{base}`](https://huggingface.co/{base})" if is_hub_name(base) else f"`{base}`" if base else "a model"
-    shared = f"each shared by {size} processes (Ulysses sequence parallelism)" if size > 1 else "on whole sequences"
-    length = f"rows of up to {row_tokens:,} tokens, {shared}" if row_tokens else f"rows {shared}"
-    source = f" on `{metrics['dataset']}`" if metrics["dataset"] else ""
+    base = _link(metrics["base_model"], "") or "A model"
+    length = f"rows of up to {row_tokens:,} tokens" if row_tokens else "rows as long as its documents"
+    if size > 1:
+        length += f", each shared by {size} processes (Ulysses sequence parallelism)"
+    source = f" on {_link(metrics['dataset'], 'datasets/')}" if metrics["dataset"] else ""
     parts = [
-        f"# {folder.resolve().name}",
-        f"{base[0].upper() + base[1:]} trained{source} with `hf_longctx`: {length}. To run, the saved model needs "
+        f"# {metrics['name']}",
+        f"{base} trained{source} with `hf_longctx`: {length}. To run, the saved model needs "
         f"only `transformers`{' and `peft`' if (folder / 'adapter_config.json').is_file() else ''}.",
     ]
     if picture is not None:
@@ -100,6 +101,10 @@ def _body(folder: Path, metrics: dict, picture: str | None) -> str:
         "Numbers of every step: `metrics.json`.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _link(name: str | None, kind: str) -> str | None:
+    return f"[{name}](https://huggingface.co/{kind}{name})" if is_hub_name(name) else name
 
 
 def _results(metrics: dict) -> dict[str, str]:
@@ -116,7 +121,7 @@ def _results(metrics: dict) -> dict[str, str]:
         rows["Seconds of training"] = f"{train['train_runtime']:.1f}"
     speeds = [entry["tokens_per_second"] for entry in history if entry.get("tokens_per_second")]
     if speeds:
-        rows["Tokens per second, all processes, median"] = f"{sorted(speeds)[len(speeds) // 2]:,.0f}"
+        rows["Tokens per second, all processes, median"] = f"{median(speeds):,.0f}"
     for name in ("device", "host"):
         peaks = [rank[f"{name}_bytes"] for rank in metrics["peak_memory"] if rank[f"{name}_bytes"]]
         if peaks:

@@ -107,6 +107,7 @@ class RunReport(TrainerCallback):
         (folder / METRICS_FILE).write_text(json.dumps(self.metrics, indent=2) + "\n", encoding="utf-8")
         drawn = draw_curves(self.metrics, folder / PICTURE_FILE)
         write_model_card(folder, self.metrics, PICTURE_FILE if drawn else None, self._earlier_card)
+        self._earlier_card = None  # kept once
 
     def _count_time(self) -> None:
         now = time.perf_counter()
@@ -120,6 +121,7 @@ class RunReport(TrainerCallback):
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         data_parallel_size = args.world_size // self.sequence_parallel_size
         return {
+            "name": (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1],
             "command": launch_command(),
             "base_model": self.base_model or (name if is_hub_name(name) else None),
             "dataset": self.dataset,
@@ -128,7 +130,7 @@ class RunReport(TrainerCallback):
             "data_parallel_size": data_parallel_size,
             "sequence_parallel_size": self.sequence_parallel_size,
             "num_steps": state.global_step,
-            "settings": _settings(args, data_parallel_size),
+            "settings": _settings(args, data_parallel_size, getattr(model, "dtype", None)),
             "versions": _versions(),
             "history": [{key: entry.get(key) for key in keys} for entry in history],
             "eval_history": [{"step": entry["step"], "eval_loss": entry["eval_loss"]} for entry in evaluations],
@@ -179,15 +181,16 @@ def _headline(metrics: dict) -> str:
     return ", ".join(words)
 
 
-def _settings(args, data_parallel_size: int) -> dict[str, object]:
+def _settings(args, data_parallel_size: int, dtype: torch.dtype | None) -> dict[str, object]:
     rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * data_parallel_size
     return {
         "rows_per_optimizer_step": rows,
         "learning_rate": args.learning_rate,
         "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
         "optimizer": str(getattr(args.optim, "value", args.optim)),
-        "precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "as loaded",
-        "gradient_checkpointing": args.gradient_checkpointing,
+        "weights": str(dtype).removeprefix("torch."),
+        "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        "activation_checkpointing": bool(args.gradient_checkpointing),  # the name that older hosts know too
         "seed": args.seed,
     }
 

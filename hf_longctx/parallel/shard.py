@@ -139,8 +139,6 @@ def cut_batch(
     local_len = -(-num_tokens // size)
     segments, only_right_padding = segment_rows(batch, rows, num_tokens, device)
     padding = local_len * size - num_tokens
-    if padding and segments is None:
-        segments = torch.zeros(rows, num_tokens, dtype=torch.int32, device=device)
     full = {key: value for key, value in batch.items() if key not in _DOCUMENT_BOUND_KEYS}
     if full.get("position_ids") is None:
         full["position_ids"] = torch.arange(num_tokens, device=device).expand(rows, -1)
@@ -159,8 +157,6 @@ def cut_batch(
             fill = IGNORE_INDEX if key in ("labels", "shift_labels") else 0
             value = _cut(value, rank, local_len, fill)
         share[key] = value
-    if segments is not None and padding:
-        segments = torch.nn.functional.pad(segments, (0, padding), value=PAD_SEGMENT)
     share["sequence_shard"] = SequenceShard(
         size=size,
         rank=rank,

@@ -28,13 +28,13 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 from rich.console import Console
-from ulysses_report import describe_machine, print_table, write_report
+from ulysses_report import describe_machine, print_table, summarize, write_report
 
 
 WORKER = Path(__file__).with_name("ulysses_worker.py")
@@ -84,6 +84,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, help="processes of ulysses and the peer (CPU: 2; CUDA: 1)")
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="cores that every contender shares out")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the table shows their median")
+    parser.add_argument("--minutes", type=float, default=120, help="start no further round after this time")
     parser.add_argument("--peer_python", help=f"the Python of an environment with {PEER}; omitted: no such row")
     parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written beside it")
     args = parser.parse_args(arguments)
@@ -225,7 +226,10 @@ def measure_all(contenders: list[Contender], args: argparse.Namespace, folder: P
         for c in contenders
         for name in [f"{c.label}, {case.heads}/{case.kv_heads} heads"]
     ]
+    deadline = time.monotonic() + 60 * args.minutes
     for index in range(args.repeats):
+        if index and time.monotonic() > deadline:
+            break
         for row in rows:
             if row["failed"]:
                 continue
@@ -240,33 +244,6 @@ def measure_all(contenders: list[Contender], args: argparse.Namespace, folder: P
                     )
                 console.print(f"round {index + 1}: {row['case']}: {row['label']}: {run['seconds']:.2f} s")
     return rows
-
-
-def summarize(rows: list[dict], cores: int) -> None:
-    """Add medians to each row, and its ratios to the one process of its own case and kernel."""
-    references = {}
-    for row in rows:
-        if row["failed"]:
-            continue
-        runs = row["runs"]
-        row["seconds"] = median(run["seconds"] for run in runs)
-        row["best_seconds"] = min(run["seconds"] for run in runs)
-        row["cpu_seconds"] = median(run["cpu_seconds"] for run in runs)
-        row["tokens_per_second"] = row["tokens"] / row["seconds"]
-        row["gradient_mean_seconds"] = median(run["gradient_mean_seconds"] for run in runs)
-        row["peak_gb"] = median(max(run["peak_bytes"]) for run in runs) / 1e9
-        steps = [max(peak - model for peak, model in zip(run["peak_bytes"], run["model_bytes"])) for run in runs]
-        row["step_gb"] = median(steps) / 1e9
-        others = [(run["machine_cpu_seconds"] - run["cpu_seconds"]) / (run["seconds"] * cores) for run in runs]
-        row["other_load"] = max(0.0, median(others))
-        for key in ("loss_error", "gradient_norm_error", "gradient_error"):
-            row[key] = max((run[key] for run in runs if key in run), default=None)
-        if row["name"] == "stock":
-            references[row["case"], row["kernel"]] = row
-        reference = references.get((row["case"], row["kernel"]))
-        if reference is not None:
-            for key in ("seconds", "best_seconds", "cpu_seconds", "peak_gb", "step_gb"):
-                row[f"{key}_ratio"] = row[key] / reference[key]
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import platform
 from pathlib import Path
+from statistics import median
 
 from rich.console import Console
 from rich.table import Table
@@ -36,7 +37,7 @@ READING = """\
 - *s*: forward and backward of one row, the slowest rank, median of {repeats} rounds (the best in brackets); *tokens/s*
   follows from the median.
 - *CPU s*: processor seconds of all ranks together, which other programs on the machine disturb less than the clock.
-- *peak GB*: the most memory one process held. *step GB*: the same less what it held once the model existed (weights and
+- *peak GB*: the most memory one process held. *step GB*: the same less what it held once the model existed (weights,
   libraries), that is gradients, activations and logits.
 - *time*, *best time*, *CPU time*, *step memory*: ratios to the one process of the same row and kernel.
 - *loss error*, *gradient error*: relative to the one process, after the mean over ranks, the worst of all rounds; for
@@ -76,6 +77,33 @@ def describe_machine(rows: list[dict]) -> dict[str, str]:
         "device": ", ".join(sorted(devices)) or "none, on the CPU",
         "system": f"{platform.system()}, Python {platform.python_version()}",
     }
+
+
+def summarize(rows: list[dict], cores: int) -> None:
+    """Add medians to each row, and its ratios to the one process of its own case and kernel."""
+    references = {}
+    for row in rows:
+        if row["failed"]:
+            continue
+        runs = row["runs"]
+        row["seconds"] = median(run["seconds"] for run in runs)
+        row["best_seconds"] = min(run["seconds"] for run in runs)
+        row["cpu_seconds"] = median(run["cpu_seconds"] for run in runs)
+        row["tokens_per_second"] = row["tokens"] / row["seconds"]
+        row["gradient_mean_seconds"] = median(run["gradient_mean_seconds"] for run in runs)
+        row["peak_gb"] = median(max(run["peak_bytes"]) for run in runs) / 1e9
+        steps = [max(peak - model for peak, model in zip(run["peak_bytes"], run["model_bytes"])) for run in runs]
+        row["step_gb"] = median(steps) / 1e9
+        others = [(run["machine_cpu_seconds"] - run["cpu_seconds"]) / (run["seconds"] * cores) for run in runs]
+        row["other_load"] = max(0.0, median(others))
+        for key in ("loss_error", "gradient_norm_error", "gradient_error"):
+            row[key] = max((run[key] for run in runs if key in run), default=None)
+        if row["name"] == "stock":
+            references[row["case"], row["kernel"]] = row
+        reference = references.get((row["case"], row["kernel"]))
+        if reference is not None:
+            for key in ("seconds", "best_seconds", "cpu_seconds", "peak_gb", "step_gb"):
+                row[f"{key}_ratio"] = row[key] / reference[key]
 
 
 def cells(row: dict) -> list[str]:
@@ -139,7 +167,9 @@ def write_report(result: dict, path: Path) -> None:
         "",
         "## How to read it",
         "",
-        READING.format(repeats=settings["repeats"], mean_seconds=f"at most {mean_seconds:.2f} s"),
+        READING.format(
+            repeats=max(len(row["runs"]) for row in measured), mean_seconds=f"at most {mean_seconds:.2f} s"
+        ),
         "## When not to use it",
         "",
         WHEN_NOT,

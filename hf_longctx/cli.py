@@ -1,0 +1,113 @@
+"""`hf-longctx`: look before a run. `env` prints what is installed, `check` says whether a model can be sharded and "
+"how."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from importlib.metadata import PackageNotFoundError, version
+
+
+PACKAGES = ("torch", "transformers", "accelerate", "trl", "peft", "datasets", "kernels", "flash-attn")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the console command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="hf-longctx", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("env", help="print versions, devices and the attention kernels at hand")
+    check = commands.add_parser("check", help="say whether a model can be sharded, and who gets which heads")
+    check.add_argument("model", help="hub id or folder; only its configuration is read")
+    check.add_argument("--sequence_parallel_size", type=int, default=2, help="processes that share one sequence")
+    check.add_argument("--inner_attention", default="auto", help="kernel that `ulysses` runs on its heads")
+    check.add_argument("--trust_remote_code", action="store_true", help="run the code a hub model brings")
+    options = parser.parse_args(arguments)
+    if options.command == "env":
+        return _print_environment()
+    return _check(options)
+
+
+def _print_environment() -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("package", "version")
+    table.add_row("hf_longctx", _own_version())
+    for package in PACKAGES:
+        table.add_row(package, _version_of(package))
+    console = Console()
+    console.print(table)
+    import torch
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+    console.print(f"devices: {', '.join(devices)}")
+    console.print(f"inner kernels at hand: {', '.join(_available_kernels())}")
+    return 0
+
+
+def _available_kernels() -> list[str]:
+    from .attention.kernels import validate_kernel_available
+    from .config import INNER_ATTENTIONS
+
+    found = []
+    for kernel in INNER_ATTENTIONS:
+        try:
+            validate_kernel_available(kernel)
+        except ImportError:
+            continue
+        found.append(kernel)
+    return found
+
+
+def _check(options: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    try:
+        split = _split_of(options)
+    except (ValueError, NotImplementedError, ImportError, OSError) as error:
+        console.print(f"[bold red]refused[/]: {error}", highlight=False)
+        return 2
+    from rich.table import Table
+
+    table = Table("rank", "query heads", "key/value heads")
+    for rank, (query, key_value) in enumerate(zip(split.query, split.key_value)):
+        table.add_row(str(rank), f"{query[0]}..{query[1] - 1}", f"{key_value[0]}..{key_value[1] - 1}")
+    console.print(f"[bold green]can be sharded[/] over {options.sequence_parallel_size} processes", highlight=False)
+    console.print(table)
+    console.print(f"key/value heads are sent {split.replication():.2f} times each", highlight=False)
+    console.print("A tiny forward is compared with one process when a trainer starts.", highlight=False)
+    return 0
+
+
+def _split_of(options: argparse.Namespace):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .config import LongContextConfig
+    from .parallel.heads import split_heads
+    from .trainer.checks import check_model
+
+    size = options.sequence_parallel_size
+    wanted = LongContextConfig(sequence_parallel_size=size, inner_attention=options.inner_attention)
+    remote = {"trust_remote_code": options.trust_remote_code}
+    config = AutoConfig.from_pretrained(options.model, **remote)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="ulysses", **remote)
+    check_model(model, wanted)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    return split_heads(heads, getattr(text, "num_key_value_heads", None) or heads, size)
+
+
+def _own_version() -> str:
+    from . import __version__
+
+    return __version__
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed" if importlib.util.find_spec(package.replace("-", "_")) is None else "unknown"
