@@ -32,7 +32,9 @@ def validate_sequence_parallel_size(size: object) -> None:
 
 def validate_inner_attention(name: object) -> None:
     """Raise `ValueError` unless `name` is a kernel name we know or a hub kernel of the form `org/name`."""
-    if isinstance(name, str) and (name in INNER_ATTENTIONS or name.count("/") == 1):
+    if isinstance(name, str) and (
+        name in INNER_ATTENTIONS or [bool(part) for part in name.split("/")] == [True, True]
+    ):
         return
     raise ValueError(
         f"`inner_attention` ({name!r}) is not a kernel that `ulysses` can wrap: choose one of "
@@ -78,3 +80,5 @@ class LongContextConfig:
     def __post_init__(self) -> None:
         validate_sequence_parallel_size(self.sequence_parallel_size)
         validate_inner_attention(self.inner_attention)
+        if not isinstance(self.check_model, bool):
+            raise ValueError(f"`check_model` ({self.check_model!r}) must be true or false.")

@@ -24,33 +24,41 @@ def call_after_import(module_name: str, function: Callable[[], None]) -> None:
 
 
 class _WaitingFinder(importlib.abc.MetaPathFinder):
-    """Sees one import, hands it to the ordinary finders, and leaves."""
+    """Hands the import of one module to the ordinary finders, and leaves once the module has run."""
 
     def __init__(self, module_name: str, function: Callable[[], None]) -> None:
-        self.module_name, self.function = module_name, function
+        self.module_name, self.function, self.searching = module_name, function, False
 
     def find_spec(self, fullname, path=None, target=None) -> importlib.machinery.ModuleSpec | None:
-        if fullname != self.module_name:
+        if fullname != self.module_name or self.searching:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self.searching = True
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self.searching = False
         if spec is not None and spec.loader is not None:
-            spec.loader = _CallingLoader(spec.loader, self.function)
+            spec.loader = _CallingLoader(spec.loader, self)
         return spec
+
+    def leave(self) -> None:
+        if self in sys.meta_path:
+            sys.meta_path.remove(self)
+            self.function()
 
 
 class _CallingLoader(importlib.abc.Loader):
     """The ordinary loader, and then the function."""
 
-    def __init__(self, loader: importlib.abc.Loader, function: Callable[[], None]) -> None:
-        self.loader, self.function = loader, function
+    def __init__(self, loader: importlib.abc.Loader, finder: _WaitingFinder) -> None:
+        self.loader, self.finder = loader, finder
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return self.loader.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
         self.loader.exec_module(module)
-        self.function()
+        self.finder.leave()
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.loader, name)

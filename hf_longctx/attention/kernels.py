@@ -18,7 +18,7 @@ from transformers.modeling_flash_attention_utils import lazy_import_flash_attent
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
-from ..parallel.shard import PAD_SEGMENT
+from ..parallel.segments import PAD_SEGMENT
 from .masks import KernelPlan, build_mask, segment_bounds
 
 
@@ -78,7 +78,9 @@ def choose_kernel(name: str, query: torch.Tensor, extras: dict[str, object]) -> 
 def refuse_unsupported(kernel: str, extras: dict[str, object], dropout: float) -> None:
     """Raise `NotImplementedError` if the model asks `kernel` for something it would silently ignore."""
     sinks, softcap = extras.get("s_aux"), extras.get("softcap")
-    if sinks is not None and (kernel == "sdpa" or (is_flash(kernel) and not _flash_supports_sinks(kernel))):
+    if sinks is not None and (
+        kernel == "sdpa" or (is_flash(kernel) and not _flash_supports(kernel, "s_aux", "learnable_sink"))
+    ):
         raise NotImplementedError(
             f"this model has attention sinks (`s_aux`), which the '{kernel}' kernel does not have: use "
             "`inner_attention='auto'`, 'eager' or 'flex_attention'."
@@ -88,18 +90,19 @@ def refuse_unsupported(kernel: str, extras: dict[str, object], dropout: float) -
             "this model caps its attention scores (`softcap`), which the 'sdpa' kernel does not do: use "
             "`inner_attention='auto'`, 'eager' or 'flex_attention'."
         )
-    if dropout and kernel == "flex_attention":
+    if dropout and (kernel == "flex_attention" or (is_flash(kernel) and not _flash_supports(kernel, "dropout_p"))):
         raise NotImplementedError(
-            f"attention dropout ({dropout}) is not done by 'flex_attention': set the model's `attention_dropout` to "
+            f"attention dropout ({dropout}) is not done by '{kernel}': set the model's `attention_dropout` to "
             "0, or "
             "use `inner_attention='sdpa'`."
         )
 
 
-def _flash_supports_sinks(kernel: str) -> bool:
+def _flash_supports(kernel: str, *names: str) -> bool:
+    """Whether the flash kernel takes any of these arguments; the host drops in silence what a kernel does not take."""
     _, (process_arguments, _) = lazy_import_flash_attention(kernel)
     supports = process_arguments.keywords["supports_mapping"]
-    return bool(supports.get("s_aux") or supports.get("learnable_sink"))
+    return any(supports.get(name) for name in names)
 
 
 class ModuleView:
@@ -186,6 +189,11 @@ def plan_for_kernel(plan: KernelPlan, kernel: str, query: torch.Tensor) -> objec
     """What `kernel` takes to obey `plan` on whole rows like `query`: a mask, flat bounds, or `None`."""
     rows, _, num_tokens, _ = query.shape
     if is_flash(kernel):
+        if plan.rule.window is not None and not _flash_supports(kernel, "window_size"):
+            raise NotImplementedError(
+                f"this model has a sliding window of {plan.rule.window} tokens, which '{kernel}' does not do: use "
+                "`inner_attention='sdpa'` or 'flex_attention'."
+            )
         if plan.segments is None:
             return None
         bounds, longest = segment_bounds(plan.segments, rows, num_tokens, query.device)

@@ -19,7 +19,8 @@ import torch
 from transformers import masking_utils
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from ..parallel.shard import PAD_SEGMENT, SequenceShard
+from ..parallel.segments import PAD_SEGMENT
+from ..parallel.shard import SequenceShard
 
 
 @dataclass(frozen=True)
@@ -101,43 +102,56 @@ def read_rule(mask_function: Callable) -> AttentionRule:
     """Read one of the host's nested mask functions.
 
     Documents and padding inside it are skipped: they hold local indices, and the shard knows both for the whole row.
+
+    Raises:
+        NotImplementedError: a part of it is not one of the host's own rules, or the parts do not make one rule.
     """
-    if mask_function is masking_utils.causal_mask_function:
-        return AttentionRule(causal=True)
-    if mask_function is masking_utils.bidirectional_mask_function:
-        return AttentionRule()
-    ours = mask_function.__module__ == masking_utils.__name__
-    maker = mask_function.__qualname__.split(".")[0] if ours else ""
+    facts: dict[str, list[int]] = {"causal": [], "behind": [], "around": [], "chunk": []}
+    _collect_facts(mask_function, facts)
+    causal, behind, around, chunk = facts.values()
+    if causal:
+        windows = [*behind, *(distance + 1 for distance in around)]  # a causal window counts the query itself
+    elif behind:
+        raise NotImplementedError(
+            f"this model looks {behind[0]} tokens back but also ahead, a rule that attn_implementation='ulysses' does "
+            "not "
+            "have: set `sequence_parallel_size` to 1."
+        )
+    else:
+        windows = around
+    if len(set(chunk)) > 1:
+        raise NotImplementedError(
+            f"this model intersects chunks of {sorted(set(chunk))} tokens, which attn_implementation='ulysses' does "
+            "not "
+            "support: set `sequence_parallel_size` to 1."
+        )
+    return AttentionRule(bool(causal), min(windows) if windows else None, chunk[0] if chunk else None)
+
+
+def _collect_facts(mask_function: Callable, facts: dict[str, list[int]]) -> None:
+    """Add what `mask_function` and the functions inside it demand, all at once, to `facts`."""
+    module, name = getattr(mask_function, "__module__", None), getattr(mask_function, "__qualname__", None)
+    ours = module == masking_utils.__name__ and name is not None
+    maker = name.split(".")[0] if ours else ""
     inside = inspect.getclosurevars(mask_function).nonlocals if ours else {}
-    if maker == "and_masks":
-        rule = AttentionRule()
+    if mask_function is masking_utils.causal_mask_function:
+        facts["causal"].append(1)
+    elif maker == "and_masks":
         for part in inside["mask_functions"]:
-            rule = _intersect(rule, read_rule(part))
-        return rule
-    if maker in ("packed_sequence_mask_function", "padding_mask_function"):
-        return AttentionRule()
-    if maker == "remap_positions_for_packed_sequence":
-        return read_rule(inside["mask_function"])
-    if maker in ("sliding_window_overlay", "sliding_window_bidirectional_overlay"):
-        return AttentionRule(window=inside["sliding_window"])
-    if maker == "chunked_overlay":
-        return AttentionRule(chunk=inside["chunk_size"])
-    raise NotImplementedError(
-        f"this model masks attention with `{mask_function.__module__}.{mask_function.__qualname__}`, a rule that "
-        "attn_implementation='ulysses' cannot apply to a sharded row: set `sequence_parallel_size` to 1."
-    )
-
-
-def _intersect(left: AttentionRule, right: AttentionRule) -> AttentionRule:
-    windows = [w for w in (left.window, right.window) if w is not None]
-    chunks = {c for c in (left.chunk, right.chunk) if c is not None}
-    if len(chunks) > 1:
-        raise NotImplementedError(f"this model intersects chunks of {sorted(chunks)} tokens, which is not supported.")
-    return AttentionRule(
-        causal=left.causal or right.causal,
-        window=min(windows) if windows else None,
-        chunk=chunks.pop() if chunks else None,
-    )
+            _collect_facts(part, facts)
+    elif maker == "remap_positions_for_packed_sequence":
+        _collect_facts(inside["mask_function"], facts)
+    elif maker == "sliding_window_overlay":
+        facts["behind"].append(inside["sliding_window"])
+    elif maker == "sliding_window_bidirectional_overlay":
+        facts["around"].append(inside["sliding_window"])
+    elif maker == "chunked_overlay":
+        facts["chunk"].append(inside["chunk_size"])
+    elif maker not in ("bidirectional_mask_function", "packed_sequence_mask_function", "padding_mask_function"):
+        raise NotImplementedError(
+            f"this model masks attention with `{module}.{name or mask_function}`, a rule that "
+            "attn_implementation='ulysses' cannot apply to a sharded row: set `sequence_parallel_size` to 1."
+        )
 
 
 @dataclass(frozen=True)
@@ -185,9 +199,10 @@ def chunk_segments(
     index = torch.arange(num_tokens, device=device).expand(rows, -1)
     if segments is None:
         return (index // chunk).to(torch.int32)
-    starts = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
-    first = torch.where(starts, index, 0).cummax(dim=1).values
-    block = (index - first) // chunk
+    document = segments.long() + 1  # padding first
+    first = torch.full((rows, int(document.max()) + 1), num_tokens, device=device)
+    first.scatter_reduce_(1, document, index, "amin")  # the start, even of a document with a hole in it
+    block = (index - first.gather(1, document)) // chunk
     width = num_tokens // chunk + 1
     return torch.where(segments == PAD_SEGMENT, segments, segments * width + block).to(torch.int32)
 
@@ -240,8 +255,8 @@ def segment_bounds(segments: torch.Tensor | None, rows: int, num_tokens: int, de
         bounds = torch.arange(0, (rows + 1) * num_tokens, num_tokens, dtype=torch.int32, device=device)
         return bounds, num_tokens
     changes = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
-    distinct = sum(len(row.unique()) for row in segments)
-    if int(changes.sum()) > distinct + int((segments == PAD_SEGMENT).any(dim=1).sum()):
+    runs = (changes & (segments != PAD_SEGMENT)).sum(dim=1).tolist()
+    if runs != [len(row[row != PAD_SEGMENT].unique()) for row in segments]:
         raise NotImplementedError(
             "the `attention_mask` has holes inside a document, which a flash kernel cannot express: use "
             "`inner_attention='sdpa'`, or pad on the left or right only."

@@ -22,12 +22,10 @@ import torch.distributed as dist
 
 from .collectives import gather_integers
 from .mesh import SequenceMesh
+from .segments import DOCUMENT_BOUND_KEYS, segment_rows
 
 
 IGNORE_INDEX = -100
-PAD_SEGMENT = -1
-# Facts about the whole row that other kernels need; the shard's segments replace them.
-_DOCUMENT_BOUND_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "seq_lengths")
 _MULTIMODAL_MARKS = ("pixel_values", "image_grid", "video_grid", "input_features", "image_sizes", "input_values")
 
 
@@ -40,7 +38,7 @@ class SequenceShard:
         rank (`int`): which share is mine.
         num_tokens (`int`): tokens of a row before padding to a multiple of `P`.
         local_len (`int`): tokens of a row on this rank, `t`; the padded row has `P * t`.
-        segment_ids (`torch.Tensor` of shape `(B, P * t)`, *optional*): the document of every token of the whole
+        segment_ids (`torch.Tensor` of shape `(B, T)`, *optional*): the document of every token of the whole
             row, -1 for padding; `None` if each row is one document with no padding. Tokens attend within their segment
             only.
         only_right_padding (`bool`): each row is one document followed by padding, so a causal kernel needs no mask.
@@ -139,11 +137,9 @@ def cut_batch(
     local_len = -(-num_tokens // size)
     segments, only_right_padding = segment_rows(batch, rows, num_tokens, device)
     padding = local_len * size - num_tokens
-    full = {key: value for key, value in batch.items() if key not in _DOCUMENT_BOUND_KEYS}
+    full = {key: value for key, value in batch.items() if key not in DOCUMENT_BOUND_KEYS}
     if full.get("position_ids") is None:
-        full["position_ids"] = torch.arange(num_tokens, device=device).expand(rows, -1)
-    if full["position_ids"].shape[0] != rows:
-        full["position_ids"] = full["position_ids"].expand(rows, -1)
+        full["position_ids"] = torch.arange(num_tokens, device=device)[None]
     if padding and full.get("attention_mask") is None:
         full["attention_mask"] = torch.ones(rows, num_tokens, dtype=torch.long, device=device)
     if full.get("labels") is not None and shift_labels and "shift_labels" not in full:
@@ -154,6 +150,7 @@ def cut_batch(
         if value is None:
             continue
         if isinstance(value, torch.Tensor) and value.dim() >= 2:
+            value = value.expand(rows, *value.shape[1:])
             fill = IGNORE_INDEX if key in ("labels", "shift_labels") else 0
             value = _cut(value, rank, local_len, fill)
         share[key] = value
@@ -168,33 +165,6 @@ def cut_batch(
         row_digest=_digest(batch),
     )
     return share
-
-
-def segment_rows(
-    batch: Mapping[str, object], rows: int, num_tokens: int, device: torch.device
-) -> tuple[torch.Tensor | None, bool]:
-    """The document of every token, from the mask, the packed bounds or restarting positions.
-
-    Returns:
-        tuple of `(B, T)` 32-bit segment ids (-1 for padding) or `None` for whole rows, and whether each row is one
-        document with padding on the right only.
-    """
-    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
-    valid = None if mask is None or bool(mask.all()) else mask.bool()
-    documents = _documents_from_bounds(batch, rows, num_tokens, device)
-    if documents is None and positions is not None:
-        documents = _documents_from_positions(positions.expand(rows, -1), valid)
-    if documents is not None and mask is not None:
-        raise ValueError(
-            "the batch packs several documents in a row and also has an `attention_mask`: the mask would make the "
-            "model "
-            "ignore the document bounds; drop `attention_mask` and mark padding as a document of its own."
-        )
-    if valid is None:
-        return documents, documents is None
-    segments = torch.where(valid, 0, PAD_SEGMENT).to(torch.int32)
-    only_right = bool((valid.long().diff(dim=1) <= 0).all())
-    return segments, only_right
 
 
 def validate_same_rows(shard: SequenceShard) -> None:
@@ -224,7 +194,7 @@ def _validate_batch(batch: Mapping[str, object]) -> tuple[int, int, torch.device
                 "model "
                 "alone, or set `sequence_parallel_size` to 1."
             )
-        if not isinstance(value, torch.Tensor) or key in _DOCUMENT_BOUND_KEYS:
+        if not isinstance(value, torch.Tensor) or key in DOCUMENT_BOUND_KEYS:
             continue
         if key == "position_ids" and value.dim() == 3:
             raise NotImplementedError(
@@ -248,37 +218,6 @@ def _validate_batch(batch: Mapping[str, object]) -> tuple[int, int, torch.device
     return rows, num_tokens, tokens.device
 
 
-def _documents_from_bounds(
-    batch: Mapping[str, object], rows: int, num_tokens: int, device: torch.device
-) -> torch.Tensor | None:
-    bounds = batch.get("cu_seq_lens_q")
-    if bounds is None:
-        return None
-    bounds = torch.as_tensor(bounds, device=device).long()
-    if bounds.dim() != 1 or rows != 1 or int(bounds[0]) != 0 or int(bounds[-1]) != num_tokens:
-        raise ValueError(
-            f"`cu_seq_lens_q` (shape {tuple(bounds.shape)}, from {int(bounds.flatten()[0])} to "
-            f"{int(bounds.flatten()[-1])}) must run from 0 to the {num_tokens} tokens of one flattened row, but the "
-            "batch has "
-            f"{rows} row(s): flatten the batch, or pass `position_ids` that restart at each document."
-        )
-    if len(bounds) == 2:
-        return None
-    documents = torch.arange(len(bounds) - 1, dtype=torch.int32, device=device)
-    return documents.repeat_interleave(bounds.diff())[None]
-
-
-def _documents_from_positions(positions: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
-    """A new document starts where positions do not go up by one, which is how the host reads packed rows."""
-    restarts = torch.nn.functional.pad(positions.diff(dim=1) != 1, (1, 0))
-    if valid is not None:
-        both_valid = valid[:, 1:] & valid[:, :-1]
-        restarts = restarts & torch.nn.functional.pad(both_valid, (1, 0))
-    if not bool(restarts.any()):
-        return None
-    return restarts.cumsum(dim=1).to(torch.int32)
-
-
 def _cut(value: torch.Tensor, rank: int, local_len: int, fill: int) -> torch.Tensor:
     start = rank * local_len
     piece = value[:, start : start + local_len]
@@ -291,9 +230,9 @@ def _cut(value: torch.Tensor, rank: int, local_len: int, fill: int) -> torch.Ten
 
 def _digest(batch: Mapping[str, object]) -> int:
     digest = 0
-    for key in ("input_ids", "labels", "attention_mask", "position_ids", "cu_seq_lens_q"):
+    for key in ("input_ids", "inputs_embeds", "labels", "attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx"):
         value = batch.get(key)
         if isinstance(value, torch.Tensor):
             digest = zlib.crc32(f"{key}{tuple(value.shape)}".encode(), digest)
-            digest = zlib.crc32(value.detach().cpu().contiguous().numpy().tobytes(), digest)
+            digest = zlib.crc32(value.detach().cpu().contiguous().view(torch.uint8).numpy(), digest)
     return digest

@@ -41,7 +41,8 @@ def test_check_refuses_with_the_sentence(tmp_path):
 def test_help_is_cheap_and_a_wrong_command_is_told():
     done = run("chek")
     assert done.returncode == 2 and "invalid choice" in done.stderr
-    code = "import sys; from hf_longctx.cli import main\ntry: main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    code = "import sys; from hf_longctx.cli import main\ntry: main(['--help'])\nexcept SystemExit: "
+    code += "print('torch' in sys.modules)"
     helped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert helped.stdout.strip().endswith("False")
 

@@ -59,7 +59,6 @@ def test_unknown_kernel_is_refused_with_its_value_and_the_choices(name):
     assert all(choice in str(error.value) for choice in (*INNER_ATTENTIONS, "kernels-community/flash-attn2"))
 
 
-@pytest.mark.xfail(strict=True, reason="one slash is all that is checked")
 @pytest.mark.parametrize("name", ["/", "org/", "/name"])
 def test_half_a_hub_kernel_is_refused(name):
     with pytest.raises(ValueError, match="inner_attention"):

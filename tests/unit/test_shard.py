@@ -79,12 +79,9 @@ def test_pad_segment_counts_no_loss_and_is_seen_by_nobody(size, tokens):
         assert (together(shares, key)[:, tokens:] == fill).all(), key
     for share in shares:
         shard = share["sequence_shard"]
-        if shard.segment_ids is not None:
-            assert shard.segment_ids.shape == (2, size * shard.local_len)
+        if shard.segment_ids is not None:  # they describe the user's own rows; the kernel never sees the pad segment
+            assert shard.segment_ids.shape == (2, tokens)
             assert shard.segment_ids.dtype == torch.int32
-            assert (shard.segment_ids[:, tokens:] == -1).all()
-        else:
-            assert size * shard.local_len == tokens
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -104,7 +101,7 @@ def test_rows_shorter_than_ranks_leave_whole_ranks_to_the_pad_segment():
     assert together(shares, "shift_labels").tolist() == [[6, 7, IGNORED, IGNORED]]
     assert together(shares, "attention_mask").tolist() == [[1, 1, 1, 0]]
     assert [share["sequence_shard"].num_local_tokens for share in shares] == [1, 1, 1, 0]
-    assert shares[3]["sequence_shard"].segment_ids.tolist() == [[0, 0, 0, -1]]
+    assert shares[3]["sequence_shard"].segment_ids is None
 
 
 def test_positions_are_those_of_the_whole_row_when_the_batch_has_none():
@@ -177,7 +174,7 @@ def test_full_rows_have_no_segments():
 def test_segments_from_a_padding_mask(mask, only_right):
     batch = {"input_ids": torch.ones(2, 6, dtype=torch.long), "attention_mask": torch.tensor(mask)}
     shard = cut_batch(batch, 4, 0)["sequence_shard"]
-    expected = [[0 if valid else -1 for valid in row] + [-1, -1] for row in mask]
+    expected = [[0 if valid else -1 for valid in row] for row in mask]
     assert shard.segment_ids.tolist() == expected
     assert shard.only_right_padding is only_right
 
@@ -186,7 +183,7 @@ def test_segments_from_restarting_positions():
     positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]])
     batch = {"input_ids": torch.ones(2, 6, dtype=torch.long), "position_ids": positions}
     shard = cut_batch(batch, 4, 1)["sequence_shard"]
-    assert shard.segment_ids.tolist() == [[0, 0, 0, 1, 1, 2, -1, -1], [0, 1, 1, 1, 1, 1, -1, -1]]
+    assert shard.segment_ids.tolist() == [[0, 0, 0, 1, 1, 2], [0, 1, 1, 1, 1, 1]]
     assert not shard.only_right_padding
 
 
@@ -227,7 +224,7 @@ def test_segments_from_cumulative_lengths_and_bounds_are_dropped(as_list):
         "seq_idx": torch.tensor([[0, 0, 1, 2, 2, 2, 2]]),
     }
     share = cut_batch(batch, 2, 0)
-    assert share["sequence_shard"].segment_ids.tolist() == [[0, 0, 1, 2, 2, 2, 2, -1]]
+    assert share["sequence_shard"].segment_ids.tolist() == [[0, 0, 1, 2, 2, 2, 2]]
     assert not share["sequence_shard"].only_right_padding
     assert not set(share) & {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
@@ -279,9 +276,14 @@ REFUSED = {
     "bounds too short": (
         {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 2, 5])},
         ValueError,
-        "from 0 to 5.*from 0 to the 6 tokens",
+        r"\[0, 2, 5\].*rise from 0 to the 6 tokens",
     ),
-    "bounds from one": ({"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([1, 6])}, ValueError, "from 1 to 6"),
+    "bounds from one": (
+        {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([1, 6])},
+        ValueError,
+        r"\[1, 6\].*rise "
+        "from 0",
+    ),
     "bounds of several rows": (
         {"input_ids": IDS, "cu_seq_lens_q": torch.tensor([0, 2, 6])},
         ValueError,
@@ -290,7 +292,7 @@ REFUSED = {
     "2-D bounds": (
         {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([[0, 2, 6]])},
         ValueError,
-        r"`cu_seq_lens_q` \(shape \(1, 3\)",
+        r"`cu_seq_lens_q`.*shape \(1, 3\)",
     ),
     "no tokens": ({"labels": IDS}, ValueError, r"`batch` \(labels\) needs `input_ids` or `inputs_embeds`"),
 }
@@ -436,3 +438,31 @@ def test_shard_batch_on_one_process_keeps_the_rows_whole():
 
 def test_one_rank_always_has_the_same_rows_as_itself():
     validate_same_rows(cut_batch(full_batch(5), 1, 0)["sequence_shard"])
+
+
+@pytest.mark.parametrize(
+    "bounds", [{"cu_seq_lens_k": torch.tensor([0, 2, 5])}, {"seq_idx": torch.tensor([[0, 0, 1, 1, 1]])}]
+)
+def test_documents_are_kept_apart_whichever_fact_names_them(bounds):
+    batch = {"input_ids": torch.ones(1, 5, dtype=torch.long), **bounds}
+    assert segments_of(batch, 2) == [[0, 0, 1, 1, 1]]
+
+
+def test_bounds_that_fall_or_disagree_are_refused():
+    ids = torch.ones(1, 4, dtype=torch.long)
+    for bounds in ({"cu_seq_lens_q": [0, 3, 2, 4]}, {"cu_seq_lens_q": [0, 2, 4], "cu_seq_lens_k": [0, 3, 4]}):
+        with pytest.raises(ValueError, match="must rise from 0 to the 4 tokens.*equal `cu_seq_lens_k`"):
+            cut_batch({"input_ids": ids, **bounds}, 2, 0)
+
+
+def test_one_row_of_mask_serves_all_rows():
+    batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.tensor([[0, 1, 1, 1]])}
+    assert segments_of(batch, 2) == [[-1, 0, 0, 0]] * 2
+    assert cut_batch(batch, 2, 0)["attention_mask"].tolist() == [[0, 1]] * 2
+
+
+def test_embeddings_count_in_the_checksum():
+    digests = {
+        cut_batch({"inputs_embeds": torch.full((1, 4, 2), x)}, 2, 0)["sequence_shard"].row_digest for x in (1.0, 2.0)
+    }
+    assert len(digests) == 2

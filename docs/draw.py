@@ -1,0 +1,113 @@
+"""Draw the pictures of these pages: `python docs/draw.py` writes `docs/img/*.png`. Needs matplotlib.
+
+The head picture asks the package itself who owns which head, so it cannot disagree with the code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, Rectangle
+
+from hf_longctx.parallel.heads import HeadSplit, split_heads
+
+
+FOLDER = Path(__file__).parent / "img"
+RANKS = ("#3b6ea5", "#c8641b", "#2f8a5b", "#94467a")
+BOTH = "#6b6b6b"
+
+
+def draw_exchange(path: Path) -> None:
+    """Tokens x heads on every rank, before and after the exchange, for 2 and 4 ranks."""
+    tokens, heads = 8, 8
+    figure = Figure(figsize=(10, 8.8), dpi=150, layout="constrained")
+    panels = figure.subplots(2, 2)
+    for row, size in zip(panels, (2, 4)):
+        for axes, after in zip(row, (False, True)):
+            for token in range(tokens):
+                for head in range(heads):
+                    owner = head * size // heads if after else token * size // tokens
+                    axes.add_patch(Rectangle((token, head), 1, 1, facecolor=RANKS[owner], edgecolor="white", lw=1.5))
+            for rank in range(size):
+                middle = (rank + 0.5) * tokens / size
+                where = (tokens / 2, middle) if after else (middle, heads / 2)
+                box = {"facecolor": RANKS[rank], "edgecolor": "none", "pad": 2}
+                axes.text(
+                    *where,
+                    f"rank {rank}",
+                    color="white",
+                    ha="center",
+                    va="center",
+                    fontsize=12,
+                    weight="bold",
+                    bbox=box,
+                )
+            held = (f"{tokens} tokens, {heads // size} heads", f"{tokens // size} tokens, {heads} heads")[not after]
+            title = "after: all tokens of my heads" if after else "before: my tokens of all heads"
+            axes.set_title(f"P = {size}, {title}\neach rank holds {held}", fontsize=11)
+            _style(axes, tokens, heads)
+            if not after:
+                arrow = {"arrowstyle": "-|>", "color": "#444444", "lw": 1.5, "mutation_scale": 16}
+                axes.annotate("", (1.44, 0.5), (1.12, 0.5), xycoords="axes fraction", arrowprops=arrow)
+                axes.text(1.28, 0.53, "all-to-all", transform=axes.transAxes, ha="center", va="bottom", fontsize=11)
+    figure.suptitle("One all-to-all trades tokens for heads; a second one trades the output back", fontsize=13)
+    figure.savefig(path)
+
+
+def _style(axes, tokens: int, heads: int) -> None:
+    axes.set(xlim=(0, tokens), ylim=(heads, 0), xlabel="token of the row", ylabel="head", aspect="equal")
+    axes.set_xticks([i + 0.5 for i in range(tokens)], range(tokens))
+    axes.set_yticks([i + 0.5 for i in range(heads)], range(heads))
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+
+
+def draw_heads(path: Path) -> None:
+    """9 query heads that read 3 key/value heads, on 2 ranks: an uneven split and one shared key/value head."""
+    split = split_heads(9, 3, 2)
+    figure = Figure(figsize=(11, 4.3), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    for head in range(split.num_query_heads):
+        owner = next(rank for rank, (start, stop) in enumerate(split.query) if start <= head < stop)
+        _box(axes, head, 3.0, f"q{head}", RANKS[owner])
+    group = split.num_query_heads // split.num_key_value_heads
+    for shared in range(split.num_key_value_heads):
+        readers = [rank for rank, (start, stop) in enumerate(split.key_value) if start <= shared < stop]
+        middle = shared * group + (group - 1) / 2
+        _box(axes, middle, 0.6, f"kv{shared}", RANKS[readers[0]] if len(readers) == 1 else BOTH)
+        for head in range(shared * group, (shared + 1) * group):
+            arrow = FancyArrowPatch((middle, 1.4), (head, 3.0), arrowstyle="-", color="#999999", lw=1.2)
+            axes.add_patch(arrow)
+        if len(readers) > 1:
+            note = "sent to both ranks; their gradients for it are summed"
+            axes.text(middle, 0.35, note, ha="center", va="top", fontsize=11)
+    for rank in range(2):
+        start, stop = split.query[rank]
+        label = _owner_label(split, rank)
+        axes.plot([start - 0.4, stop - 0.6], [4.05, 4.05], color=RANKS[rank], lw=3, solid_capstyle="butt")
+        axes.text((start + stop - 1) / 2, 4.2, label, ha="center", va="bottom", fontsize=12, color=RANKS[rank])
+    axes.text(-0.7, 3.4, "query\nheads", ha="right", va="center", fontsize=11)
+    axes.text(-0.7, 1.0, "key/value\nheads", ha="right", va="center", fontsize=11)
+    axes.set(xlim=(-1.7, 8.7), ylim=(-0.1, 4.6))
+    axes.set_axis_off()
+    figure.suptitle("9 query heads and 3 key/value heads on 2 ranks", fontsize=13)
+    figure.savefig(path)
+
+
+def _owner_label(split: HeadSplit, rank: int) -> str:
+    start, stop = split.key_value[rank]
+    names = ", ".join(f"kv{head}" for head in range(start, stop))
+    return f"rank {rank}: {split.query_count(rank)} query heads, reads {names}"
+
+
+def _box(axes, x: float, y: float, text: str, color: str) -> None:
+    axes.add_patch(Rectangle((x - 0.4, y), 0.8, 0.8, facecolor=color, edgecolor="none"))
+    axes.text(x, y + 0.4, text, ha="center", va="center", color="white", fontsize=13, weight="bold")
+
+
+if __name__ == "__main__":
+    FOLDER.mkdir(exist_ok=True)
+    draw_exchange(FOLDER / "exchange.png")
+    draw_heads(FOLDER / "heads.png")

@@ -1,0 +1,88 @@
+"""Which document every token of a row belongs to, read from whatever the batch brings: a mask, packed bounds or
+positions.
+
+Documents and padding become one thing, segments: tokens attend within their segment, and padding (-1) to nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+
+PAD_SEGMENT = -1
+# Facts about the whole row that other kernels need; the segments replace them.
+DOCUMENT_BOUND_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "seq_lengths")
+
+
+def segment_rows(
+    batch: Mapping[str, object], rows: int, num_tokens: int, device: torch.device
+) -> tuple[torch.Tensor | None, bool]:
+    """The document of every token.
+
+    Returns:
+        tuple of `(B, T)` 32-bit segment ids (-1 for padding) or `None` for whole rows, and whether each row is one
+        document with padding on the right only.
+
+    Raises:
+        ValueError: documents and a mask at once, or bounds that do not describe the rows.
+    """
+    mask, positions = batch.get("attention_mask"), batch.get("position_ids")
+    valid = None if mask is None or bool(mask.all()) else mask.bool().expand(rows, -1)
+    documents = _documents_from_bounds(batch, rows, num_tokens, device)
+    if documents is None:
+        documents = _documents_from_index(batch.get("seq_idx"), rows)
+    if documents is None and positions is not None:
+        documents = _documents_from_positions(positions.expand(rows, -1), valid)
+    if documents is not None and mask is not None:
+        raise ValueError(
+            "the batch packs several documents in a row and also has an `attention_mask`: the mask would make the "
+            "model "
+            "ignore the document bounds; drop `attention_mask` and mark padding as a document of its own."
+        )
+    if valid is None:
+        return documents, documents is None
+    segments = torch.where(valid, 0, PAD_SEGMENT).to(torch.int32)
+    only_right = bool((valid.long().diff(dim=1) <= 0).all())
+    return segments, only_right
+
+
+def _documents_from_bounds(
+    batch: Mapping[str, object], rows: int, num_tokens: int, device: torch.device
+) -> torch.Tensor | None:
+    given = [torch.as_tensor(batch[key]) for key in ("cu_seq_lens_q", "cu_seq_lens_k") if batch.get(key) is not None]
+    if not given:
+        return None
+    bounds = given[0].to(device).long()
+    fits = bounds.dim() == 1 and rows == 1 and len(bounds) > 1 and bool((bounds.diff() > 0).all())
+    fits = fits and int(bounds[0]) == 0 and int(bounds[-1]) == num_tokens
+    if not fits or not all(torch.equal(given[0], other) for other in given):
+        raise ValueError(
+            f"`cu_seq_lens_q` ({bounds.flatten().tolist()[:8]} ..., shape {tuple(bounds.shape)}) must rise from 0 to "
+            "the "
+            f"{num_tokens} tokens of one flattened row and equal `cu_seq_lens_k`, but the batch has {rows} row(s): "
+            "flatten "
+            "the batch, or pass `position_ids` that restart at each document."
+        )
+    if len(bounds) == 2:
+        return None
+    documents = torch.arange(len(bounds) - 1, dtype=torch.int32, device=device)
+    return documents.repeat_interleave(bounds.diff())[None]
+
+
+def _documents_from_index(index: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+    if not isinstance(index, torch.Tensor) or bool((index == index[:, :1]).all()):
+        return None
+    return index.expand(rows, -1).to(torch.int32)
+
+
+def _documents_from_positions(positions: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
+    """A new document starts where positions do not go up by one, which is how the host reads packed rows."""
+    restarts = torch.nn.functional.pad(positions.diff(dim=1) != 1, (1, 0))
+    if valid is not None:
+        both_valid = valid[:, 1:] & valid[:, :-1]
+        restarts = restarts & torch.nn.functional.pad(both_valid, (1, 0))
+    if not bool(restarts.any()):
+        return None
+    return restarts.cumsum(dim=1).to(torch.int32)
