@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 
+QUIET = 0.05  # the share of the cores that others may use before a ratio of 5 % says nothing
 HEADERS = (
     "row",
     "contender",
@@ -42,8 +43,7 @@ READING = """\
 - *time*, *best time*, *CPU time*, *step memory*: ratios to the one process of the same row and kernel.
 - *loss error*, *gradient error*: relative to the one process, after the mean over ranks, the worst of all rounds; for
   gradients `|g - g_ref| / |g_ref|`, the worst of all parameters.
-- *others*: the share of the cores that other programs used during the step, median. Above a few per cent, read
-  *CPU time* rather than *time*.
+- *others*: the share of the cores that other programs used during the step, median.
 - Every measurement is a fresh process with a warm-up of an eighth of the row; contenders take turns within a round.
   The mean of gradients over ranks, which a wrapper overlaps with the backward, is not in *s*: it took {mean_seconds}.
 """
@@ -131,16 +131,40 @@ def failures(result: dict) -> list[str]:
     return sorted({f"{r['label']} on {r['case']}: {r['failed']}" for r in result["rows"] if r["failed"]})
 
 
+def is_busy(result: dict) -> bool:
+    """Whether other programs took so much of the CPU that its clock says nothing."""
+    return result["settings"]["device"] == "cpu" and any(
+        r["other_load"] > QUIET for r in result["rows"] if not r["failed"]
+    )
+
+
+def quietness(result: dict) -> str:
+    """Whether the clock of this run can be believed."""
+    if result["settings"]["device"] != "cpu":
+        return "Seconds are those of the CUDA stream."
+    loads = [row["other_load"] for row in result["rows"] if not row["failed"]]
+    used = f"other programs used {min(loads):.0%} to {max(loads):.0%} of the cores during the measured steps (medians)"
+    if not is_busy(result):
+        return f"The machine was quiet: {used}."
+    return (
+        f"**The machine was busy**: {used}, so *s*, *tokens/s*, *time* and *best time* of this run are no result, "
+        "neither for nor against a contender. Memory and errors are, and *CPU time* roughly: threads of one process that "
+        "wait for each other also burn processor time. Run the command again on a quiet machine."
+    )
+
+
 def print_table(result: dict, console: Console) -> None:
     """Versions, command and numbers, for the terminal."""
     console.print(" · ".join(f"{name} {version}" for name, version in result["versions"].items()))
     console.print(" · ".join(f"{name}: {value}" for name, value in result["machine"].items()))
     console.print(result["command"])
-    table = Table(*HEADERS)
+    table = Table()
+    for header in HEADERS:
+        table.add_column(header, overflow="fold")
     for row in result["rows"]:
         table.add_row(*cells(row))
     console.print(table)
-    for line in failures(result):
+    for line in [*failures(result), quietness(result)]:
         console.print(line)
 
 
@@ -151,6 +175,7 @@ def write_report(result: dict, path: Path) -> None:
     draw_chart(result, path.with_suffix(".png"))
     settings = result["settings"]
     measured = [row for row in result["rows"] if not row["failed"]]
+    rounds = max(len(row["runs"]) for row in measured)
     mean_seconds = max(row["gradient_mean_seconds"] for row in measured)
     lines = [
         f"# Ulysses on {'a CPU' if settings['device'] == 'cpu' else 'CUDA'}: time and memory of one step",
@@ -161,15 +186,15 @@ def write_report(result: dict, path: Path) -> None:
         "",
         markdown_table(result),
         "",
+        quietness(result),
+        "",
         *(f"- Does not run: {line}" for line in failures(result)),
         "",
         f"![seconds and memory]({path.with_suffix('.png').name})",
         "",
         "## How to read it",
         "",
-        READING.format(
-            repeats=max(len(row["runs"]) for row in measured), mean_seconds=f"at most {mean_seconds:.2f} s"
-        ),
+        READING.format(repeats=rounds, mean_seconds=f"at most {mean_seconds:.2f} s"),
         "## When not to use it",
         "",
         WHEN_NOT,
@@ -191,7 +216,7 @@ def markdown_table(result: dict) -> str:
 
 
 def draw_chart(result: dict, path: Path) -> None:
-    """Two panels of bars: seconds, and memory of the step, grouped by row."""
+    """Two panels of bars: seconds (of the CPU, if the clock means nothing), and memory of the step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -202,7 +227,10 @@ def draw_chart(result: dict, path: Path) -> None:
     labels = list(dict.fromkeys(row["label"] for row in rows))
     width = 0.8 / len(labels)
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
-    panels = (("seconds", "seconds a step (median)"), ("step_gb", "GB per process, beyond the model"))
+    clock = ("seconds", "seconds a step (median)")
+    if is_busy(result):
+        clock = ("cpu_seconds", "CPU seconds of all ranks (the machine was busy)")
+    panels = (clock, ("step_gb", "GB per process, beyond the model"))
     for panel, (key, title) in zip(axes, panels):
         for index, label in enumerate(labels):
             mine = [row for row in rows if row["label"] == label]
@@ -211,7 +239,7 @@ def draw_chart(result: dict, path: Path) -> None:
         panel.set_xticks(range(len(cases)), [case.replace(", ", "\n") for case in cases], fontsize=8)
         panel.set_title(title, fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0].legend(fontsize=8, frameon=False)
-    figure.tight_layout()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncol=3, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

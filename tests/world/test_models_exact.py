@@ -12,6 +12,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from transformers import masking_utils
 
 from hf_longctx import SequenceMesh, gather_sequence, shard_batch
 from hf_longctx.losses.token_mean import token_mean
@@ -129,6 +130,8 @@ CASES += [(name, rows) for name in MASKED_LM for rows in ("full", "right", "left
 CASES.remove(
     ("gpt_oss", "packed")
 )  # the host itself lets these documents leak; see test_packed_documents_are_separate
+if not hasattr(masking_utils, "remap_positions_for_packed_sequence"):
+    CASES.remove(("llama4", "packed"))  # an older host counts chunks from the row's start, not the document's
 CASES += [("llama", "tiny"), ("gpt2", "full"), ("qwen3", "right"), ("deepseek_v3", "right"), ("deepseek_v3", "packed")]
 
 
@@ -149,7 +152,7 @@ def logits_of_packed_rows(name, size):
         return gather_sequence(model(**batch).logits, mesh.sp_group)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gpt_oss", "llama4"])
 def test_packed_documents_are_separate(world2, name):
     model = build(name, "eager").eval()
     batch = make_batch("packed", name)

@@ -70,17 +70,9 @@ def test_compute_loss_func_written_for_one_process(worlds, world_size, size):
     compare(worlds(world_size), size, gradient_accumulation_steps=2, **options)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"use_reentrant": False},
-        {"use_reentrant": True},
-        {"use_reentrant": False, "offload": True, "every_n_layers": 2},
-    ],
-    ids=["non_reentrant", "reentrant", "offload"],
-)
-def test_activation_checkpointing(world2, settings):
-    compare(world2, 2, activation_checkpointing=True, activation_checkpointing_kwargs=settings)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(world2, reentrant):
+    compare(world2, 2, gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": reentrant})
 
 
 def with_lora(model):

@@ -1,0 +1,151 @@
+"""What we rely on in the hosts beyond their public promises. An upgrade that changes one fails here, with its name,
+not in a loss.
+
+The list and what breaks is in `docs/host_contracts.md`.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+import transformers
+from accelerate.data_loader import prepare_data_loader
+from accelerate.utils import send_to_device
+from transformers import Trainer, masking_utils
+from transformers.integrations import flash_attention, sdpa_attention
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils.generic import GeneralInterface
+
+from hf_longctx.parallel.shard import SequenceShard
+
+
+def parameters(function) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("_get_dataloader", ["dataset", "description", "batch_size", "sampler_fn", "is_training", "dataloader_key"]),
+        ("_prepare_inputs", ["inputs"]),
+        ("_get_num_items_in_batch", ["batch_samples", "device"]),
+        ("_track_num_input_tokens", ["inputs"]),
+        ("_remove_unused_columns", ["dataset", "description"]),
+        ("_get_collator_with_removed_columns", ["data_collator", "description"]),
+        ("get_total_train_batch_size", ["args"]),
+        ("prediction_step", ["model", "inputs", "prediction_loss_only", "ignore_keys"]),
+        (
+            "evaluation_loop",
+            ["dataloader", "description", "prediction_loss_only", "ignore_keys", "metric_key_prefix"],
+        ),
+    ],
+)
+def test_transformers_trainer_seams(name, expected):
+    assert parameters(getattr(Trainer, name))[1:] == expected, f"transformers changed `Trainer.{name}`"
+
+
+def test_transformers_trainer_scales_and_counts_as_the_gradient_law_needs():
+    compute = inspect.getsource(Trainer.compute_loss)
+    assert "self.accelerator.num_processes" in compute and "average_tokens_across_devices" in compute
+    count = inspect.getsource(Trainer._get_num_items_in_batch)
+    assert '"shift_labels" in batch' in count and "self.accelerator.gather" in count
+    assert "_loss_shifts_labels" in inspect.getsource(Trainer.__init__)
+
+
+def test_transformers_losses_take_shifted_labels():
+    logits = torch.randn(1, 4, 7)
+    shifted = torch.tensor([[1, 2, -100, 3]])
+    ours = ForCausalLMLoss(logits, None, 7, num_items_in_batch=6.0, shift_labels=shifted)
+    expected = torch.nn.functional.cross_entropy(logits[0], shifted[0], reduction="sum") / 6
+    torch.testing.assert_close(ours, expected)
+
+
+def test_transformers_mask_functions_are_named_and_closed_as_we_read_them():
+    zeros = torch.zeros(1, dtype=torch.long)
+    makers = {
+        "sliding_window_overlay": (masking_utils.sliding_window_overlay(3), "sliding_window"),
+        "sliding_window_bidirectional_overlay": (
+            masking_utils.sliding_window_bidirectional_overlay(3),
+            "sliding_window",
+        ),
+        "chunked_overlay": (masking_utils.chunked_overlay(3, zeros), "chunk_size"),
+        "and_masks": (masking_utils.and_masks(masking_utils.causal_mask_function), "mask_functions"),
+    }
+    for maker, (function, variable) in makers.items():
+        assert function.__qualname__.split(".")[0] == maker, f"transformers changed `masking_utils.{maker}`"
+        assert variable in inspect.getclosurevars(function).nonlocals, f"transformers changed `masking_utils.{maker}`"
+
+
+def test_transformers_passes_a_mask_function_what_we_keep():
+    needed = {"batch_size", "q_length", "kv_length", "q_offset", "kv_offset", "mask_function", "attention_mask"}
+    for name in ("sdpa", "eager", "flex_attention"):
+        function = masking_utils.ALL_MASK_ATTENTION_FUNCTIONS[name]
+        assert needed <= set(parameters(function)), f"transformers changed `{function.__name__}`"
+
+
+def test_transformers_registries_take_a_name_and_a_function():
+    assert parameters(GeneralInterface.register) == ["key", "value"]
+    assert issubclass(transformers.AttentionInterface, GeneralInterface)
+    assert issubclass(masking_utils.AttentionMaskInterface, GeneralInterface)
+
+
+def test_transformers_kernels_read_what_the_module_view_overrides():
+    assert "module.num_key_value_groups" in inspect.getsource(sdpa_attention.sdpa_attention_forward)
+    source = inspect.getsource(flash_attention.flash_attention_forward)
+    assert "module.config._attn_implementation" in source
+    for name in ("is_causal", "sliding_window", "softcap", "s_aux"):
+        assert name in parameters(flash_attention.flash_attention_forward)
+
+
+def test_accelerate_deals_rows_to_as_many_groups_as_it_is_told():
+    rows = torch.utils.data.DataLoader(range(10), batch_size=2)
+    for rank in range(2):
+        loader = prepare_data_loader(rows, num_processes=2, process_index=rank, dispatch_batches=False)
+        assert [batch.tolist() for batch in loader][0] == [2 * rank, 2 * rank + 1], "accelerate deals rows otherwise"
+
+
+def test_accelerate_cuts_gathered_values_only_while_it_knows_a_remainder():
+    """Scalars of ranks are gathered like rows; `_drop_last` keeps accelerate from taking them for rows."""
+    loader = prepare_data_loader(torch.utils.data.DataLoader(range(5), batch_size=2), num_processes=1, process_index=0)
+    assert [loader.remainder for _ in loader][-1] == 1
+    loader._drop_last = True
+    assert [loader.remainder for _ in loader][-1] == -1, (
+        "accelerate ignores `_drop_last` when it computes the remainder"
+    )
+
+
+def test_accelerate_moves_a_shard_through_its_own_method():
+    shard = SequenceShard(size=1, rank=0, num_tokens=2, local_len=2, segment_ids=torch.zeros(1, 2))
+    moved = send_to_device({"sequence_shard": shard}, torch.device("meta"), non_blocking=True)["sequence_shard"]
+    assert moved.segment_ids.device.type == "meta" and moved.num_tokens == 2
+
+
+def test_accelerate_marks_a_model_it_prepared():
+    from accelerate import Accelerator
+
+    assert "_is_accelerate_prepared" in inspect.getsource(Accelerator.prepare_model)
+
+
+def test_accelerate_shards_fsdp2_over_all_ranks_unless_a_mesh_is_configured():
+    """The trainers' FSDP2 path, whose run needs GPUs (`tests/gpu`): parameters over the whole world, gradients "
+    "averaged."""
+    from accelerate.utils import fsdp_utils
+
+    source = inspect.getsource(fsdp_utils.fsdp2_prepare_model)
+    assert "fully_shard" in source and "torch_device_mesh" in source
+
+
+def test_trl_scores_shifted_labels_without_shifting_them_again():
+    from trl.trainer import utils
+
+    source = inspect.getsource(utils.add_fused_lm_head)
+    assert "shift_labels is None" in source and "labels = shift_labels" in source
+
+
+def test_trl_trainer_seams():
+    from trl import SFTTrainer
+
+    assert parameters(SFTTrainer.compute_loss)[1:] == ["model", "inputs", "return_outputs", "num_items_in_batch"]
+    assert parameters(SFTTrainer.prediction_step)[1:] == ["model", "inputs", "prediction_loss_only", "ignore_keys"]
