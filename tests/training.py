@@ -137,4 +137,4 @@ def assert_same_trajectory(actual, expected, tolerance: float = 1e-5) -> None:
     for name, weight in expected[1].items():
         error = (actual[1][name] - weight).abs().max() / weight.abs().max()
         assert error <= tolerance, f"{name}: {error:.1e}"
-    assert abs(theirs[0][0] - theirs[-1][0]) > 100 * tolerance, "the run did not learn anything to compare"
+    assert abs(theirs[0][0] - theirs[-1][0]) > 1e-3, "the run did not learn anything to compare"

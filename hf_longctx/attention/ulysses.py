@@ -74,7 +74,16 @@ def ulysses_attention(
             extras["is_causal"] = is_causal
         return run_plain(kernel, module, query, key, value, attention_mask, **extras)
 
-    shard = sequence_shard
+    return _sharded_attention(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal, sequence_shard, kwargs
+    )
+
+
+@torch.compiler.disable
+def _sharded_attention(
+    module, query, key, value, attention_mask, dropout, scaling, is_causal, shard: SequenceShard, kwargs: dict
+) -> tuple[torch.Tensor, None]:
+    """The sharded half of [`ulysses_attention`]. Never traced: a compiler may lose the gradient of a collective."""
     _validate_call(module, query, key, attention_mask, shard, kwargs)
     kernel = choose_kernel(shard.inner_attention, query, kwargs)
     refuse_unsupported(kernel, kwargs, dropout)

@@ -40,6 +40,7 @@ def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn
         "persistent_workers": args.dataloader_persistent_workers,
         "multiprocessing_context": args.dataloader_multiprocessing_context,
         "prefetch_factor": args.dataloader_prefetch_factor,
+        "in_order": getattr(args, "dataloader_in_order", True),
     }
     if not is_training:
         arguments["persistent_workers"] = False

@@ -16,12 +16,13 @@ from ..losses.token_mean import token_mean
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import validate_same_rows
 from .checks import check_arguments, check_model, check_trainer, uses_ulysses
+from .evaluation import ShardedEvaluationMixin
 from .loaders import build_loader
 from .loss import AlignedLoss
 from .probe import ProbeResult, probe_model
 
 
-class SequenceParallelMixin:
+class SequenceParallelMixin(ShardedEvaluationMixin):
     """Put in front of a host trainer class: `class X(SequenceParallelMixin, Trainer)`.
 
     Args:
@@ -37,7 +38,6 @@ class SequenceParallelMixin:
         check_model(self.model, self.long_context)
         self.mesh = SequenceMesh.build(self.long_context.sequence_parallel_size)
         self.shards_batches = uses_ulysses(self.model)
-        self._eval_sums: torch.Tensor | None = None
         self._probe = ProbeResult()
         self._align_losses()
         if self.shards_batches and self.long_context.check_model and self.mesh.world_size > 1:
@@ -92,12 +92,13 @@ class SequenceParallelMixin:
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
         shard = inputs.get("sequence_shard")
-        if shard is not None and shard.group is None and self.mesh.sp_group is not None:
-            shard = shard.bind(self.mesh).to(self.args.device)
-            validate_same_rows(shard)
-            inputs["sequence_shard"] = shard
-            if self._aligns_labels:
-                inputs["labels"] = inputs["shift_labels"]
+        if shard is None or shard.group is not None:
+            return inputs
+        # A new object, so that what the layers plan for it is freed with these inputs, not with the loader's batch.
+        inputs["sequence_shard"] = shard = shard.bind(self.mesh).to(self.args.device)
+        validate_same_rows(shard)
+        if self._aligns_labels:
+            inputs["labels"] = inputs["shift_labels"]
         return inputs
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -118,48 +119,6 @@ class SequenceParallelMixin:
 
     def get_total_train_batch_size(self, args) -> int:
         return super().get_total_train_batch_size(args) // self.mesh.sequence_parallel_size
-
-    def predict(self, *args, **kwargs):
-        self._refuse_logits(self.args.prediction_loss_only)
-        return super().predict(*args, **kwargs)
-
-    def _refuse_logits(self, loss_only: bool) -> None:
-        if self.mesh.sequence_parallel_size > 1 and not loss_only:
-            raise NotImplementedError(
-                "`predict` returns the logits of whole rows, which no rank holds under sharding: set "
-                "`prediction_loss_only=True`, or predict with `sequence_parallel_size` 1."
-            )
-
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss of one evaluation batch over all ranks; the sums behind it are kept for [`evaluation_loop`]."""
-        self._refuse_logits(prediction_loss_only)
-        if not prediction_loss_only or not self.shards_batches:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            count = self._get_num_items_in_batch([inputs], self.args.device)
-            loss = self.compute_loss(model, inputs, num_items_in_batch=count).detach()
-        share = loss * count
-        if self.args.average_tokens_across_devices:
-            share = share / self.mesh.world_size  # the host multiplied by it
-        targets = inputs["shift_labels"] if self.shifts_labels else inputs["labels"]
-        self._eval_sums += torch.stack([share, (targets != -100).sum()]).to(self._eval_sums)
-        return loss, None, None
-
-    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        """The host's loop, with `eval_loss` as the mean over all tokens of the set, and no trace left in the model."""
-        fresh = not self.is_in_train and self.model_wrapped is self.model
-        self._eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        total, count = self.accelerator.reduce(self._eval_sums, "sum").tolist()
-        if count:
-            output.metrics[f"{metric_key_prefix}_loss"] = total / count
-        if fresh and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            # The host marks the bare model as prepared, and `train()` would then never wrap it: ranks would drift
-            # apart.
-            self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.model._is_accelerate_prepared = False
-        return output
 
 
 class _ProbeAtStart(TrainerCallback):

@@ -148,8 +148,8 @@ def quietness(result: dict) -> str:
         return f"The machine was quiet: {used}."
     return (
         f"**The machine was busy**: {used}, so *s*, *tokens/s*, *time* and *best time* of this run are no result, "
-        "neither for nor against a contender. Memory and errors are, and *CPU time* roughly: threads of one process that "
-        "wait for each other also burn processor time. Run the command again on a quiet machine."
+        "neither for nor against a contender. Memory and errors are, and *CPU time* roughly: threads of one process "
+        "that wait for each other also burn processor time. Run the command again on a quiet machine."
     )
 
 

@@ -92,3 +92,29 @@ def test_one_process_on_ulysses_is_one_process_on_sdpa():
     before = dict(build("llama", "ulysses").named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(before[name] - parameter, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def compiled_gradients(size):
+    """`torch.compile` around a sharded model, on the part of the compiler that traces gradients."""
+    model = build("llama", "ulysses")
+    compiled = torch.compile(model, backend="aot_eager")
+    mesh = SequenceMesh.build(size)
+    from hf_longctx import shard_batch
+
+    for row in (1, 2):
+        batch = shard_batch(pad_right([Rows(4)[row]]), mesh)
+        compiled(**batch).loss.backward()
+    gradients = {name: p.grad / size for name, p in model.named_parameters()}
+    if size > 1:
+        for gradient in gradients.values():
+            dist.all_reduce(gradient, group=mesh.sp_group)
+    return gradients
+
+
+def test_a_compiled_model_keeps_its_gradients(world2):
+    model = build("llama", "sdpa")
+    for row in (1, 2):
+        model(**pad_right([Rows(4)[row]])).loss.backward()
+    for actual in world2.run(compiled_gradients, 2):
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(actual[name], parameter.grad, rtol=1e-4, atol=1e-6)

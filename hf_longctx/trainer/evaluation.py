@@ -1,0 +1,70 @@
+"""Evaluation under sharding: at training length, every token counted once, and no trace left for the training after "
+"it."""
+
+from __future__ import annotations
+
+import torch
+
+from ..parallel.shard import IGNORE_INDEX
+
+
+class ShardedEvaluationMixin:
+    """The evaluation half of [`SequenceParallelMixin`], which provides `mesh`, `shards_batches` and "
+    "`shifts_labels`."""
+
+    _eval_sums: torch.Tensor | None = None
+    _num_eval_steps = 0
+
+    def predict(self, *args, **kwargs):
+        self._refuse_logits(self.args.prediction_loss_only)
+        return super().predict(*args, **kwargs)
+
+    def _refuse_logits(self, loss_only: bool) -> None:
+        if self.mesh.sequence_parallel_size > 1 and not loss_only:
+            raise NotImplementedError(
+                "`predict` returns the logits of whole rows, which no rank holds under sharding: set "
+                "`prediction_loss_only=True`, or predict with `sequence_parallel_size` 1."
+            )
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss of one evaluation batch over all ranks; the sums behind it are kept for [`evaluation_loop`]."""
+        self._refuse_logits(prediction_loss_only)
+        self._num_eval_steps += 1
+        counts = self.model_accepts_loss_kwargs or self.compute_loss_func is not None
+        if not (prediction_loss_only and self.shards_batches and counts):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            # A batch of filler alone has no token on any rank; its loss is then zero.
+            count = torch.as_tensor(self._get_num_items_in_batch([inputs], self.args.device)).clamp(min=1)
+            loss = self.compute_loss(model, inputs, num_items_in_batch=count).detach()
+        share = loss * count
+        if self.args.average_tokens_across_devices:
+            share = share / self.mesh.world_size  # the host multiplied by it
+        targets = inputs["shift_labels"] if self.shifts_labels else inputs["labels"]
+        self._eval_sums += torch.stack([share, (targets != IGNORE_INDEX).sum()]).to(self._eval_sums)
+        return loss, None, None
+
+    def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
+        """The host's loop, with the loss as the mean over all tokens of the set."""
+        fresh = not self.is_in_train and self.model_wrapped is self.model
+        self._num_eval_steps = 0
+        self._eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total, count = self.accelerator.reduce(self._eval_sums, "sum").tolist()
+        if count:
+            output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        if fresh and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            # The host marks the bare model as prepared, and `train()` would then never wrap it: ranks would drift
+            # apart.
+            self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model._is_accelerate_prepared = False
+        return output
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """The host's log, with evaluation steps counted: the host derives them as if every process read other rows."""
+        for key in [key for key in logs if key.endswith("_runtime") and not key.startswith("train")]:
+            speed = key.removesuffix("_runtime") + "_steps_per_second"
+            if speed in logs and logs[key]:
+                logs[speed] = round(self._num_eval_steps / logs[key], 3)
+        super().log(logs, *args, **kwargs)
