@@ -55,10 +55,6 @@ class LongContextConfig:
             `"flash_attention_2"` (`_3`, `_4`) or a hub kernel `"org/name"`. `"auto"` takes an installed flash kernel
             for half precision on CUDA, otherwise `"sdpa"`, and a kernel with sinks or softcap where the model needs
             them.
-        check_model (`bool`, *optional*, defaults to `True`):
-            Compare one tiny sharded forward with one unsharded forward before training. It costs a fraction of a
-            second and finds layers that never see the shard. Switch it off only for a model that cannot run a tiny
-            batch.
 
     Raises:
         ValueError: a field has a value that no run could use.
@@ -72,13 +68,7 @@ class LongContextConfig:
         default="auto",
         metadata={"help": "Kernel run by `ulysses` on its heads: " + ", ".join(INNER_ATTENTIONS) + " or org/name."},
     )
-    check_model: bool = field(
-        default=True,
-        metadata={"help": "Compare a tiny sharded forward with an unsharded one before training."},
-    )
 
     def __post_init__(self) -> None:
         validate_sequence_parallel_size(self.sequence_parallel_size)
         validate_inner_attention(self.inner_attention)
-        if not isinstance(self.check_model, bool):
-            raise ValueError(f"`check_model` ({self.check_model!r}) must be true or false.")

@@ -85,16 +85,16 @@ def refuse_unsupported(kernel: str, extras: dict[str, object], dropout: float) -
             f"this model has attention sinks (`s_aux`), which the '{kernel}' kernel does not have: use "
             "`inner_attention='auto'`, 'eager' or 'flex_attention'."
         )
-    if softcap is not None and kernel == "sdpa":
+    if softcap is not None and (kernel == "sdpa" or (is_flash(kernel) and not _flash_supports(kernel, "softcap"))):
         raise NotImplementedError(
-            "this model caps its attention scores (`softcap`), which the 'sdpa' kernel does not do: use "
+            f"this model caps its attention scores (`softcap`), which the '{kernel}' kernel does not do: use "
             "`inner_attention='auto'`, 'eager' or 'flex_attention'."
         )
     if dropout and (kernel == "flex_attention" or (is_flash(kernel) and not _flash_supports(kernel, "dropout_p"))):
         raise NotImplementedError(
-            f"attention dropout ({dropout}) is not done by '{kernel}': set the model's `attention_dropout` to "
-            "0, or "
-            "use `inner_attention='sdpa'`."
+            f"attention dropout ({dropout}) is not done by '{kernel}': set the model's `attention_dropout` to 0, or "
+            "use "
+            "`inner_attention='auto'` or 'eager'."
         )
 
 

@@ -85,8 +85,24 @@ class DeferredMask:
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
+        self._refuse(f".{name}")
+
+    def __getitem__(self, _: object) -> object:
+        self._refuse("[...]")
+
+    def __add__(self, _: object) -> object:
+        self._refuse("+")
+
+    __radd__ = __add__
+
+    def __mul__(self, _: object) -> object:
+        self._refuse("*")
+
+    __rmul__ = __mul__
+
+    def _refuse(self, name: str) -> None:
         raise NotImplementedError(
-            f"this model edits its attention mask itself (`.{name}`), which attn_implementation='ulysses' cannot "
+            f"this model edits its attention mask itself (`{name}`), which attn_implementation='ulysses' cannot "
             "follow: "
             "use 'sdpa' or 'eager' for it, without sharding."
         )
@@ -220,7 +236,7 @@ def index_function(plan: KernelPlan) -> Callable:
     if segments is not None:
         parts.append(masking_utils.packed_sequence_mask_function(segments))
         # Nobody sees padding, not even padding: with left padding the last pad token predicts the first real one, and
-        # the # host lets it see nothing.
+        # the host lets it see nothing.
         parts.append(masking_utils.padding_mask_function(segments != PAD_SEGMENT))
     return masking_utils.and_masks(*(parts or [masking_utils.bidirectional_mask_function]))
 

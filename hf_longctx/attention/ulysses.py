@@ -99,7 +99,7 @@ def _sharded_attention(
     padding = shard.local_len * shard.size - shard.num_tokens
     if padding:
         # From here the row is the user's own again, so the kernel sees what one process would: the same lengths, the
-        # same # fast path without a mask, the same random numbers.
+        # same fast path without a mask, the same random numbers.
         query, key, value = (tensor[:, :, : shard.num_tokens] for tensor in (query, key, value))
     index = split.key_value_index(shard.rank)
     if index is not None:

@@ -22,8 +22,6 @@ class ShardCollator:
         any method.
         inner_attention (`str`, *optional*, defaults to `"auto"`): see [`LongContextConfig`].
         shift_labels (`bool`, *optional*, defaults to `True`): the model predicts the next token.
-        needs_position_ids (`bool`, *optional*, defaults to `False`): the model reads positions from the mask or
-            the token ids, which a share does not tell, so the batch must bring them.
 
     Returns of a call:
         `dict`: the share, with an unbound `sequence_shard`: bind it in the main process with `.bind(mesh)`.
@@ -41,12 +39,10 @@ class ShardCollator:
         *,
         inner_attention: str = "auto",
         shift_labels: bool = True,
-        needs_position_ids: bool = False,
     ) -> None:
         self.collator = collator
         self.size, self.rank = mesh.sequence_parallel_size, mesh.sequence_parallel_rank
         self.inner_attention, self.shift_labels = inner_attention, shift_labels
-        self.needs_position_ids = needs_position_ids
 
     def __call__(self, rows: list) -> dict[str, object]:
         real = [row for row in rows if not isinstance(row, Filler)]
@@ -56,12 +52,6 @@ class ShardCollator:
                 f"the collated batch ({', '.join(batch)}) has no `labels`, so no token would be trained: add a "
                 "`labels` column, or "
                 "use a collator that makes them, such as `DataCollatorForLanguageModeling(tokenizer, mlm=False)`."
-            )
-        if self.needs_position_ids and batch.get("position_ids") is None:
-            raise ValueError(
-                f"the collated batch ({', '.join(batch)}) has no `position_ids`, but this model derives them from the "
-                "mask or the "
-                "token ids, which a rank sees only a part of: add `position_ids` of shape (rows, tokens) to the batch."
             )
         if not real:
             for key in ("labels", "shift_labels"):

@@ -43,6 +43,7 @@ class SequenceShard:
             only.
         only_right_padding (`bool`): each row is one document followed by padding, so a causal kernel needs no mask.
         inner_attention (`str`): the kernel that `"ulysses"` runs.
+        has_own_positions (`bool`): the batch brought `position_ids`; otherwise they count from 0 in each row.
         row_digest (`int`): checksum of the full rows, equal on the ranks of a group.
         group (`ProcessGroup`, *optional*): the `sp` axis; bound in the main process, since it cannot leave a data
             worker.
@@ -55,6 +56,7 @@ class SequenceShard:
     segment_ids: torch.Tensor | None = None
     only_right_padding: bool = True
     inner_attention: str = "auto"
+    has_own_positions: bool = False
     row_digest: int = 0
     group: dist.ProcessGroup | None = field(default=None, repr=False)
 
@@ -162,6 +164,7 @@ def cut_batch(
         segment_ids=segments,
         only_right_padding=only_right_padding,
         inner_attention=inner_attention,
+        has_own_positions=batch.get("position_ids") is not None,
         row_digest=_digest(batch),
     )
     return share

@@ -33,7 +33,6 @@ def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn
             mesh,
             inner_attention=trainer.long_context.inner_attention,
             shift_labels=trainer.shifts_labels,
-            needs_position_ids=trainer._probe.needs_position_ids,
         ),
         "num_workers": args.dataloader_num_workers,
         "pin_memory": args.dataloader_pin_memory,
@@ -68,6 +67,7 @@ def _deal_to_groups(trainer, loader: DataLoader) -> DataLoader:
         use_seedable_sampler=accelerator.use_seedable_sampler,
         data_seed=accelerator.dataloader_config.data_seed,
         non_blocking=accelerator.non_blocking,
+        use_stateful_dataloader=accelerator.use_stateful_dataloader,
     )
     # accelerate would cut what is gathered on a ragged last batch to its rows, but a rank's sum is not a row.
     prepared._drop_last = True

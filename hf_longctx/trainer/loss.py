@@ -16,50 +16,57 @@ from ..parallel.shard import IGNORE_INDEX
 
 
 class AlignedLoss:
-    """A loss function that receives targets already shifted and hands them to `function` as if they were not.
+    """A loss function that receives this rank's targets, and is proven on its first call.
 
     Args:
-        function (`Callable`): `(outputs, labels, *, num_items_in_batch, ...) -> loss`, shifting labels by one inside.
-        check (`bool`): on the first call, prove that `function` divides a sum by `num_items_in_batch` and shifts.
+        function (`Callable`): `(outputs, labels, *, num_items_in_batch, ...) -> loss`.
+        shifts (`bool`): `function` shifts labels by one inside; it then gets targets that were shifted already, as
+            if they were not. Otherwise (a masked language model) logits and labels are passed on as they are.
+        check (`bool`): on the first call, prove that `function` divides a sum by `num_items_in_batch`, and shifts.
 
     Raises:
-        ValueError: on the first call, if `function` does neither.
+        ValueError: on the first call, if it does not.
 
-    Memory: one copy of the logits.
+    Memory: with `shifts`, one copy of the logits.
     """
 
-    def __init__(self, function: Callable, check: bool) -> None:
-        self.function, self.check = function, check
+    def __init__(self, function: Callable, shifts: bool, check: bool) -> None:
+        self.function, self.shifts, self.check = function, shifts, check
 
     def __call__(self, outputs, labels: torch.Tensor, **kwargs):
-        labels = torch.nn.functional.pad(labels, (1, 0), value=IGNORE_INDEX)
+        if self.shifts:
+            labels = torch.nn.functional.pad(labels, (1, 0), value=IGNORE_INDEX)
+            extended = _extend(outputs, 0.0)
+        else:
+            extended = outputs
         if self.check and kwargs.get("num_items_in_batch") is not None:
             self.check = False
-            self._prove(outputs, labels, kwargs)
-        return self.function(_extend(outputs, 0.0), labels, **kwargs)
+            self._prove(outputs, extended, labels, kwargs)
+        return self.function(extended, labels, **kwargs)
 
     @torch.no_grad()
-    def _prove(self, outputs, labels: torch.Tensor, kwargs: dict) -> None:
+    def _prove(self, outputs, extended, labels: torch.Tensor, kwargs: dict) -> None:
         count = kwargs["num_items_in_batch"]
-        one = self.function(_extend(outputs, 0.0), labels, **kwargs)
-        half = self.function(_extend(outputs, 0.0), labels, **{**kwargs, "num_items_in_batch": 2 * count})
+        one = self.function(extended, labels, **kwargs)
+        half = self.function(extended, labels, **{**kwargs, "num_items_in_batch": 2 * count})
         if not torch.allclose(one, 2 * half, rtol=1e-3, atol=1e-6):
             raise ValueError(
                 f"`compute_loss_func` returned {float(one):.6g} for `num_items_in_batch` {float(count):.6g} and "
-                f"{float(half):.6g} for "
-                "twice that: it must return a sum over tokens divided by `num_items_in_batch`, or shards with few "
-                "valid "
-                "tokens would weigh too much."
+                f"{float(half):.6g} for twice that: it must return a sum over tokens divided by `num_items_in_batch`, "
+                "or "
+                "shards with few valid tokens would weigh too much."
             )
+        if not self.shifts:
+            return
         last = labels.clone()
         last[:, -1] = 0
-        same = self.function(_extend(outputs, 0.0), last, **kwargs)
+        same = self.function(extended, last, **kwargs)
         other = self.function(_extend(outputs, 50.0), last, **kwargs)
         if not torch.allclose(same, other, rtol=1e-4, atol=1e-6):
             raise ValueError(
                 "`compute_loss_func` does not shift labels: it must compare the logits at position `i` with the label "
-                "at `i + 1`, as "
-                "the loss of a causal language model does; shift inside the function."
+                "at "
+                "`i + 1`, as the loss of a causal language model does; shift inside the function."
             )
 
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from transformers import TrainerCallback
+from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ..config import LongContextConfig
 from ..losses.token_mean import token_mean
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import validate_same_rows
-from .checks import check_arguments, check_model, check_trainer, uses_ulysses
+from .checks import check_arguments, check_model, check_trainer, unwrap, uses_ulysses
 from .evaluation import ShardedEvaluationMixin
 from .loaders import build_loader
 from .loss import AlignedLoss
@@ -38,18 +38,16 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
         check_model(self.model, self.long_context)
         self.mesh = SequenceMesh.build(self.long_context.sequence_parallel_size)
         self.shards_batches = uses_ulysses(self.model)
-        self._probe = ProbeResult()
+        self._probe: ProbeResult | None = None
         self._align_losses()
-        if self.shards_batches and self.long_context.check_model and self.mesh.world_size > 1:
-            if next(self.model.parameters()).device.type == self.args.device.type:
-                self.probe()
-            else:  # FSDP places parameters when training starts
-                self.add_callback(_ProbeAtStart(self))
+        # FSDP places parameters when training starts; the probe then runs on the first batch.
+        if self.shards_batches and next(self.model.parameters()).device.type == self.args.device.type:
+            self._probe = self._run_probe()
 
-    def probe(self) -> None:
+    def _run_probe(self) -> ProbeResult:
         """Check the model on a tiny batch; see [`probe_model`]."""
         own_loss = self.compute_loss_func is None and self.label_smoother is None
-        self._probe = probe_model(
+        result = probe_model(
             self.model,
             self.mesh,
             self.long_context.inner_attention,
@@ -57,13 +55,16 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
             check_loss=own_loss and self.uses_model_loss,
             context=self.accelerator.autocast(),
         )
-        if self._probe.loss_ignores_count:
+        if result.loss_ignores_count:
             self.compute_loss_func = token_mean
+        return result
 
     @property
     def shifts_labels(self) -> bool:
         """Whether the model predicts the next token, so that labels are shifted before they are cut."""
-        return self._loss_shifts_labels
+        loss_type = getattr(unwrap(self.model), "loss_type", None)
+        # The host falls back to this loss for a class whose name it does not know, such as GPT-2's.
+        return self._loss_shifts_labels or loss_type not in LOSS_MAPPING
 
     @property
     def uses_model_loss(self) -> bool:
@@ -71,16 +72,18 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
         return True
 
     @property
-    def _aligns_labels(self) -> bool:
-        return isinstance(self.compute_loss_func, AlignedLoss) or isinstance(self.label_smoother, AlignedLoss)
+    def _takes_shifted_labels(self) -> bool:
+        """Whether the loss is ours to feed: it then gets the targets, not the labels."""
+        ours = isinstance(self.compute_loss_func, AlignedLoss) or self.compute_loss_func is token_mean
+        return self.shifts_labels and (ours or isinstance(self.label_smoother, AlignedLoss))
 
     def _align_losses(self) -> None:
-        if self.mesh.sequence_parallel_size == 1 or not self.shifts_labels:
+        if self.mesh.sequence_parallel_size == 1:
             return
         if self.compute_loss_func is not None:
-            self.compute_loss_func = AlignedLoss(self.compute_loss_func, check=True)
-        if self.label_smoother is not None:
-            self.label_smoother = AlignedLoss(self.label_smoother, check=False)
+            self.compute_loss_func = AlignedLoss(self.compute_loss_func, self.shifts_labels, check=True)
+        if self.label_smoother is not None and self.shifts_labels:
+            self.label_smoother = AlignedLoss(self.label_smoother, shifts=True, check=False)
 
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
@@ -94,10 +97,18 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
         shard = inputs.get("sequence_shard")
         if shard is None or shard.group is not None:
             return inputs
+        if self._probe is None:
+            self._probe = self._run_probe()
+        if self._probe.needs_position_ids and not shard.has_own_positions:
+            raise ValueError(
+                f"the collated batch has no `position_ids`, but `{type(unwrap(self.model)).__name__}` derives them "
+                "from the "
+                "mask or the token ids, which a rank sees only a part of: add `position_ids` of shape (rows, tokens)."
+            )
         # A new object, so that what the layers plan for it is freed with these inputs, not with the loader's batch.
         inputs["sequence_shard"] = shard = shard.bind(self.mesh).to(self.args.device)
         validate_same_rows(shard)
-        if self._aligns_labels:
+        if self._takes_shifted_labels:
             inputs["labels"] = inputs["shift_labels"]
         return inputs
 
@@ -119,13 +130,3 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
 
     def get_total_train_batch_size(self, args) -> int:
         return super().get_total_train_batch_size(args) // self.mesh.sequence_parallel_size
-
-
-class _ProbeAtStart(TrainerCallback):
-    """Runs the probe once the model is on its device."""
-
-    def __init__(self, trainer: SequenceParallelMixin) -> None:
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        self.trainer.probe()

@@ -64,23 +64,30 @@ def probe_model(
 
 
 def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> ProbeResult:
-    base, size = unwrap(model), mesh.sequence_parallel_size
+    name, size = type(unwrap(model)).__name__, mesh.sequence_parallel_size
     batch = _tiny_batch(model, size)
-    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    valid = inputs["attention_mask"].bool()
+    valid = batch["attention_mask"].bool()
     share = shard_batch(batch, mesh, inner_attention=inner_attention, shift_labels=shift_labels)
+    forward = {key: value for key, value in share.items() if key != "shift_labels"}
+    local = model(**forward)[0]
+    if local.dim() != 3 or local.shape[1] != share["sequence_shard"].local_len:
+        raise NotImplementedError(
+            f"`{name}` returns {tuple(local.shape)} for {share['sequence_shard'].local_len} tokens a rank, not one "
+            "vector a "
+            "token: a head that pools a row cannot be sharded yet; set `sequence_parallel_size` to 1."
+        )
     needs_position_ids = False
     if size > 1:
-        forward = {key: value for key, value in share.items() if key not in ("labels", "num_items_in_batch")}
-        sharded = _whole_rows(model(**forward)[0], mesh, valid)
-        blind = {key: value for key, value in forward.items() if key not in ("sequence_shard", "shift_labels")}
-        unaware = _whole_rows(model(**blind)[0], mesh, valid)
+        sharded = _whole_rows(local, mesh, valid)
+        unaware = _whole_rows(
+            model(**{key: value for key, value in forward.items() if key != "sequence_shard"})[0], mesh, valid
+        )
         positions = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
-        explicit = model(**inputs, position_ids=positions)[0][valid]
+        explicit = model(**batch, position_ids=positions)[0][valid]
         error, blind_error = _difference(sharded, explicit), _difference(unaware, explicit)
-        _validate_outputs(type(base).__name__, sharded, unaware, error, blind_error)
-        needs_position_ids = _difference(model(**inputs)[0][valid], explicit) > _noise(explicit)
-    ignores = check_loss and _loss_ignores_count(model, share, shift_labels)
+        _validate_outputs(name, sharded, unaware, error, blind_error)
+        needs_position_ids = _difference(model(**batch)[0][valid], explicit) > _noise(explicit)
+    ignores = check_loss and _loss_ignores_count(model, share, local.shape[-1], shift_labels)
     return ProbeResult(needs_position_ids, ignores)
 
 
@@ -93,7 +100,7 @@ def _tiny_batch(model, size: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(first, min(vocabulary, 1000), (2, num_tokens), generator=generator)
     mask = torch.ones_like(ids)
     mask[1, : num_tokens // 3] = 0
-    batch = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, IGNORE_INDEX)}
+    batch = {"input_ids": ids, "attention_mask": mask}
     return {key: value.to(device) for key, value in batch.items()}
 
 
@@ -127,9 +134,12 @@ def _validate_outputs(name: str, sharded, unaware, error: float, blind_error: fl
     )
 
 
-def _loss_ignores_count(model, share: dict, shift_labels: bool) -> bool:
+def _loss_ignores_count(model, share: dict, num_classes: int, shift_labels: bool) -> bool:
     """Whether the model averages over its own tokens, whatever `num_items_in_batch` says."""
-    share = {key: value for key, value in share.items() if key != "num_items_in_batch"}
+    labels = (share["input_ids"] % num_classes).masked_fill(share["attention_mask"] == 0, IGNORE_INDEX)
+    share = {**share, "labels": labels}
+    if shift_labels:
+        share["shift_labels"] = labels.flip(1)  # any targets will do, if they are not the model's own shift
     targets = share["shift_labels" if shift_labels else "labels"]
     outputs = model(**share, num_items_in_batch=10.0)
     loss = outputs["loss"]

@@ -15,7 +15,7 @@ FIELDS = {field.name for field in dataclasses.fields(LongContextConfig)}
 
 def test_defaults_are_no_sharding_and_a_checked_model():
     config = LongContextConfig()
-    assert (config.sequence_parallel_size, config.inner_attention, config.check_model) == (1, "auto", True)
+    assert (config.sequence_parallel_size, config.inner_attention) == (1, "auto")
 
 
 def test_config_is_frozen():
@@ -101,8 +101,8 @@ def parse(tmp_path):
 
 
 def test_yaml_round_trip(parse):
-    config = parse("sequence_parallel_size: 4\ninner_attention: sdpa\ncheck_model: false\n")
-    assert config == LongContextConfig(sequence_parallel_size=4, inner_attention="sdpa", check_model=False)
+    config = parse("sequence_parallel_size: 4\ninner_attention: sdpa\n")
+    assert config == LongContextConfig(sequence_parallel_size=4, inner_attention="sdpa")
 
 
 def test_command_line_overrides_yaml_and_the_rest_keeps_its_default(parse):

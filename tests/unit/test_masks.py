@@ -468,7 +468,7 @@ SINKS = {"s_aux": torch.zeros(2)}
         ("sdpa", SINKS, 0.0, r"sinks \(`s_aux`\), which the 'sdpa' kernel does not have.*'eager' or 'flex_attention'"),
         ("flash_attention_2", SINKS, 0.0, "which the 'flash_attention_2' kernel does not have"),
         ("sdpa", {"softcap": 30.0}, 0.0, r"\(`softcap`\), which the 'sdpa' kernel does not do.*'eager'"),
-        ("flex_attention", {}, 0.1, r"attention dropout \(0.1\) is not done by 'flex_attention'.*'sdpa'"),
+        ("flex_attention", {}, 0.1, r"attention dropout \(0.1\) is not done by 'flex_attention'.*'eager'"),
     ],
 )
 def test_what_a_kernel_would_ignore_is_refused_by_name(monkeypatch, kernel, extras, dropout, sentence):

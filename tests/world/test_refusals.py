@@ -146,6 +146,30 @@ def test_a_compute_loss_func_that_cannot_be_exact_is_refused(world2, function, s
         world2.run(train_with_loss, function)
 
 
+def mean_of_logits(outputs, labels, num_items_in_batch=None):
+    return torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten())
+
+
+def train_modernbert():
+    train(2, model="modernbert", trainer_options={"compute_loss_func": mean_of_logits})
+
+
+def test_a_masked_language_models_loss_is_proven_too(world2):
+    with pytest.raises(WorldFailure, match="divided by `num_items_in_batch`"):
+        world2.run(train_modernbert)
+
+
+def train_a_row_classifier():
+    config = build("llama", "ulysses").config
+    model = transformers.LlamaForSequenceClassification._from_config(config, attn_implementation="ulysses")
+    train(2, model=model)
+
+
+def test_a_head_that_pools_rows_is_refused(world2):
+    with pytest.raises(WorldFailure, match="not one vector a token: a head that pools a row cannot be sharded"):
+        world2.run(train_a_row_classifier)
+
+
 def positions_from_the_ids(with_positions):
     config = transformers.RobertaConfig(
         **{
