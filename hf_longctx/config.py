@@ -25,8 +25,7 @@ def validate_sequence_parallel_size(size: object) -> None:
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
         raise ValueError(
             f"`sequence_parallel_size` ({size!r}) must be a positive integer: it is the number of processes that "
-            "share "
-            "one sequence; use 1 for no sharding."
+            "share one sequence; use 1 for no sharding."
         )
 
 

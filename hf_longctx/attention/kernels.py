@@ -42,9 +42,9 @@ def validate_kernel_available(kernel: str) -> None:
     has_hub_kernels = importlib.util.find_spec("kernels") is not None
     if not has_hub_kernels and (kernel not in _FLASH_PACKAGES or not _importable(module)):
         raise ImportError(
-            f"`inner_attention` ('{kernel}') needs the package `{package}`"
-            f"{'' if package == 'kernels' else ' or `kernels`'}, which is not installed: "
-            f"`pip install {package}`, or use 'sdpa', which is always there."
+            f"`inner_attention` ('{kernel}') needs the package "
+            f"`{package}`{'' if package == 'kernels' else ' or `kernels`'}, which is not installed: `pip install "
+            f"{package}`, or use 'sdpa', which is always there."
         )
 
 
@@ -93,8 +93,7 @@ def refuse_unsupported(kernel: str, extras: dict[str, object], dropout: float) -
     if dropout and (kernel == "flex_attention" or (is_flash(kernel) and not _flash_supports(kernel, "dropout_p"))):
         raise NotImplementedError(
             f"attention dropout ({dropout}) is not done by '{kernel}': set the model's `attention_dropout` to 0, or "
-            "use "
-            "`inner_attention='auto'` or 'eager'."
+            "use `inner_attention='auto'` or 'eager'."
         )
 
 

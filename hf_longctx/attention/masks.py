@@ -103,8 +103,7 @@ class DeferredMask:
     def _refuse(self, name: str) -> None:
         raise NotImplementedError(
             f"this model edits its attention mask itself (`{name}`), which attn_implementation='ulysses' cannot "
-            "follow: "
-            "use 'sdpa' or 'eager' for it, without sharding."
+            "follow: use 'sdpa' or 'eager' for it, without sharding."
         )
 
 
@@ -130,16 +129,14 @@ def read_rule(mask_function: Callable) -> AttentionRule:
     elif behind:
         raise NotImplementedError(
             f"this model looks {behind[0]} tokens back but also ahead, a rule that attn_implementation='ulysses' does "
-            "not "
-            "have: set `sequence_parallel_size` to 1."
+            "not have: set `sequence_parallel_size` to 1."
         )
     else:
         windows = around
     if len(set(chunk)) > 1:
         raise NotImplementedError(
             f"this model intersects chunks of {sorted(set(chunk))} tokens, which attn_implementation='ulysses' does "
-            "not "
-            "support: set `sequence_parallel_size` to 1."
+            "not support: set `sequence_parallel_size` to 1."
         )
     return AttentionRule(bool(causal), min(windows) if windows else None, chunk[0] if chunk else None)
 

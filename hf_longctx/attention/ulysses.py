@@ -92,8 +92,7 @@ def _sharded_attention(
         if shard.group is None:
             raise RuntimeError(
                 "`sequence_shard` is not bound to this process's group: call `batch['sequence_shard'].bind(mesh)` on "
-                "a batch "
-                "that a data worker cut, or use `hf_longctx.shard_batch`."
+                "a batch that a data worker cut, or use `hf_longctx.shard_batch`."
             )
         query, key, value = sequence_to_heads(query, key, value, split, shard.group)
     padding = shard.local_len * shard.size - shard.num_tokens
@@ -134,14 +133,12 @@ def _validate_call(
         raise NotImplementedError(
             f"`{name}` attends from {query.shape[2]} to {key.shape[2]} tokens, but this rank holds {shard.local_len}: "
             "cross-attention, key/value caches and virtual prompt tokens cannot be sharded; train without them, or "
-            "set "
-            "`sequence_parallel_size` to 1."
+            "set `sequence_parallel_size` to 1."
         )
     if attention_mask is not None and not isinstance(attention_mask, DeferredMask):
         raise NotImplementedError(
             f"`{name}` got a mask of {type(attention_mask).__name__} that the model made itself, which only knows "
-            "this rank's "
-            "tokens: set `sequence_parallel_size` to 1 for this model."
+            "this rank's tokens: set `sequence_parallel_size` to 1 for this model."
         )
     for key_name, extra in extras.items():
         bias_like = (
@@ -174,8 +171,7 @@ def _plan(
     if is_flash(kernel) and extras.get("sliding_window") is not None and rule.window is None:
         raise NotImplementedError(
             f"`{type(module).__name__}` asks for a sliding window of {extras['sliding_window']} tokens that its mask "
-            "does not "
-            f"have, so '{kernel}' and 'sdpa' would disagree: use `inner_attention='sdpa'`."
+            f"does not have, so '{kernel}' and 'sdpa' would disagree: use `inner_attention='sdpa'`."
         )
     key = (rule, kernel, query.dtype, query.device, query.shape[0])
     if key not in shard.kernel_plans:

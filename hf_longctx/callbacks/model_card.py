@@ -87,8 +87,8 @@ def _body(folder: Path, metrics: dict, picture: str | None) -> str:
     source = f" on {_link(metrics['dataset'], 'datasets/')}" if metrics["dataset"] else ""
     parts = [
         f"# {metrics['name']}",
-        f"{base} trained{source} with `hf_longctx`: {length}. To run, the saved model needs "
-        f"only `transformers`{' and `peft`' if (folder / 'adapter_config.json').is_file() else ''}.",
+        f"{base} trained{source} with `hf_longctx`: {length}. To run, the saved model needs only "
+        f"`transformers`{' and `peft`' if (folder / 'adapter_config.json').is_file() else ''}.",
     ]
     if picture is not None:
         parts.append(f"![Loss and throughput]({picture})")

@@ -50,8 +50,8 @@ class ShardCollator:
         if batch.get("labels") is None:
             raise ValueError(
                 f"the collated batch ({', '.join(batch)}) has no `labels`, so no token would be trained: add a "
-                "`labels` column, or "
-                "use a collator that makes them, such as `DataCollatorForLanguageModeling(tokenizer, mlm=False)`."
+                "`labels` column, or use a collator that makes them, such as "
+                "`DataCollatorForLanguageModeling(tokenizer, mlm=False)`."
             )
         if not real:
             for key in ("labels", "shift_labels"):

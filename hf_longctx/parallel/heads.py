@@ -72,6 +72,5 @@ def validate_head_count(num_query_heads: int, size: int) -> None:
     if size > num_query_heads:
         raise ValueError(
             f"`sequence_parallel_size` ({size}) exceeds the model's query heads ({num_query_heads}): every rank needs "
-            "at "
-            f"least one head; any size from 1 to {num_query_heads} that divides the number of processes works."
+            f"at least one head; any size from 1 to {num_query_heads} that divides the number of processes works."
         )

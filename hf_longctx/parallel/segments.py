@@ -38,8 +38,7 @@ def segment_rows(
     if documents is not None and mask is not None:
         raise ValueError(
             "the batch packs several documents in a row and also has an `attention_mask`: the mask would make the "
-            "model "
-            "ignore the document bounds; drop `attention_mask` and mark padding as a document of its own."
+            "model ignore the document bounds; drop `attention_mask` and mark padding as a document of its own."
         )
     if valid is None:
         return documents, documents is None
@@ -60,10 +59,8 @@ def _documents_from_bounds(
     if not fits or not all(torch.equal(given[0], other) for other in given):
         raise ValueError(
             f"`cu_seq_lens_q` ({bounds.flatten().tolist()[:8]} ..., shape {tuple(bounds.shape)}) must rise from 0 to "
-            "the "
-            f"{num_tokens} tokens of one flattened row and equal `cu_seq_lens_k`, but the batch has {rows} row(s): "
-            "flatten "
-            "the batch, or pass `position_ids` that restart at each document."
+            f"the {num_tokens} tokens of one flattened row and equal `cu_seq_lens_k`, but the batch has {rows} "
+            "row(s): flatten the batch, or pass `position_ids` that restart at each document."
         )
     if len(bounds) == 2:
         return None

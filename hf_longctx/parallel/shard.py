@@ -176,10 +176,8 @@ def validate_same_rows(shard: SequenceShard) -> None:
     if len(set(digests)) > 1:
         raise RuntimeError(
             f"the {shard.size} ranks of one sequence-parallel group drew different rows (checksums {digests}): they "
-            "must "
-            "read the same data in the same order; split the data set by `mesh.data_parallel_rank`, not by the "
-            "process "
-            "rank, and seed a random collator by it."
+            "must read the same data in the same order; split the data set by `mesh.data_parallel_rank`, not by the "
+            "process rank, and seed a random collator by it."
         )
 
 
@@ -194,29 +192,25 @@ def _validate_batch(batch: Mapping[str, object]) -> tuple[int, int, torch.device
         if any(mark in key for mark in _MULTIMODAL_MARKS):
             raise NotImplementedError(
                 f"`{key}` belongs to an image, video or audio input, which `ulysses` does not shard: train the text "
-                "model "
-                "alone, or set `sequence_parallel_size` to 1."
+                "model alone, or set `sequence_parallel_size` to 1."
             )
         if not isinstance(value, torch.Tensor) or key in DOCUMENT_BOUND_KEYS:
             continue
         if key == "position_ids" and value.dim() == 3:
             raise NotImplementedError(
                 f"`position_ids` has shape {tuple(value.shape)}: 3-D multimodal rotary positions are not sharded; "
-                "pass 2-D "
-                "positions of shape (rows, tokens)."
+                "pass 2-D positions of shape (rows, tokens)."
             )
         if key == "attention_mask" and value.dim() != 2:
             raise NotImplementedError(
                 f"`attention_mask` has shape {tuple(value.shape)}: a hand-made mask cannot be cut by heads; pass a "
-                "2-D "
-                "padding mask, or `position_ids` that restart at each document."
+                "2-D padding mask, or `position_ids` that restart at each document."
             )
         fits = value.dim() >= 2 and value.shape[1] == num_tokens and value.shape[0] in (rows, 1)
         if not fits and value.dim() > 0:
             raise ValueError(
                 f"`{key}` has shape {tuple(value.shape)}, but a sharded batch needs ({rows}, {num_tokens}, ...), one "
-                "entry a "
-                "token: drop the key, or give it a token dimension."
+                "entry a token: drop the key, or give it a token dimension."
             )
     return rows, num_tokens, tokens.device
 

@@ -18,14 +18,7 @@ def check_arguments(args, config: LongContextConfig) -> None:
     if args is None or config.sequence_parallel_size == 1:
         return
     size = config.sequence_parallel_size
-    parallelism = getattr(args, "parallelism_config", None)
-    for name in ("cp_size", "sp_size", "tp_size"):
-        if parallelism is not None and (getattr(parallelism, name, 1) or 1) > 1:
-            raise ValueError(
-                f"`ParallelismConfig({name}={getattr(parallelism, name)})` stands beside `sequence_parallel_size` "
-                f"({size}): "
-                f"both would cut the batch; leave `{name}` at 1."
-            )
+    _refuse_host_axes(getattr(args, "parallelism_config", None), size)
     refusals = {
         "deepspeed": "its engine scales and partitions gradients by its own rules; use DDP or FSDP2",
         "torch_compile": "the exchange between ranks is not traced exactly; leave it off",
@@ -41,20 +34,18 @@ def check_arguments(args, config: LongContextConfig) -> None:
     if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
         raise NotImplementedError(
             "`train_sampling_strategy` ('batch_rebalance') deals rows to single processes, but the ranks of a group "
-            "must "
-            "read the same rows: use 'random', 'sequential' or 'group_by_length'."
+            "must read the same rows: use 'random', 'sequential' or 'group_by_length'."
         )
     for name in ("split_batches", "dispatch_batches"):
         if getattr(getattr(args, "accelerator_config", None), name, None):
             raise ValueError(
                 f"`accelerator_config.{name}` (True) sends pieces of one batch to all processes, but the ranks of a "
-                "group must "
-                "read the same rows: leave it unset."
+                "group must read the same rows: leave it unset."
             )
     if args.n_gpu > 1:
         raise ValueError(
-            f"one process sees {args.n_gpu} GPUs and would use `DataParallel`: start one process a GPU with "
-            f"`torchrun --nproc_per_node {args.n_gpu} ...`."
+            f"one process sees {args.n_gpu} GPUs and would use `DataParallel`: start one process a GPU with `torchrun "
+            f"--nproc_per_node {args.n_gpu} ...`."
         )
 
 
@@ -66,8 +57,7 @@ def check_trainer(trainer) -> None:
     if trainer.is_deepspeed_enabled:
         raise NotImplementedError(
             f"DeepSpeed is configured beside `sequence_parallel_size` ({size}): its engine scales and partitions "
-            "gradients by its "
-            "own rules; use DDP or FSDP2."
+            "gradients by its own rules; use DDP or FSDP2."
         )
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
@@ -76,7 +66,8 @@ def check_trainer(trainer) -> None:
             "with "
             '`fsdp_config={"fsdp_version": 2}`.'
         )
-    check_arguments_of_accelerator(trainer.accelerator, size)
+    # Once more: `accelerate launch` may have brought axes that the arguments do not show.
+    _refuse_host_axes(getattr(trainer.accelerator, "parallelism_config", None), size)
     if trainer.compute_metrics is not None or trainer.preprocess_logits_for_metrics is not None:
         raise NotImplementedError(
             "`compute_metrics` needs the logits of whole rows, which no rank holds under sharding: drop it and read "
@@ -85,20 +76,18 @@ def check_trainer(trainer) -> None:
     if getattr(trainer, "aux_loss_enabled", False):
         raise NotImplementedError(
             f"the router's load-balancing loss (`router_aux_loss_coef` {trainer.router_aux_loss_coef}) is not a mean "
-            "over tokens, so "
-            "shards cannot add up to it: set `router_aux_loss_coef=0.0`."
+            "over tokens, so shards cannot add up to it: set `router_aux_loss_coef=0.0`."
         )
 
 
-def check_arguments_of_accelerator(accelerator, size: int) -> None:
-    """Refuse a `ParallelismConfig` that came from `accelerate launch` instead of the arguments."""
-    parallelism = getattr(accelerator, "parallelism_config", None)
+def _refuse_host_axes(parallelism, size: int) -> None:
     for name in ("cp_size", "sp_size", "tp_size"):
-        if parallelism is not None and (getattr(parallelism, name, 1) or 1) > 1:
+        value = getattr(parallelism, name, None) or 1
+        if value > 1:
             raise ValueError(
-                f"accelerate is configured with `{name}` ({getattr(parallelism, name)}) beside "
-                f"`sequence_parallel_size` ({size}): "
-                f"both would cut the batch; leave `{name}` at 1."
+                f"`ParallelismConfig({name}={value})` stands beside `sequence_parallel_size` ({size}): both would cut "
+                "the "
+                f"batch; leave `{name}` at 1."
             )
 
 
@@ -114,23 +103,19 @@ def check_model(model, config: LongContextConfig) -> None:
     if not uses_ulysses(model):
         raise ValueError(
             f"`{name}` runs attn_implementation={text._attn_implementation!r}, which would see only this rank's "
-            "tokens, with "
-            f"`sequence_parallel_size` ({size}): load it with `from_pretrained(..., attn_implementation='ulysses')` "
-            "or call "
-            "`model.set_attn_implementation('ulysses')`."
+            f"tokens, with `sequence_parallel_size` ({size}): load it with `from_pretrained(..., "
+            "attn_implementation='ulysses')` or call `model.set_attn_implementation('ulysses')`."
         )
     if getattr(base.config, "is_encoder_decoder", False):
         raise NotImplementedError(
             f"`{name}` is an encoder-decoder: its cross-attention reads two sequences of different lengths, which are "
-            "not "
-            "sharded; set `sequence_parallel_size` to 1."
+            "not sharded; set `sequence_parallel_size` to 1."
         )
     other = sorted({kind for kind in getattr(text, "layer_types", None) or [] if kind not in _SHARDED_LAYER_TYPES})
     if other:
         raise NotImplementedError(
             f"`{name}` has layers of type {', '.join(other)}, whose state runs along the sequence and would start "
-            "anew on every "
-            "rank: set `sequence_parallel_size` to 1, or choose a model with attention layers only."
+            "anew on every rank: set `sequence_parallel_size` to 1, or choose a model with attention layers only."
         )
     if getattr(text, "output_router_logits", False):
         raise NotImplementedError(
@@ -141,8 +126,7 @@ def check_model(model, config: LongContextConfig) -> None:
         if getattr(adapter, "is_prompt_learning", False):
             raise NotImplementedError(
                 f"`{type(adapter).__name__}` puts virtual tokens in front of every rank's share: use LoRA or another "
-                "adapter "
-                "that adds no tokens."
+                "adapter that adds no tokens."
             )
     heads = getattr(text, "num_attention_heads", None)
     if isinstance(heads, int):

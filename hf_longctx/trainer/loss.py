@@ -53,8 +53,7 @@ class AlignedLoss:
             raise ValueError(
                 f"`compute_loss_func` returned {float(one):.6g} for `num_items_in_batch` {float(count):.6g} and "
                 f"{float(half):.6g} for twice that: it must return a sum over tokens divided by `num_items_in_batch`, "
-                "or "
-                "shards with few valid tokens would weigh too much."
+                "or shards with few valid tokens would weigh too much."
             )
         if not self.shifts:
             return
@@ -65,8 +64,7 @@ class AlignedLoss:
         if not torch.allclose(same, other, rtol=1e-4, atol=1e-6):
             raise ValueError(
                 "`compute_loss_func` does not shift labels: it must compare the logits at position `i` with the label "
-                "at "
-                "`i + 1`, as the loss of a causal language model does; shift inside the function."
+                "at `i + 1`, as the loss of a causal language model does; shift inside the function."
             )
 
 

@@ -102,8 +102,8 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
         if self._probe.needs_position_ids and not shard.has_own_positions:
             raise ValueError(
                 f"the collated batch has no `position_ids`, but `{type(unwrap(self.model)).__name__}` derives them "
-                "from the "
-                "mask or the token ids, which a rank sees only a part of: add `position_ids` of shape (rows, tokens)."
+                "from the mask or the token ids, which a rank sees only a part of: add `position_ids` of shape (rows, "
+                "tokens)."
             )
         # A new object, so that what the layers plan for it is freed with these inputs, not with the loader's batch.
         inputs["sequence_shard"] = shard = shard.bind(self.mesh).to(self.args.device)

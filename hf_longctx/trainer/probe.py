@@ -73,8 +73,7 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> ProbeRes
     if local.dim() != 3 or local.shape[1] != share["sequence_shard"].local_len:
         raise NotImplementedError(
             f"`{name}` returns {tuple(local.shape)} for {share['sequence_shard'].local_len} tokens a rank, not one "
-            "vector a "
-            "token: a head that pools a row cannot be sharded yet; set `sequence_parallel_size` to 1."
+            "vector a token: a head that pools a row cannot be sharded yet; set `sequence_parallel_size` to 1."
         )
     needs_position_ids = False
     if size > 1:
@@ -124,8 +123,7 @@ def _validate_outputs(name: str, sharded, unaware, error: float, blind_error: fl
     if torch.equal(sharded, unaware):
         raise NotImplementedError(
             f"the attention of `{name}` never received the shard, so each rank would attend to its own tokens only: "
-            "it does not "
-            "use transformers' attention interface; set `sequence_parallel_size` to 1."
+            "it does not use transformers' attention interface; set `sequence_parallel_size` to 1."
         )
     raise NotImplementedError(
         f"`{name}` gives other outputs when its rows are sharded (largest relative difference {error:.1e}, allowed "
@@ -152,8 +150,6 @@ def _loss_ignores_count(model, share: dict, num_classes: int, shift_labels: bool
         return True
     raise NotImplementedError(
         f"the loss of `{type(unwrap(model)).__name__}` ({float(loss):.4f}) is not the mean cross entropy of its "
-        "tokens "
-        f"({float(averaged):.4f}), so shards cannot add up to it: pass a `compute_loss_func` that divides a sum over "
-        "tokens by "
-        "`num_items_in_batch`."
+        f"tokens ({float(averaged):.4f}), so shards cannot add up to it: pass a `compute_loss_func` that divides a "
+        "sum over tokens by `num_items_in_batch`."
     )
