@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# Without an NVIDIA driver the build of torch that is known to be CPU-only is enough, and spares gigabytes.
+# Without an NVIDIA driver this version is taken, of which pip may have a CPU build at hand that spares gigabytes.
 TORCH  := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch==2.13.0")
 
 .PHONY: demo test lint setup clean

@@ -16,7 +16,7 @@ from datetime import timedelta
 import torch.multiprocessing as multiprocessing
 
 
-TIMEOUT = timedelta(seconds=20)
+TIMEOUT = timedelta(seconds=60)  # also covers the start, when all processes import torch at once
 
 
 class WorldFailure(AssertionError):

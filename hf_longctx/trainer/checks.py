@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import logging
+
+import torch
 
 from ..attention.kernels import validate_kernel_available
 from ..config import LongContextConfig
 from ..parallel.heads import validate_head_count
 
+
+logger = logging.getLogger(__name__)
 
 # Layer kinds whose whole reach over the sequence is attention that reads the shard.
 _SHARDED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse")
@@ -86,8 +91,7 @@ def _refuse_host_axes(parallelism, size: int) -> None:
         if value > 1:
             raise ValueError(
                 f"`ParallelismConfig({name}={value})` stands beside `sequence_parallel_size` ({size}): both would cut "
-                "the "
-                f"batch; leave `{name}` at 1."
+                f"the batch; leave `{name}` at 1."
             )
 
 
@@ -135,6 +139,17 @@ def check_model(model, config: LongContextConfig) -> None:
         raise NotImplementedError(
             f"`{name}.forward` takes no extra keyword arguments, so its attention cannot learn of the shard: set "
             "`sequence_parallel_size` to 1."
+        )
+
+
+def warn_about_dropout(model, size: int) -> None:
+    """Warn if a dropout layer outside attention draws on each rank: valid training, but not one process's numbers."""
+    active = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
+    if size > 1 and active:
+        logger.warning(
+            f"`{active[0]}` and {len(active) - 1} more dropout layers draw on every rank for its own tokens, from "
+            "equal seeds: training is valid, but losses are not those of one process; set dropout (also "
+            "`lora_dropout`) to 0 to compare."
         )
 
 

@@ -15,7 +15,7 @@ from ..config import LongContextConfig
 from ..losses.token_mean import token_mean
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import validate_same_rows
-from .checks import check_arguments, check_model, check_trainer, unwrap, uses_ulysses
+from .checks import check_arguments, check_model, check_trainer, unwrap, uses_ulysses, warn_about_dropout
 from .evaluation import ShardedEvaluationMixin
 from .loaders import build_loader
 from .loss import AlignedLoss
@@ -36,6 +36,7 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
         check_arguments(self.args, self.long_context)
         check_trainer(self)
         check_model(self.model, self.long_context)
+        warn_about_dropout(self.model, self.long_context.sequence_parallel_size)
         self.mesh = SequenceMesh.build(self.long_context.sequence_parallel_size)
         self.shards_batches = uses_ulysses(self.model)
         self._probe: ProbeResult | None = None

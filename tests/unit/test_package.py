@@ -346,3 +346,12 @@ def test_counters_count():
     source = '"""File.\n\nMore.\n"""\n\n# why\ndef f(x):\n    """One\n    two."""\n    # why\n    return x\n'
     assert lines_of_code(source) == 2
     assert function_lengths(source) == {"f": 3}
+
+
+def test_missing_trl_is_told_with_the_extra():
+    code = (
+        "import sys; sys.modules['trl'] = None\nimport hf_longctx\n"
+        "try: hf_longctx.LongContextSFTTrainer\nexcept ImportError as error: print(error)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "pip install hf-longctx[trl]" in done.stdout, done.stderr

@@ -190,3 +190,17 @@ def test_attention_refuses_what_it_cannot_split():
         ulysses_attention(module, query, query, query, torch.zeros(1, 1, 6, 6), sequence_shard=shard)
     with pytest.raises(RuntimeError, match="not bound to this process's group"):
         ulysses_attention(module, query, query, query, None, sequence_shard=shard)
+
+
+def test_dropout_outside_attention_is_warned_about(tmp_path, caplog):
+    """Valid, but not comparable: not refused, not silent."""
+    from peft import LoraConfig, get_peft_model
+
+    def adapted(dropout):
+        return get_peft_model(build("llama", "ulysses"), LoraConfig(target_modules=["q_proj"], lora_dropout=dropout))
+
+    for dropout, warned in ((0.0, False), (0.1, True)):
+        caplog.clear()
+        with pytest.raises(RuntimeError, match="needs that many processes"):
+            start(tmp_path, model=adapted(dropout))
+        assert ("set dropout (also `lora_dropout`) to 0" in caplog.text) is warned

@@ -76,3 +76,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one(worlds, tmp_path, resumed_si
         results = worlds(4).run(run_here, resumed_size, {**resuming, "per_device_train_batch_size": batch})
     for actual in results:
         assert_same_trajectory(actual, whole)
+
+
+def test_several_eval_sets_and_their_speed(world4):
+    """Seven rows, two groups, two rows each: two steps, which is what the speed must count."""
+    sets = {"short": Rows(7), "long": Rows(8, tokens=30)}
+    options = {"trainer_options": {"eval_dataset": sets}, "per_device_eval_batch_size": 2, "after": "evaluate_first"}
+    model = build("llama", "sdpa").eval()
+    for _, _, extra in world4.run(run_here, 2, options):
+        for name, rows in sets.items():
+            assert extra["before"][f"eval_{name}_loss"] == pytest.approx(token_mean_of(model, rows), rel=1e-6)
+            runtime, speed = extra["before"][f"eval_{name}_runtime"], extra["before"][f"eval_{name}_steps_per_second"]
+            assert speed == pytest.approx(2 / runtime, rel=0.02)
