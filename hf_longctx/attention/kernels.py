@@ -99,7 +99,9 @@ def refuse_unsupported(kernel: str, extras: dict[str, object], dropout: float) -
 
 def _flash_supports(kernel: str, *names: str) -> bool:
     """Whether the flash kernel takes any of these arguments; the host drops in silence what a kernel does not take."""
-    _, (process_arguments, _) = lazy_import_flash_attention(kernel)
+    _, process_arguments = lazy_import_flash_attention(kernel)
+    if isinstance(process_arguments, tuple):  # newer hosts return one for paged caches beside it
+        process_arguments = process_arguments[0]
     supports = process_arguments.keywords["supports_mapping"]
     return any(supports.get(name) for name in names)
 

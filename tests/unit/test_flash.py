@@ -7,6 +7,7 @@ zeros.
 from __future__ import annotations
 
 import functools
+import inspect
 
 import pytest
 import torch
@@ -53,7 +54,8 @@ def flash(monkeypatch):
         process = functools.partial(
             modeling_flash_attention_utils._process_flash_attention_kwargs, supports_mapping=supports
         )
-        functions = ((dense, varlen, None, None, None), (process, None))
+        paged = "process_paged_kwargs_fn" in inspect.getsource(modeling_flash_attention_utils._flash_attention_forward)
+        functions = ((dense, varlen, None, None, None), (process, None) if paged else process)
         for module in (modeling_flash_attention_utils, kernels):
             monkeypatch.setattr(module, "lazy_import_flash_attention", lambda *_: functions)
 
