@@ -1,4 +1,4 @@
-# `make demo` and `make test` do all their own set-up in .venv. `make lint` checks style.
+# `make demo` and `make test` do all their own set-up in .venv. `make lint` checks style, `make floor` the oldest host.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 # Without an NVIDIA driver this version is taken, of which pip may have a CPU build at hand that spares gigabytes.
 TORCH  := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch==2.13.0")
 
-.PHONY: demo test lint setup clean
+.PHONY: demo test floor lint setup clean
 
 setup: $(VENV)/.ready
 
@@ -25,9 +25,20 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 
+# The oldest transformers and accelerate that setup.py allows, in an environment of its own.
+floor: $(VENV)-floor/.ready
+	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -p no:cacheprovider tests/unit tests/world
+
+$(VENV)-floor/.ready: setup.py Makefile
+	$(PYTHON) -m venv $(VENV)-floor
+	$(VENV)-floor/bin/pip install --quiet --upgrade pip
+	$(VENV)-floor/bin/pip install --quiet "$(TORCH)"
+	$(VENV)-floor/bin/pip install --quiet "transformers==5.17.0" "accelerate==1.12.0" --editable ".[dev]"
+	touch $@
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floor runs build dist *.egg-info
