@@ -126,7 +126,7 @@ def test_accelerate_marks_a_model_it_prepared():
     """`evaluate()` takes this mark off again. An older accelerate set it in `prepare` only."""
     from accelerate import accelerator
 
-    assert "_is_accelerate_prepared" in inspect.getsource(accelerator), "accelerate renamed its mark of a prepared model"
+    assert "_is_accelerate_prepared" in inspect.getsource(accelerator), "accelerate renamed this mark"
 
 
 def test_accelerate_shards_fsdp2_over_all_ranks_unless_a_mesh_is_configured():
