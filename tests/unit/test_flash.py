@@ -120,6 +120,7 @@ def test_flash_with_another_value_size_softcap_and_sinks(flash):
         ("window_size", "window", {}, "sliding window of 3 tokens"),
         ("dropout_p", "causal", {"dropout": 0.1}, "attention dropout"),
         ("s_aux", "causal", {"s_aux": torch.zeros(4)}, "attention sinks"),
+        ("softcap", "causal", {"softcap": 1.5}, "caps its attention scores"),
     ],
 )
 def test_what_this_flash_version_would_drop_in_silence_is_refused(flash, missing, rule, extras, sentence):

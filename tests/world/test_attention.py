@@ -104,7 +104,7 @@ def assemble(results) -> list[torch.Tensor]:
     return outputs
 
 
-def check(world, arguments, kernel, tolerance, **options):
+def check(world, arguments, kernel, tolerance):
     expected = expected_of(*arguments)
     actual = assemble(world.run(sharded, *arguments, world.size, kernel))
     for name, ours, theirs in zip(("output", "query", "key", "value"), actual, expected):
