@@ -71,7 +71,12 @@ def load_documents(
             dataset = _read_folder(datasets, path_or_name, root, files, split, streaming)
         else:
             names = [str(file) for file in files]
-            dataset = datasets.load_dataset(kind, data_files=names, split=split, streaming=streaming)
+            try:
+                dataset = datasets.load_dataset(kind, data_files=names, split=split, streaming=streaming)
+            except datasets.exceptions.DatasetGenerationError as error:
+                raise ValueError(
+                    f"`{path_or_name}` cannot be read as {kind}: {error.__cause__}: check the file."
+                ) from error
     if text_field is not None:
         _check_column(path_or_name, text_field, column_names(dataset))
     return dataset
