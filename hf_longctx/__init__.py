@@ -1,8 +1,8 @@
 """hf_longctx: train transformers on long sequences, exactly or not at all.
 
-Importing this package registers `attn_implementation="ulysses"` with transformers and does nothing else; the
-registration itself waits until transformers loads its models, so the import is cheap. Everything public is listed
-below and loaded when first used.
+Importing this package registers `attn_implementation="ulysses"` and `"packed"` with transformers and does nothing
+else; the registration itself waits until transformers loads its models, so the import is cheap. Everything public is
+listed below and loaded when first used.
 """
 
 from __future__ import annotations
@@ -22,14 +22,24 @@ _PUBLIC = {
     "shard_batch": ".parallel.shard",
     "gather_sequence": ".parallel.collectives",
     "ShardCollator": ".data.collator",
+    "PackingCollator": ".data.packing_collator",
+    "PackedDataset": ".data.packed",
+    "TokenBudgetSampler": ".data.token_budget",
+    "assert_no_cross_document": ".attention.leaks",
+    "explain_attention": ".attention.explain",
     "LongContextTrainer": ".trainer.causal_lm",
     "LongContextSFTTrainer": ".trainer.sft",
 }
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
+    from .attention.explain import explain_attention  # noqa: F401
+    from .attention.leaks import assert_no_cross_document  # noqa: F401
     from .config import LongContextConfig  # noqa: F401
     from .data.collator import ShardCollator  # noqa: F401
+    from .data.packed import PackedDataset  # noqa: F401
+    from .data.packing_collator import PackingCollator  # noqa: F401
+    from .data.token_budget import TokenBudgetSampler  # noqa: F401
     from .parallel.collectives import gather_sequence  # noqa: F401
     from .parallel.mesh import SequenceMesh  # noqa: F401
     from .parallel.shard import SequenceShard, shard_batch  # noqa: F401

@@ -1,9 +1,8 @@
 """The inner kernels: which one runs, what it can do, and how it is called. All of them are the host's own.
 
 A host kernel reads facts from the attention module (`num_key_value_groups`, `config._attn_implementation`,
-    `is_causal`). Under
-sharding those facts are local, so a kernel is handed a view of the module in which they differ; the module itself is
-never touched.
+`is_causal`). Under sharding those facts are local, so a kernel is handed a view of the module in which they differ;
+the module itself is never touched.
 """
 
 from __future__ import annotations
@@ -19,7 +18,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
 from ..parallel.segments import PAD_SEGMENT
-from .masks import KernelPlan, build_mask, segment_bounds
+from .blocks import BlockPlan, plan_blocks, run_blocks, visible
+from .masks import AttentionRule, KernelPlan, build_mask, segment_bounds
+from .varlen import VarlenBounds, fits, run_varlen
 
 
 _FLASH_PACKAGES = {
@@ -146,67 +147,106 @@ def run_planned(
     Args:
         query (`torch.Tensor` of shape `(B, n, T, H)`): some heads of whole rows; `key`, `value`: `(B, k, T, H)`,
             `n % k == 0`.
-        plan ([`KernelPlan`]): what may be seen; `plan.mask` is already the kernel's own object.
+        plan ([`KernelPlan`]): what may be seen; `plan.prepared` was made by [`plan_for_kernel`].
         s_aux (`torch.Tensor` of shape `(n,)`, *optional*): sinks of these heads.
 
     Returns:
         `torch.Tensor` of shape `(B, T, n, H_v)`.
     """
-    rule = plan.rule
+    rule, prepared = plan.rule, plan.prepared
     groups = query.shape[1] // key.shape[1]
     view = ModuleView(module, kernel, num_key_value_groups=groups, is_causal=rule.causal)
-    common = {"dropout": dropout, "scaling": scaling, "is_causal": rule.causal}
-    if kernel == "eager":
-        return eager_attention(
-            view, query, key, value, plan.mask, dropout=dropout, scaling=scaling, softcap=softcap, s_aux=s_aux
-        )[0]
-    if kernel == "sdpa":
-        return ALL_ATTENTION_FUNCTIONS["sdpa"](view, query, key, value, plan.mask, **common)[0]
-    if kernel == "flex_attention":
-        return ALL_ATTENTION_FUNCTIONS["flex_attention"](
-            view, query, key, value, plan.mask, **common, softcap=softcap, s_aux=s_aux
-        )[0]
-    window = rule.window
-    if window is not None and not rule.causal:
-        window += 1  # the host's flash helper counts the query itself, its bidirectional masks do not
-    output = flash_attention_forward(
-        view,
-        query,
-        key,
-        value,
-        None,
-        **common,
-        sliding_window=window,
-        softcap=softcap,
-        s_aux=s_aux,
-        **(plan.mask or {}),
-    )[0]
-    if plan.segments is not None:
-        output = output.masked_fill((plan.segments == PAD_SEGMENT)[..., None, None], 0)  # as the host's unpadding does
-    return output
+    extras = {"dropout": dropout, "scaling": scaling}
+    if isinstance(prepared, VarlenBounds):
+        return _without_padding(run_varlen(rule, prepared, query, key, value, scaling), plan)
+    if is_flash(kernel):
+        window = rule.window
+        if window is not None and not rule.causal:
+            window += 1  # the host's flash helper counts the query itself, its bidirectional masks do not
+        facts = {**extras, "is_causal": rule.causal, "sliding_window": window, "softcap": softcap, "s_aux": s_aux}
+        output, _ = flash_attention_forward(view, query, key, value, None, **facts, **(prepared or {}))
+        return _without_padding(output, plan)
+    if kernel != "sdpa":
+        extras |= {"softcap": softcap, "s_aux": s_aux}
+    function = eager_attention if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
+
+    def attend(query, key, value, mask, is_causal: bool) -> torch.Tensor:
+        return function(view, query, key, value, mask, is_causal=is_causal, **extras)[0]
+
+    if not isinstance(prepared, BlockPlan):
+        return attend(query, key, value, prepared, rule.causal)
+    return run_blocks(prepared, lambda q, k, v, call: attend(q, k, v, call.mask, call.is_causal), query, key, value)
 
 
-def plan_for_kernel(plan: KernelPlan, kernel: str, query: torch.Tensor) -> object:
-    """What `kernel` takes to obey `plan` on whole rows like `query`: a mask, flat bounds, or `None`."""
+def _without_padding(output: torch.Tensor, plan: KernelPlan) -> torch.Tensor:
+    """Zeros where there is padding, as the host's own unpadding leaves them."""
+    if plan.segments is None:
+        return output
+    return output.masked_fill((plan.segments == PAD_SEGMENT)[..., None, None], 0)
+
+
+def plan_for_kernel(
+    plan: KernelPlan, kernel: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float = 0.0
+) -> object:
+    """What `kernel` takes to obey `plan` on whole rows of these shapes; none of it is `T x T` where rows are cut.
+
+    Returns:
+        `None` (nothing to obey beside causality), flat bounds for a flash kernel, [`VarlenBounds`], a [`BlockPlan`],
+        or a mask: for flex attention its block mask, and for the others only if a document is interrupted by padding,
+        or for `"eager"` with padding, whose padded queries the host lets see everything.
+    """
     rows, _, num_tokens, _ = query.shape
     if is_flash(kernel):
-        if plan.rule.window is not None and not _flash_supports(kernel, "window_size"):
-            raise NotImplementedError(
-                f"this model has a sliding window of {plan.rule.window} tokens, which '{kernel}' does not do: use "
-                "`inner_attention='sdpa'` or 'flex_attention'."
-            )
-        if plan.segments is None:
-            return None
-        bounds, longest = segment_bounds(plan.segments, rows, num_tokens, query.device)
-        return {
-            "cu_seq_lens_q": bounds,
-            "cu_seq_lens_k": bounds,
-            "max_length_q": longest,
-            "max_length_k": longest,
-        }
+        return _bounds_for_flash(plan, kernel, rows, num_tokens, query.device)
     if kernel == "sdpa" and plan.is_plain:
         return None
-    return build_mask(plan, kernel, rows, num_tokens, query.dtype, query.device)
+    device, dtype = query.device, query.dtype
+    if kernel == "sdpa" and fits(query, key, value, dropout):
+        try:
+            return VarlenBounds(*segment_bounds(plan.segments, rows, num_tokens, device))
+        except NotImplementedError:
+            return build_mask(plan, kernel, rows, num_tokens, dtype, device)
+    cut = kernel == "sdpa" or (kernel == "eager" and not plan.is_plain and not plan.has_padding)
+    masks = _BlockMasks(kernel, dtype, device)
+    blocks = plan_blocks(plan.rule, plan.segments, rows, num_tokens, masks.make) if cut else None
+    return blocks or build_mask(plan, kernel, rows, num_tokens, dtype, device)
+
+
+def _bounds_for_flash(plan: KernelPlan, kernel: str, rows: int, num_tokens: int, device) -> dict | None:
+    if plan.rule.window is not None and not _flash_supports(kernel, "window_size"):
+        raise NotImplementedError(
+            f"this model has a sliding window of {plan.rule.window} tokens, which '{kernel}' does not do: use "
+            "`inner_attention='sdpa'` or 'flex_attention'."
+        )
+    if plan.segments is None:
+        return None
+    bounds, longest = segment_bounds(plan.segments, rows, num_tokens, device)
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+class _BlockMasks:
+    """Masks of blocks for one kernel: additive for `"eager"`, boolean for `"sdpa"`, which needs fewer of them."""
+
+    def __init__(self, kernel: str, dtype: torch.dtype, device: torch.device) -> None:
+        self.is_eager, self.dtype, self.device = kernel == "eager", dtype, device
+        self.largest: torch.Tensor | None = None
+
+    def make(self, rule: AttentionRule, queries: int, keys: int, offset: int) -> torch.Tensor | None:
+        """The mask of a block, or `None`. Masks that start at their own first key are views of the largest one."""
+        reach = queries if rule.causal else queries - 1
+        unlimited = offset == 0 and queries == keys and (rule.window is None or reach <= rule.window)
+        if unlimited and not (self.is_eager and rule.causal):
+            return None
+        square = offset == 0 and queries == keys
+        if square and self.largest is not None and self.largest.shape[2] >= queries:
+            return self.largest[..., :queries, :keys]
+        seen = visible(rule, queries, keys, offset, self.device)[None, None]
+        if self.is_eager:
+            lowest = torch.finfo(self.dtype).min
+            seen = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, lowest)
+        if square:
+            self.largest = seen
+        return seen
 
 
 def eager_attention(
@@ -223,8 +263,8 @@ def eager_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with explicit scores, for any mix of softcap and sinks, on the heads it is given.
 
-    Shapes as in [`run_planned`]; `attention_mask` is additive, `(B, 1, T, T)`. The host's own eager functions read
-    sinks and head counts from the module and so cannot run on a part of the heads.
+    Shapes as in [`run_planned`]; `attention_mask` is additive, broadcastable to `(B, n, T, T)`. The host's own eager
+    functions read sinks and head counts from the module and so cannot run on a part of the heads.
 
     Memory: `B x n x T x T` scores.
     """

@@ -1,12 +1,8 @@
 """Which keys a query may see, as rules, and what each kernel needs to obey them.
 
-The host describes a mask as nested index functions (causal, window, chunk, documents, padding) and lets every
-attention name turn them into its own object. Under sharding those functions only know local indices, so `"ulysses"`
-registers a mask
-function that keeps the description (`DeferredMask`) instead of building anything. The attention function then
-    either builds
-the inner kernel's own mask from it (no shard), or reads the rule out of it and applies the rule to the whole row
-(shard). A rule it cannot read is refused by name.
+The host describes a mask as nested index functions (causal, window, chunk, documents, padding), which only know local
+indices under sharding. So the rule is read out of them and applied to the whole row. A rule that cannot be read is
+refused by name.
 """
 
 from __future__ import annotations
@@ -37,80 +33,6 @@ class AttentionRule:
     causal: bool = False
     window: int | None = None
     chunk: int | None = None
-
-
-class DeferredMask:
-    """The host's description of a mask, not yet built.
-
-    Holds the arguments the host passes to a mask function: `batch_size, q_length, kv_length, q_offset, kv_offset,
-    mask_function, attention_mask, dtype, device, ...`. One object serves all layers of a forward.
-    """
-
-    def __init__(self, arguments: dict[str, object]) -> None:
-        self._arguments = arguments
-        self._built: dict[str, object] = {}
-
-    def build(self, kernel: str) -> object:
-        """The mask that `kernel` itself would have got: a tensor, a block mask or `None`."""
-        if kernel not in self._built:
-            self._built[kernel] = ALL_MASK_ATTENTION_FUNCTIONS[kernel](**self._arguments)
-        return self._built[kernel]
-
-    def rule(self) -> AttentionRule:
-        """The rule behind the mask, free of local indices.
-
-        Raises:
-            NotImplementedError: the mask holds a function we cannot read.
-        """
-        return read_rule(self._arguments["mask_function"])
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        arguments = self._arguments
-        return arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"]
-
-    @property
-    def ndim(self) -> int:
-        return 4
-
-    def to(self, device: torch.device | str, **_: object) -> DeferredMask:
-        """The same description on `device`, for models that are split over devices."""
-        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self._arguments.items()}
-        return DeferredMask({**moved, "device": device})
-
-    def contiguous(self) -> DeferredMask:
-        """Itself: `generate()` asks this of a mask it prepared for a static cache."""
-        return self
-
-    def __getattr__(self, name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        self._refuse(f".{name}")
-
-    def __getitem__(self, _: object) -> object:
-        self._refuse("[...]")
-
-    def __add__(self, _: object) -> object:
-        self._refuse("+")
-
-    __radd__ = __add__
-
-    def __mul__(self, _: object) -> object:
-        self._refuse("*")
-
-    __rmul__ = __mul__
-
-    def _refuse(self, name: str) -> None:
-        raise NotImplementedError(
-            f"this model edits its attention mask itself (`{name}`), which attn_implementation='ulysses' cannot "
-            "follow: use 'sdpa' or 'eager' for it, without sharding."
-        )
-
-
-def deferred_mask(**arguments: object) -> object:
-    """The mask function registered for `"ulysses"`: keep the host's description for the attention function."""
-    prepared = arguments.get("attention_mask")
-    return prepared if isinstance(prepared, DeferredMask) else DeferredMask(arguments)
 
 
 def read_rule(mask_function: Callable) -> AttentionRule:
@@ -167,6 +89,17 @@ def _collect_facts(mask_function: Callable, facts: dict[str, list[int]]) -> None
         )
 
 
+def packed_documents(mask_function: Callable) -> torch.Tensor | None:
+    """The document of every token, `(B, T)`, that the host found in the positions, or `None` if it found one a row."""
+    if getattr(mask_function, "__module__", None) != masking_utils.__name__:
+        return None
+    maker, inside = mask_function.__qualname__.split(".")[0], inspect.getclosurevars(mask_function).nonlocals
+    if maker == "packed_sequence_mask_function":
+        return inside["packed_sequence_mask"].to(torch.int32)
+    found = (packed_documents(part) for part in inside.get("mask_functions", ()))
+    return next((documents for documents in found if documents is not None), None)
+
+
 @dataclass(frozen=True)
 class KernelPlan:
     """A rule applied to the whole row: what is left for a kernel to obey.
@@ -175,17 +108,22 @@ class KernelPlan:
         rule ([`AttentionRule`]): with `chunk` gone, and `window` gone where it is longer than the row.
         segments (`torch.Tensor` of shape `(B, T)`, *optional*): tokens see their own segment only; `None`: the
             whole row.
-        mask (`object`, *optional*): the kernel's own mask object, if it needs one.
+        prepared (`object`, *optional*): what the kernel takes to obey it, made by
+            [`plan_for_kernel`][hf_longctx.attention.kernels.plan_for_kernel].
     """
 
     rule: AttentionRule
     segments: torch.Tensor | None = None
-    mask: object = None
+    prepared: object = None
 
     @property
     def is_plain(self) -> bool:
         """Nothing but causal or full attention over the whole row: every kernel has a fast path and needs no mask."""
         return self.segments is None and self.rule.window is None
+
+    @property
+    def has_padding(self) -> bool:
+        return self.segments is not None and bool((self.segments == PAD_SEGMENT).any())
 
 
 def plan_row(rule: AttentionRule, shard: SequenceShard, rows: int, device: torch.device) -> KernelPlan:

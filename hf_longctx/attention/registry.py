@@ -9,14 +9,16 @@ from __future__ import annotations
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from .masks import deferred_mask
+from .deferred import deferred_mask
+from .packed import packed_attention
 from .ulysses import ulysses_attention
 
 
-ATTENTION_NAMES = ("ulysses",)
+ATTENTION_FUNCTIONS = {"ulysses": ulysses_attention, "packed": packed_attention}
 
 
 def register_attention_names() -> None:
     """Register every attention name of the package. Idempotent; called once by `import hf_longctx`."""
-    AttentionInterface.register("ulysses", ulysses_attention)
-    AttentionMaskInterface.register("ulysses", deferred_mask)
+    for name, function in ATTENTION_FUNCTIONS.items():
+        AttentionInterface.register(name, function)
+        AttentionMaskInterface.register(name, deferred_mask)

@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_longctx import SequenceMesh, shard_batch
+from hf_longctx import SequenceMesh, assert_no_cross_document, explain_attention, shard_batch
 
 from ..models import VOCAB, build
+from ..unit.test_packed import documents_of, pack, weights_like
 from ..world.test_models_exact import make_batch, upstream
 
 
@@ -79,3 +80,40 @@ def test_trainer_on_two_gpus(tmp_path, wrapper):
     environment = {**os.environ, "PYTHONPATH": str(root)}
     done = subprocess.run([*command, script, str(tmp_path), wrapper], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "modernbert"])
+def test_variable_length_kernel_of_torch_equals_documents_alone(name):
+    """bf16 on one GPU: the planner takes `torch.nn.attention.varlen`, forward and backward."""
+    wide = {"hidden_size": 96, "num_attention_heads": 6} | ({} if name == "modernbert" else {"head_dim": 16})
+    documents = documents_of((9, 1, 13, 400, 2, 9), name)
+    batch = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in pack(documents, name).items()}
+    model = build(name, "packed", **wide, max_position_embeddings=512).to("cuda", torch.bfloat16).eval()
+    plans = explain_attention(model, {k: v for k, v in batch.items() if k != "use_cache"}).plans
+    assert all("variable-length flash kernel" in plan.method for plan in plans), plans
+    stock = build(name, "eager", **wide, max_position_embeddings=512).to("cuda", torch.bfloat16).eval()
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs).logits
+    alone = [stock(input_ids=torch.tensor([row["input_ids"]], device="cuda")).logits for row in documents]
+    weights = weights_like(logits.cpu(), 7).cuda()
+    (logits * weights).sum().backward()
+    (torch.cat(alone, dim=1) * weights).sum().backward()
+    assert (logits - torch.cat(alone, dim=1)).abs().max() / logits.abs().max() < 3e-2
+    expected = dict(stock.named_parameters())
+    largest = max(float(parameter.grad.abs().max()) for parameter in expected.values())
+    for key, parameter in model.named_parameters():
+        other = expected[key].grad
+        error = (parameter.grad - other).abs().max() / other.abs().max().clamp(min=0.1 * largest)
+        assert error < 3e-2, f"{key}: {error:.1e}"
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "flex_attention", "flash_attention_2"])
+def test_documents_do_not_leak_on_a_gpu(kernel):
+    if kernel.startswith("flash"):
+        pytest.importorskip("flash_attn")
+    half = torch.bfloat16 if kernel.startswith("flash") else torch.float32
+    wide = {"hidden_size": 96, "num_attention_heads": 6, "head_dim": 16}
+    batch = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in pack(documents_of((90, 1, 130))).items()}
+    batch.pop("use_cache")
+    model = build("llama", "packed", **wide).to("cuda", half)
+    assert_no_cross_document(model, batch, SequenceMesh.build(), inner_attention=kernel)

@@ -14,13 +14,13 @@ from transformers import Gemma2Config, Llama4TextConfig, LlamaConfig, MistralCon
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_longctx.attention import kernels
+from hf_longctx.attention.blocks import BlockPlan
+from hf_longctx.attention.deferred import DeferredMask, deferred_mask
 from hf_longctx.attention.masks import (
     AttentionRule,
-    DeferredMask,
     KernelPlan,
     build_mask,
     chunk_segments,
-    deferred_mask,
     index_function,
     plan_row,
     read_rule,
@@ -247,13 +247,14 @@ def test_sdpa_takes_no_mask_for_a_plain_plan_and_flash_never_takes_one(monkeypat
     query = torch.zeros(2, 3, 8, 4)
     plain = KernelPlan(AttentionRule(causal=True))
     window = KernelPlan(AttentionRule(causal=True, window=3))
-    assert kernels.plan_for_kernel(plain, "sdpa", query) is None
-    assert kernels.plan_for_kernel(window, "sdpa", query).dtype == torch.bool
-    assert kernels.plan_for_kernel(window, "flash_attention_2", query) is None
+    same = query, query, query
+    assert kernels.plan_for_kernel(plain, "sdpa", *same) is None
+    assert isinstance(kernels.plan_for_kernel(window, "sdpa", *same), BlockPlan)
+    assert kernels.plan_for_kernel(window, "flash_attention_2", *same) is None
     with pytest.raises(NotImplementedError, match="sliding window of 3 tokens.*'org/plain'.*sdpa"):
-        kernels.plan_for_kernel(window, "org/plain", query)
+        kernels.plan_for_kernel(window, "org/plain", *same)
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1], [-1, -1, 0, 0, 0, 0, 0, 0]])
-    bounds = kernels.plan_for_kernel(KernelPlan(plain.rule, segments), "org/kernel", query)
+    bounds = kernels.plan_for_kernel(KernelPlan(plain.rule, segments), "org/kernel", *same)
     assert bounds["cu_seq_lens_q"].tolist() == bounds["cu_seq_lens_k"].tolist() == [0, 3, 7, 8, 10, 16]
     assert bounds["max_length_q"] == bounds["max_length_k"] == 6
 

@@ -14,7 +14,7 @@ import torch
 from transformers import masking_utils
 
 from hf_longctx import SequenceMesh
-from hf_longctx.attention.masks import DeferredMask
+from hf_longctx.attention.deferred import DeferredMask
 from hf_longctx.attention.reference import reference_attention
 from hf_longctx.attention.ulysses import ulysses_attention
 from hf_longctx.parallel.shard import SequenceShard, cut_batch

@@ -1,0 +1,107 @@
+"""The mask function of our names: it keeps the host's description of a mask and builds nothing.
+
+The host lets every attention name turn a description into its own object. Under sharding that object would only know
+local tokens, and for packed rows it has `T x T` entries. The attention function gets the description instead, and then
+either builds the inner kernel's own mask from it (one document a row, no shard), or reads the rule out of it (see
+[`masks`][hf_longctx.attention.masks]).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+
+from .masks import AttentionRule, read_rule
+
+
+class DeferredMask:
+    """The host's description of a mask, not yet built.
+
+    Holds the arguments the host passes to a mask function: `batch_size, q_length, kv_length, q_offset, kv_offset,
+    mask_function, attention_mask, dtype, device, ...`. One object serves all layers of a forward.
+    """
+
+    def __init__(self, arguments: dict[str, object]) -> None:
+        self._arguments = arguments
+        self._built: dict[str, object] = {}
+        self._documents: list = []
+
+    def build(self, kernel: str) -> object:
+        """The mask that `kernel` itself would have got: a tensor, a block mask or `None`."""
+        if kernel not in self._built:
+            self._built[kernel] = ALL_MASK_ATTENTION_FUNCTIONS[kernel](**self._arguments)
+        return self._built[kernel]
+
+    def rule(self) -> AttentionRule:
+        """The rule behind the mask, free of local indices.
+
+        Raises:
+            NotImplementedError: the mask holds a function we cannot read.
+        """
+        return read_rule(self.mask_function)
+
+    @property
+    def mask_function(self) -> Callable:
+        """The host's index function, documents included."""
+        return self._arguments["mask_function"]
+
+    @property
+    def padding(self) -> torch.Tensor | None:
+        """The 2-D mask of the batch, `(B, T)`, or `None`."""
+        return self._arguments.get("attention_mask")
+
+    def documents(self, read: Callable) -> object:
+        """What `read()` says of the documents of this forward, asked once for all layers."""
+        if not self._documents:
+            self._documents.append(read())
+        return self._documents[0]
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        arguments = self._arguments
+        return arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"]
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    def to(self, device: torch.device | str, **_: object) -> DeferredMask:
+        """The same description on `device`, for models that are split over devices."""
+        moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self._arguments.items()}
+        return DeferredMask({**moved, "device": device})
+
+    def contiguous(self) -> DeferredMask:
+        """Itself: `generate()` asks this of a mask it prepared for a static cache."""
+        return self
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        self._refuse(f".{name}")
+
+    def __getitem__(self, _: object) -> object:
+        self._refuse("[...]")
+
+    def __add__(self, _: object) -> object:
+        self._refuse("+")
+
+    __radd__ = __add__
+
+    def __mul__(self, _: object) -> object:
+        self._refuse("*")
+
+    __rmul__ = __mul__
+
+    def _refuse(self, name: str) -> None:
+        raise NotImplementedError(
+            f"this model edits its attention mask itself (`{name}`), which attn_implementation='ulysses' or 'packed' "
+            "cannot follow: use 'sdpa' or 'eager' for it, without sharding."
+        )
+
+
+def deferred_mask(**arguments: object) -> object:
+    """The mask function registered for our names: keep the host's description for the attention function."""
+    prepared = arguments.get("attention_mask")
+    return prepared if isinstance(prepared, DeferredMask) else DeferredMask(arguments)

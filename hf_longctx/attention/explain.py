@@ -1,0 +1,119 @@
+"""Say which kernel attention runs on a batch and how documents reach it, in words.
+
+The plan is made from device, precision, mask rule and document lengths, so it is read off a forward of the very batch,
+not guessed from the configuration.
+Price: one forward without gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..parallel.segments import PAD_SEGMENT
+from ..parallel.shard import SequenceShard, cut_batch
+from .blocks import BlockPlan
+from .kernels import is_flash
+from .leaks import evaluation_mode
+from .masks import AttentionRule, KernelPlan
+from .registry import ATTENTION_FUNCTIONS
+from .varlen import VarlenBounds
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the layers with one mask rule do with a batch.
+
+    Args:
+        kernel (`str`): the inner kernel.
+        rule (`str`): which keys a token sees within its document.
+        documents (`str`): how many, and their lengths.
+        method (`str`): how the kernel is called.
+        largest_mask (`int`): entries of the largest mask that is made, 0 for none.
+    """
+
+    kernel: str
+    rule: str
+    documents: str
+    method: str
+    largest_mask: int
+
+    def __str__(self) -> str:
+        return f"{self.rule}: {self.kernel}, {self.documents}: {self.method}"
+
+
+@dataclass(frozen=True)
+class AttentionExplanation:
+    """One [`LayerPlan`] for each mask rule of the model, most layers sharing one. `str()` has a line for each."""
+
+    plans: tuple[LayerPlan, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.plans))
+
+
+@torch.no_grad()
+def explain_attention(model: torch.nn.Module, batch: Mapping[str, object]) -> AttentionExplanation:
+    """Say how `model` attends over `batch`.
+
+    Args:
+        model (`torch.nn.Module`): runs `"packed"` or `"ulysses"`.
+        batch (`Mapping`): full rows, as for `model(**batch)`, or a rank's share from `shard_batch`.
+
+    Raises:
+        ValueError: the model runs another attention.
+
+    Communication: none for full rows; that of a forward for a share, which every rank of the group must pass.
+    """
+    name = model.config.get_text_config()._attn_implementation
+    if name not in ATTENTION_FUNCTIONS:
+        raise ValueError(
+            f"`{type(model).__name__}` runs attn_implementation={name!r}, whose plan only the host knows: call "
+            "`model.set_attn_implementation('packed')`."
+        )
+    shard = batch.get("sequence_shard")
+    if shard is None:
+        batch = cut_batch(batch, 1, 0)
+        shard = batch["sequence_shard"]
+    inputs = {key: value for key, value in batch.items() if "labels" not in key and key != "num_items_in_batch"}
+    with evaluation_mode(model):
+        model.base_model(**inputs)
+    return AttentionExplanation(tuple(_describe(name[1], plan, shard) for name, plan in shard.kernel_plans.items()))
+
+
+def _describe(kernel: str, plan: KernelPlan, shard: SequenceShard) -> LayerPlan:
+    method, largest = _method(kernel, plan)
+    return LayerPlan(kernel, _rule_in_words(plan.rule), _documents_in_words(plan, shard), method, largest)
+
+
+def _rule_in_words(rule: AttentionRule) -> str:
+    direction = "causal" if rule.causal else "bidirectional"
+    return direction if rule.window is None else f"{direction}, window of {rule.window:,} tokens"
+
+
+def _documents_in_words(plan: KernelPlan, shard: SequenceShard) -> str:
+    if plan.segments is None:
+        return f"one document of {shard.num_tokens:,} tokens a row"
+    lengths = []
+    for row in plan.segments:
+        ids, counts = row.unique_consecutive(return_counts=True)
+        lengths += counts[ids != PAD_SEGMENT].tolist()
+    return f"{len(lengths):,} segments of {min(lengths):,} to {max(lengths):,} tokens"
+
+
+def _method(kernel: str, plan: KernelPlan) -> tuple[str, int]:
+    prepared = plan.prepared
+    if isinstance(prepared, BlockPlan):
+        masks = [call.mask.numel() for call in prepared.calls if call.mask is not None]
+        count = f"{sum(len(call.queries) for call in prepared.calls):,} blocks in {len(prepared.calls):,} calls"
+        largest = max(masks, default=0)
+        return f"{count}, " + (f"largest mask {largest:,} entries" if largest else "no mask"), largest
+    if isinstance(prepared, VarlenBounds):
+        return "one call of torch's variable-length flash kernel, no mask", 0
+    if isinstance(prepared, torch.Tensor):
+        return f"one call with a mask of {prepared.numel():,} entries", prepared.numel()
+    if prepared is None:
+        return "one call of the kernel's own path, no mask", 0
+    return ("one call with flat bounds, no mask" if is_flash(kernel) else "one call with a block mask"), 0
