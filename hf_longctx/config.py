@@ -50,10 +50,13 @@ class LongContextConfig:
             Number of processes that share one sequence, `P`. It must divide the number of processes and must not
             exceed the model's query heads. The remaining factor of the world is data parallel.
         inner_attention (`str`, *optional*, defaults to `"auto"`):
-            The kernel that `"ulysses"` runs on its share of the heads: `"sdpa"`, `"eager"`, `"flex_attention"`,
-            `"flash_attention_2"` (`_3`, `_4`) or a hub kernel `"org/name"`. `"auto"` takes an installed flash kernel
-            for half precision on CUDA, otherwise `"sdpa"`, and a kernel with sinks or softcap where the model needs
-            them.
+            The kernel that `"ulysses"` runs on its share of the heads, and `"packed"` on all of them: `"sdpa"`,
+            `"eager"`, `"flex_attention"`, `"flash_attention_2"` (`_3`, `_4`) or a hub kernel `"org/name"`. `"auto"`
+            takes an installed flash kernel for half precision on CUDA, otherwise `"sdpa"`, and a kernel with sinks or
+            softcap where the model needs them.
+        check_packing (`bool`, *optional*, defaults to `True`):
+            On the first batch that packs several documents in a row, prove on a miniature of it that the model keeps
+            them apart, and refuse to train if it does not.
 
     Raises:
         ValueError: a field has a value that no run could use.
@@ -65,7 +68,12 @@ class LongContextConfig:
     )
     inner_attention: str = field(
         default="auto",
-        metadata={"help": "Kernel run by `ulysses` on its heads: " + ", ".join(INNER_ATTENTIONS) + " or org/name."},
+        metadata={"help": "Kernel run by `ulysses` and `packed`: " + ", ".join(INNER_ATTENTIONS) + " or org/name."},
+    )
+
+    check_packing: bool = field(
+        default=True,
+        metadata={"help": "Prove on the first packed batch that its documents do not see each other."},
     )
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ import logging
 import torch
 
 from ..attention.kernels import validate_kernel_available
+from ..attention.registry import ATTENTION_FUNCTIONS
 from ..config import LongContextConfig
 from ..parallel.heads import validate_head_count
 
@@ -104,7 +105,7 @@ def check_model(model, config: LongContextConfig) -> None:
     base = unwrap(model)
     name = type(base).__name__
     text = base.config.get_text_config()
-    if not uses_ulysses(model):
+    if text._attn_implementation != "ulysses":
         raise ValueError(
             f"`{name}` runs attn_implementation={text._attn_implementation!r}, which would see only this rank's "
             f"tokens, with `sequence_parallel_size` ({size}): load it with `from_pretrained(..., "
@@ -153,10 +154,10 @@ def warn_about_dropout(model, size: int) -> None:
         )
 
 
-def uses_ulysses(model) -> bool:
-    """Whether the text part of `model` runs our attention."""
+def runs_our_attention(model) -> bool:
+    """Whether the text part of `model` runs an attention of ours, which reads a batch's `sequence_shard`."""
     config = getattr(unwrap(model), "config", None)
-    return config is not None and config.get_text_config()._attn_implementation == "ulysses"
+    return config is not None and config.get_text_config()._attn_implementation in ATTENTION_FUNCTIONS
 
 
 def unwrap(model):

@@ -1,5 +1,4 @@
-"""Evaluation under sharding: at training length, every token counted once, and no trace left for the training after "
-"it."""
+"""Evaluation under sharding: at training length, every token counted once, no trace left for the training after."""
 
 from __future__ import annotations
 
@@ -9,8 +8,7 @@ from ..parallel.shard import IGNORE_INDEX
 
 
 class ShardedEvaluationMixin:
-    """The evaluation half of [`SequenceParallelMixin`], which provides `mesh`, `shards_batches` and "
-    "`shifts_labels`."""
+    """The evaluation half of [`SequenceParallelMixin`], which has `mesh`, `shards_batches` and `shifts_labels`."""
 
     _eval_sums: torch.Tensor | None = None
     _num_eval_steps = 0

@@ -1,5 +1,4 @@
-"""Data loaders of a sharded run, on accelerate's own machinery told the data-parallel size instead of the process "
-"count."""
+"""Data loaders of a sharded run, on accelerate's own machinery told the data-parallel size, not the process count."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ from transformers.utils import is_datasets_available
 
 from ..data.collator import ShardCollator
 from ..data.sampler import evaluation_loader
+from .packing import pack_dataset, packs_rows, split_stream
 
 
 def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn, is_training: bool) -> DataLoader:
@@ -22,7 +22,11 @@ def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn
     """
     mesh, args = trainer.mesh, trainer.args
     collator = trainer.data_collator
-    if is_datasets_available() and _is_hub_dataset(dataset):
+    own_stream = split_stream(dataset, mesh) if is_training and packs_rows(trainer) else None
+    if packs_rows(trainer):
+        documents = dataset if own_stream is None else own_stream
+        dataset, sampler_fn = pack_dataset(trainer, documents, description, batch_size, sampler_fn, is_training)
+    elif is_datasets_available() and _is_hub_dataset(dataset):
         dataset = trainer._remove_unused_columns(dataset, description=description)
     else:
         collator = trainer._get_collator_with_removed_columns(collator, description=description)
@@ -50,16 +54,17 @@ def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn
         arguments["worker_init_fn"] = partial(
             seed_worker, num_workers=args.dataloader_num_workers, rank=mesh.data_parallel_rank
         )
-    return _deal_to_groups(trainer, DataLoader(dataset, **arguments))
+    is_dealt = own_stream is not None
+    return _deal_to_groups(trainer, DataLoader(dataset, **arguments), 1 if is_dealt else mesh.data_parallel_size)
 
 
-def _deal_to_groups(trainer, loader: DataLoader) -> DataLoader:
+def _deal_to_groups(trainer, loader: DataLoader, groups: int) -> DataLoader:
     accelerator, mesh = trainer.accelerator, trainer.mesh
     prepared = prepare_data_loader(
         loader,
         device=accelerator.device,
-        num_processes=mesh.data_parallel_size,
-        process_index=mesh.data_parallel_rank,
+        num_processes=groups,
+        process_index=mesh.data_parallel_rank % groups,
         put_on_device=accelerator.device_placement,
         rng_types=list(accelerator.rng_types or []),
         dispatch_batches=False,

@@ -14,11 +14,12 @@ from transformers.loss.loss_utils import LOSS_MAPPING
 from ..config import LongContextConfig
 from ..losses.token_mean import token_mean
 from ..parallel.mesh import SequenceMesh
-from ..parallel.shard import validate_same_rows
-from .checks import check_arguments, check_model, check_trainer, unwrap, uses_ulysses, warn_about_dropout
+from ..parallel.shard import SequenceShard, validate_same_rows
+from .checks import check_arguments, check_model, check_trainer, runs_our_attention, unwrap, warn_about_dropout
 from .evaluation import ShardedEvaluationMixin
 from .loaders import build_loader
 from .loss import AlignedLoss
+from .packing import check_collator, check_packed_batch, pack_dataset, packs_rows
 from .probe import ProbeResult, probe_model
 
 
@@ -35,11 +36,13 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
         super().__init__(*args, **kwargs)
         check_arguments(self.args, self.long_context)
         check_trainer(self)
+        check_collator(self)
         check_model(self.model, self.long_context)
         warn_about_dropout(self.model, self.long_context.sequence_parallel_size)
         self.mesh = SequenceMesh.build(self.long_context.sequence_parallel_size)
-        self.shards_batches = uses_ulysses(self.model)
+        self.shards_batches = runs_our_attention(self.model)
         self._probe: ProbeResult | None = None
+        self._checks_packing = self.long_context.check_packing
         self._align_losses()
         # FSDP places parameters when training starts; the probe then runs on the first batch.
         if self.shards_batches and next(self.model.parameters()).device.type == self.args.device.type:
@@ -89,15 +92,24 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
-        if not self.shards_batches:
-            return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
-        return build_loader(self, dataset, description, batch_size, sampler_fn, is_training)
+        if self.shards_batches:
+            return build_loader(self, dataset, description, batch_size, sampler_fn, is_training)
+        if packs_rows(self):
+            dataset, sampler_fn = pack_dataset(self, dataset, description, batch_size, sampler_fn, is_training)
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def _prepare_inputs(self, inputs):
         inputs = super()._prepare_inputs(inputs)
         shard = inputs.get("sequence_shard")
-        if shard is None or shard.group is not None:
-            return inputs
+        if shard is not None and shard.group is None:
+            inputs["sequence_shard"] = self._bind(shard)
+            if self._takes_shifted_labels:
+                inputs["labels"] = inputs["shift_labels"]
+        if self._checks_packing and check_packed_batch(self, inputs):
+            self._checks_packing = False
+        return inputs
+
+    def _bind(self, shard: SequenceShard) -> SequenceShard:
         if self._probe is None:
             self._probe = self._run_probe()
         if self._probe.needs_position_ids and not shard.has_own_positions:
@@ -107,11 +119,9 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
                 "tokens)."
             )
         # A new object, so that what the layers plan for it is freed with these inputs, not with the loader's batch.
-        inputs["sequence_shard"] = shard = shard.bind(self.mesh).to(self.args.device)
+        shard = shard.bind(self.mesh).to(self.args.device)
         validate_same_rows(shard)
-        if self._takes_shifted_labels:
-            inputs["labels"] = inputs["shift_labels"]
-        return inputs
+        return shard
 
     def _get_num_items_in_batch(self, batch_samples, device):
         count = super()._get_num_items_in_batch(batch_samples, device)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..attention.leaks import evaluation_mode
 from ..losses.token_mean import token_mean
 from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
@@ -53,14 +54,8 @@ def probe_model(
 
     Communication: that of three forwards.
     """
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with context or contextlib.nullcontext():
-            return _compare(model, mesh, inner_attention, shift_labels, check_loss)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluation_mode(model), context or contextlib.nullcontext():
+        return _compare(model, mesh, inner_attention, shift_labels, check_loss)
 
 
 def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> ProbeResult:

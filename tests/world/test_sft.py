@@ -30,7 +30,16 @@ def dataset_of(kind: str) -> datasets.Dataset:
     return datasets.Dataset.from_list(rows)
 
 
-def fit(size: int, kind: str = "text", evaluate: bool = False, lora: bool = False, loss_function=None, **changes):
+def fit(
+    size: int,
+    kind: str = "text",
+    evaluate: bool = False,
+    lora: bool = False,
+    loss_function=None,
+    attention: str = "ulysses",
+    collator=None,
+    **changes,
+):
     """Train with TRL's own trainer (`size` 0) or ours, and return (history, weights, eval metrics)."""
     reset_host()
     stock = size == 0
@@ -54,7 +63,8 @@ def fit(size: int, kind: str = "text", evaluate: bool = False, lora: bool = Fals
         "dataset_num_proc": None,
     }
     options = {
-        "model": build("llama", "sdpa" if stock else "ulysses"),
+        "model": build("llama", "sdpa" if stock else attention),
+        "data_collator": collator,
         "args": SFTConfig(**{**settings, **changes}),
         "train_dataset": dataset_of(kind),
         "processing_class": tiny_tokenizer(),
