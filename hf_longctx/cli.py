@@ -1,5 +1,5 @@
-"""`hf-longctx`: look before a run. `env` prints what is installed, `check` says whether a model can be sharded and "
-"how."""
+"""`hf-longctx`: look before a run. `env` prints what is installed, `check` says whether and how a model is sharded,
+`pack` what packing would do to a data set."""
 
 from __future__ import annotations
 
@@ -21,10 +21,31 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--sequence_parallel_size", type=int, default=2, help="processes that share one sequence")
     check.add_argument("--inner_attention", default="auto", help="kernel that `ulysses` runs on its heads")
     check.add_argument("--trust_remote_code", action="store_true", help="run the code a hub model brings")
+    _add_pack(commands)
     options = parser.parse_args(arguments)
     if options.command == "env":
         return _print_environment()
+    if options.command == "pack":
+        from .pack_command import run_pack
+
+        return run_pack(options)
     return _check(options)
+
+
+def _add_pack(commands: argparse._SubParsersAction) -> None:
+    pack = commands.add_parser("pack", help="say what packing would do to a data set")
+    pack.add_argument("dataset", help="folder of documents, jsonl or parquet file, or dataset on the Hub")
+    pack.add_argument("--max_tokens", type=int, default=8192, help="tokens of a packed row")
+    pack.add_argument("--split", default="train", help="split of the data set")
+    pack.add_argument("--config_name", help="configuration of a dataset on the Hub")
+    pack.add_argument("--text_field", default="text", help="column of the text, where no column tells lengths")
+    pack.add_argument("--model_name_or_path", help="hub id or folder of the tokenizer that counts the text's tokens")
+    pack.add_argument("--streaming", action="store_true", help="read the data set without downloading it first")
+    pack.add_argument("--limit", type=int, help="look at the first documents only")
+    pack.add_argument("--batch_size", type=int, default=8, help="rows of a padded batch, to compare with")
+    pack.add_argument("--hidden_size", type=int, default=1024, help="of the model, for the estimate")
+    pack.add_argument("--long_documents", default="split", help="for one over --max_tokens: error, split or truncate")
+    pack.add_argument("--output", default="packing.png", help="picture to draw, .png or .svg")
 
 
 def _print_environment() -> int:

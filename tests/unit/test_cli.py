@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
 import transformers
 
+from hf_longctx.cli import main
+from hf_longctx.data.packing import STRATEGIES, pack_lengths, packing_cost
+from hf_longctx.pack_command import Padded
+
 from ..models import config_of
+from ..tokenizer import tiny_tokenizer, words
 
 
 COMMAND = Path(sys.executable).with_name("hf-longctx")
@@ -50,8 +59,150 @@ def test_help_is_cheap_and_a_wrong_command_is_told():
 def test_every_module_can_be_imported_first():
     """Registration runs inside somebody's import, which must not be one of our own half-imported files."""
     root = Path(__file__).parents[2] / "hf_longctx"
-    for path in sorted((root / "attention").glob("*.py")):
-        name = ".".join(path.relative_to(root.parent).with_suffix("").parts)
-        code = f"import {name}, transformers; assert 'ulysses' in transformers.AttentionInterface()"
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.returncode == 0, f"{name}: {done.stderr}"
+    names = [f"hf_longctx.attention.{path.stem}" for path in sorted((root / "attention").glob("*.py"))]
+    assert len(names) > 5
+    done = subprocess.run([sys.executable, "-c", IMPORT_EACH_FIRST, *names], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+# A child for each module, from a parent that has loaded whatever the host's models need, but not those nor ours.
+IMPORT_EACH_FIRST = """
+import importlib, os, sys, transformers.modeling_utils
+del sys.modules["transformers.modeling_utils"]
+assert not any(name.startswith("hf_longctx") for name in sys.modules)
+failed = []
+for name in sys.argv[1:]:
+    child = os.fork()
+    if child == 0:
+        importlib.import_module(name)
+        host = importlib.import_module("transformers.modeling_utils")
+        assert "ulysses" in host.AttentionInterface(), name
+        os._exit(0)
+    if os.waitpid(child, 0)[1]:
+        failed.append(name)
+assert not failed, failed
+"""
+
+
+# pack
+
+LENGTHS = np.random.default_rng(0).lognormal(4, 1, 200).astype(int).clip(1, 900)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Data files of every form with the same lengths, and a tokenizer."""
+    root = tmp_path_factory.mktemp("pack")
+    tiny_tokenizer().save_pretrained(root / "tokenizer")
+    rows = {
+        "length": [{"length": int(length)} for length in LENGTHS],
+        "input_ids": [{"input_ids": [1] * length, "length": "long"} for length in LENGTHS],
+        "text": [{"text": words(int(length), 1)} for length in LENGTHS],
+        "some_empty": [{"body": words(length, 1)} for length in (3, 0, 5, 0, 60)],
+        "titles": [{"title": "a"}],
+        "nothing": [{"text": ""}],
+        "broken": ["{{"],
+    }
+    for name, lines in rows.items():
+        written = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+        (root / f"{name}.jsonl").write_text("\n".join(written) + "\n")
+    (root / "notes.md").write_text("mine")
+    return root
+
+
+@pytest.fixture
+def pack(folder, monkeypatch, capsys):
+    """The command as typed in that folder, in this process: exit code and what it prints."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(folder / "cache"))
+
+    def run_here(*arguments: str) -> tuple[int, str]:
+        capsys.readouterr()
+        return main(["pack", *arguments]), capsys.readouterr().out
+
+    return run_here
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["length.jsonl"],
+        ["input_ids.jsonl"],
+        ["input_ids.jsonl", "--streaming"],
+        ["text.jsonl", "--model_name_or_path", "tokenizer"],
+        ["text.jsonl", "--model_name_or_path", "tokenizer", "--streaming"],
+    ],
+    ids=" ".join,
+)
+def test_pack_tells_rows_waste_and_speed_of_every_form_of_data(pack, tmp_path, arguments):
+    picture = tmp_path / "picture.png"
+    code, out = pack(*arguments, "--max_tokens", "256", "--hidden_size", "16", "--output", str(picture))
+    assert code == 0, out
+    lines = {line.split()[0]: line.split() for line in out.splitlines()}
+    assert lines["documents"][1] == "200,"
+    assert lines["tokens"][1] == f"{LENGTHS.sum():,}"
+    assert f"{LENGTHS.max()}, {np.median(LENGTHS):.0f} tokens" in out
+    for strategy in STRATEGIES:
+        packing = pack_lengths(LENGTHS, 256, strategy=strategy, long_documents="split", seed=0)
+        assert lines[strategy][1:3] == [str(len(packing)), f"{packing.efficiency:.2%}"]
+    padded = Padded.measure(packing.lengths[np.argsort(packing.rows, kind="stable")], 8, 12 * 16)
+    assert f"{padded.waste:.1%} of the tokens in random batches of 8" in out
+    speedup = padded.cost / packing_cost(packing.lengths, 12 * 16)
+    assert f"{speedup:.2f} times, an estimate" in out and speedup > 1.5
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert not any(letter in out for letter in "\x1b┃│")  # plain where it is no terminal
+
+
+def test_padding_waste_is_what_batches_of_the_longest_compute():
+    assert Padded.measure(np.array([2, 2, 2]), 2, 10) == Padded(0.0, 3 * (4 + 20))
+    padded = Padded.measure(np.array([1, 3, 4]), 8, 10)
+    assert padded.waste == pytest.approx(4 / 12) and padded.cost == 3 * (16 + 40)
+    many = Padded.measure(np.arange(1, 1001), 1, 10)
+    assert many.waste == 0 and many.cost == packing_cost(np.arange(1, 1001), 10)
+
+
+def test_pack_leaves_out_empty_documents_and_says_so(pack, folder):
+    options = ["--text_field", "body", "--model_name_or_path", "tokenizer", "--max_tokens", "8", "--output", "e.svg"]
+    code, out = pack("some_empty.jsonl", *options, "--limit", "4")
+    assert code == 0 and "2, and 2 empty ones left out" in out
+    assert ["best_fit_decreasing", "1", "100.00%"] in [line.split()[:3] for line in out.splitlines()]
+    assert "<svg" in (folder / "e.svg").read_text()
+    code, out = pack("some_empty.jsonl", *options, "--long_documents", "truncate")  # over the picture
+    assert code == 0 and "1 documents (truncate)" in out
+    code, out = pack("some_empty.jsonl", *options, "--long_documents", "error")
+    assert code == 2 and "row 4 has 60 tokens, over `max_tokens` (8)" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["text.jsonl"], "only a tokenizer can count: name it with `--model_name_or_path`"),
+        (["titles.jsonl"], "none of the columns `length`, `input_ids` and `text`, only title"),
+        (["nothing.jsonl", "--model_name_or_path", "tokenizer"], "the 1 documents of `nothing.jsonl` have no tokens"),
+        (["broken.jsonl"], "`broken.jsonl` cannot be read as json"),
+        (["missing.jsonl"], "`missing.jsonl` does not exist"),
+        (["length.jsonl", "--max_tokens", "0"], "`max_tokens` (0) must be a whole number"),
+        (["length.jsonl", "--long_documents", "drop"], "`long_documents` ('drop') must be one of"),
+        (["length.jsonl", "--limit", "0"], "`--limit` (0) must be at least 1"),
+        (["length.jsonl", "--batch_size", "0"], "`--batch_size` (0) must be at least 1"),
+        (["length.jsonl", "--output", "notes.md"], "`--output` (notes.md) must be a picture"),
+        (["length.jsonl", "--output", "no/such.png"], "the folder of `--output` (no/such.png) does not exist"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_pack_refuses_with_the_sentence(pack, folder, arguments, sentence):
+    code, out = pack(*arguments)
+    assert code == 2 and out.startswith("refused: ") and sentence in out
+    assert (folder / "notes.md").read_text() == "mine" and not (folder / "packing.png").exists()
+
+
+def test_pack_without_matplotlib_says_how_to_draw(folder):
+    code = (
+        "import sys; sys.modules['matplotlib'] = None\nfrom hf_longctx.cli import main\nsys.exit(main(sys.argv[1:]))"
+    )
+    arguments = [sys.executable, "-c", code, "pack", "length.jsonl", "--output", "undrawn.png"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache")}
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "`undrawn.png` was not drawn, matplotlib is missing: run `pip install hf-longctx[demo]`" in done.stdout
+    assert "best_fit_decreasing" in done.stdout and not (folder / "undrawn.png").exists()

@@ -188,6 +188,7 @@ FLOORS = {
     "trainer": 3,
     "callbacks": 3,
     "cli": 3,
+    "pack_command": 3,
     "experimental": 4,
 }
 # Packages that a floor may not import; each list also holds for the floors below.
