@@ -1,6 +1,6 @@
 """Draw the pictures of these pages: `python docs/draw.py` writes `docs/img/*.png`. Needs matplotlib.
 
-The head picture asks the package itself who owns which head, so it cannot disagree with the code.
+The pictures of heads and of the packed row ask the package itself, so they cannot disagree with the code.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
+from hf_longctx import PackingCollator
 from hf_longctx.parallel.heads import HeadSplit, split_heads
 
 
 FOLDER = Path(__file__).parent / "img"
 RANKS = ("#3b6ea5", "#c8641b", "#2f8a5b", "#94467a")
 BOTH = "#6b6b6b"
+DOCUMENTS = (*RANKS, "#8c7a2b")
+PADDING = "#dddddd"
 
 
 def draw_exchange(path: Path) -> None:
@@ -96,6 +99,55 @@ def draw_heads(path: Path) -> None:
     figure.savefig(path)
 
 
+def draw_packed_row(path: Path) -> None:
+    """Five documents: padded to a batch, packed in a row with what the collator says of it, and who sees whom."""
+    lengths = (4, 8, 3, 6, 2)
+    documents = [{"input_ids": list(range(10, 10 + length))} for length in lengths]
+    batch = PackingCollator()(documents)
+    owners, tokens = batch["seq_idx"][0].tolist(), sum(lengths)
+    figure = Figure(figsize=(12, 5), dpi=150, layout="constrained")
+    grid = figure.add_gridspec(2, 2, width_ratios=(1.75, 1), height_ratios=(1, 0.8))
+    padded, packed, seen = (figure.add_subplot(grid[place]) for place in ((0, 0), (1, 0), (slice(0, 2), 1)))
+    for row, length in enumerate(lengths):
+        for token in range(max(lengths)):
+            _cell(padded, token, row, DOCUMENTS[row] if token < length else PADDING, str(token) * (token < length))
+    waste = 1 - tokens / (max(lengths) * len(lengths))
+    padded.set_title(f"a padded batch: {waste:.0%} of what is computed is padding", fontsize=11, loc="left")
+    _frame(padded, tokens, len(lengths))
+    for row, key in enumerate(("seq_idx", "position_ids", "labels")):
+        for token, value in enumerate(batch[key][0].tolist()):
+            hidden = key == "labels" and value == -100
+            _cell(packed, token, row, PADDING if hidden else DOCUMENTS[owners[token]], "-" if hidden else str(value))
+        packed.text(-0.3, row + 0.5, key, ha="right", va="center", fontsize=10)
+    for bound in batch["cu_seq_lens_q"].tolist():
+        packed.plot([bound, bound], [0, 3.2], color="black", lw=1)
+        packed.text(bound, 3.3, str(bound), ha="center", va="top", fontsize=10)
+    packed.text(-0.3, 3.5, "cu_seq_lens_q", ha="right", va="center", fontsize=10)
+    packed.set_title("the same documents packed; a first label (-) is not trained", fontsize=11, loc="left")
+    _frame(packed, tokens, 4)
+    for query in range(tokens):
+        for key in range(tokens):
+            same = owners[query] == owners[key] and key <= query
+            _cell(seen, key, query, DOCUMENTS[owners[query]] if same else "#f4f4f4", "")
+    computed = sum(length * (length + 1) // 2 for length in lengths)
+    share = computed / (tokens * (tokens + 1) // 2)
+    seen.set_title(f"who sees whom: {share:.0%} of one long causal row", fontsize=11)
+    _frame(seen, tokens, tokens)
+    figure.savefig(path)
+
+
+def _cell(axes, x: float, y: float, color: str, text: str) -> None:
+    axes.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor="white", lw=1))
+    axes.text(
+        x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=9, color="#555" if color == PADDING else "white"
+    )
+
+
+def _frame(axes, width: int, height: int) -> None:
+    axes.set(xlim=(0, width), ylim=(height, 0), aspect="equal")
+    axes.set_axis_off()
+
+
 def _owner_label(split: HeadSplit, rank: int) -> str:
     start, stop = split.key_value[rank]
     names = ", ".join(f"kv{head}" for head in range(start, stop))
@@ -111,3 +163,4 @@ if __name__ == "__main__":
     FOLDER.mkdir(exist_ok=True)
     draw_exchange(FOLDER / "exchange.png")
     draw_heads(FOLDER / "heads.png")
+    draw_packed_row(FOLDER / "packed_row.png")
