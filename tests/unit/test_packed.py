@@ -169,7 +169,7 @@ def test_flex_attention_keeps_documents_apart_forward():
 BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "bert"])
+@pytest.mark.parametrize("name", ["llama", "llama4", "gemma2", "gpt2", "bert"])
 @pytest.mark.parametrize("keys", [("position_ids",), ("position_ids", *BOUNDS), ("position_ids", "seq_idx")])
 def test_bounds_index_and_positions_say_the_same(name, keys):
     documents = documents_of((9, 1, 13, 40, 2, 9), name)
