@@ -309,6 +309,15 @@ def test_nothing_of_t_by_t_is_made_at_32768_tokens(name, lengths):
     assert tokens * 16 <= watch.entries <= tokens * 520, watch.entries / tokens
 
 
+def test_documents_that_only_the_hosts_mask_knows_make_no_mask_either():
+    """Llama 4 keeps its positions from attention; the host finds the documents and hides them in its mask."""
+    batch = pack(documents_of((64,) * 32))
+    some = {key: batch[key] for key in ("input_ids", "position_ids", "use_cache")}
+    with LargestTensor() as watch, torch.no_grad():
+        build("llama4", "packed", max_position_embeddings=4096)(**some)
+    assert watch.entries < 2048 * 2048 / 4
+
+
 # What was chosen
 
 
