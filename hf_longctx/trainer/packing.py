@@ -91,13 +91,14 @@ def check_packed_batch(trainer, inputs: dict[str, object]) -> bool:
     """Prove on a miniature of the first packed batch that this model keeps its documents apart.
 
     Returns:
-        `bool`: whether that is settled; `False` means that no row has two documents yet.
+        `bool`: whether that is settled. `False`: no row has two documents yet, so look again; where the host runs its
+        own attention, or weights are sharded over all ranks, only the first batch is looked at.
 
     Raises:
         NotImplementedError: documents see each other.
 
     Communication: with a shard, that of a few forwards of at most 96 tokens. If weights are sharded over all ranks, a
-    sum over them as well, since all must then take part: only the first batch is looked at.
+    sum over them as well, since all must then take part.
     """
     shard = inputs.get("sequence_shard")
     segments = shard.segment_ids if shard is not None else _segments_of_batch(inputs)
@@ -109,7 +110,7 @@ def check_packed_batch(trainer, inputs: dict[str, object]) -> bool:
             return True
         lengths = lengths if packed else [_CHECKED_TOKENS] * 3
     elif not packed:
-        return False
+        return shard is None  # reading the documents of every batch again would cost the host's run
     model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.accelerator.unwrap_model(trainer.model)
     batch = _miniature(trainer, inputs, lengths, unwrap(model).config.get_text_config().vocab_size)
     settings = {"check_gradients": not sharded_weights}  # whoever shards the weights owns their backward
