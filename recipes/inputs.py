@@ -1,29 +1,39 @@
 """What every recipe reads and writes the same way: model, documents, output folder.
 
 Names that keep machine paths out of YAML files: the model `package:NAME` is the folder of an installed Python package
-(found, not imported), and the data set `stdlib:` is the long files among the Python standard library's own sources.
+(found, not imported), the data set `stdlib:` is the long files among the Python standard library's own sources, and
+`stdlib_functions:` is the functions in all of them: signature and docstring as prompts, bodies as completions.
 """
 
 from __future__ import annotations
 
+import ast
 import glob
 import importlib.util
 import os
 import sysconfig
+import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
+from datasets import Dataset
 from huggingface_hub import HfApi
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import get_quantization_config
 
+from hf_longctx import LongContextConfig
 from hf_longctx.callbacks.report import METRICS_FILE, PICTURE_FILE, RunReport
 from hf_longctx.data.documents import load_documents
 
 
-PACKAGE, STDLIB = "package:", "stdlib:"
+PACKAGE, STDLIB, STDLIB_FUNCTIONS = "package:", "stdlib:", "stdlib_functions:"
+BUILT_IN_DATASETS = {
+    STDLIB: "the long sources of Python's standard library",
+    STDLIB_FUNCTIONS: "the functions of Python's standard library",
+}
 LONG_SOURCE = 80_000  # characters; about 18,000 tokens
 
 
@@ -34,8 +44,8 @@ class RecipeArguments:
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Folder of documents, jsonl or parquet file, glob, data set on the Hub, or `stdlib:` for the long "
-            "sources of Python's standard library."
+            "help": "Folder of documents, jsonl or parquet file, glob, data set on the Hub, `stdlib:` for the long "
+            "sources of Python's standard library, or `stdlib_functions:` for its functions as prompt and completion."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
@@ -77,8 +87,8 @@ def model_folder(name: str | None) -> str:
     return spec.submodule_search_locations[0]
 
 
-def load_model(recipe: RecipeArguments, args, model_args, from_scratch: bool = False):
-    """The model, on `"ulysses"` unless another attention was asked for, and its tokenizer.
+def load_model(recipe: RecipeArguments, args, model_args, long_context: LongContextConfig, from_scratch: bool = False):
+    """The model and its tokenizer; on `"ulysses"` if rows are shared, else on `"packed"`, unless told otherwise.
 
     The seed is set first, so that weights made after it (LoRA, from scratch) are the same for any number of processes.
     """
@@ -88,7 +98,8 @@ def load_model(recipe: RecipeArguments, args, model_args, from_scratch: bool = F
     if recipe.gguf_file:
         options["gguf_file"] = recipe.gguf_file
     tokenizer = AutoTokenizer.from_pretrained(source, **options)
-    options |= {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation or "ulysses"}
+    attention = "ulysses" if long_context.sequence_parallel_size > 1 else "packed"
+    options |= {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation or attention}
     if from_scratch:
         config = AutoConfig.from_pretrained(source, revision=model_args.model_revision)
         model = AutoModelForCausalLM.from_config(
@@ -117,8 +128,9 @@ def read_documents(recipe: RecipeArguments, args, text_field: str | None = "text
             "`num_eval_documents` needs a data set that is read at once: set `dataset_streaming` to false."
         )
     if recipe.dataset_name == STDLIB:
-        pattern = os.path.join(glob.escape(sysconfig.get_paths()["stdlib"]), "*.py")
-        documents = load_documents(pattern).filter(lambda row: len(row["text"]) >= LONG_SOURCE)
+        documents = load_documents(_stdlib_pattern()).filter(lambda row: len(row["text"]) >= LONG_SOURCE)
+    elif recipe.dataset_name == STDLIB_FUNCTIONS:
+        documents = Dataset.from_list(list(read_functions(sorted(glob.glob(_stdlib_pattern())))))
     else:
         documents = load_documents(
             recipe.dataset_name,
@@ -134,11 +146,35 @@ def read_documents(recipe: RecipeArguments, args, text_field: str | None = "text
     return parts["train"], parts["test"]
 
 
+def _stdlib_pattern() -> str:
+    return os.path.join(glob.escape(sysconfig.get_paths()["stdlib"]), "*.py")
+
+
+def read_functions(files: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Every function and method that has a docstring and a body, less the indentation that its lines share.
+
+    The prompt ends with the docstring and the completion begins with the line break after it, because tokenizers merge
+    a line break with the indentation behind it: a prompt that ended with one would end inside a token.
+    """
+    for file in files:
+        source = Path(file).read_text(encoding="utf-8")
+        lines = source.split("\n")
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or ast.get_docstring(node) is None:
+                continue
+            docstring, *body = node.body
+            if not body or body[0].lineno == docstring.end_lineno:
+                continue
+            text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).split("\n")
+            end = docstring.end_lineno - node.lineno + 1
+            yield {"prompt": "\n".join(text[:end]).rstrip(), "completion": "\n" + "\n".join(text[end:])}
+
+
 def make_report(recipe: RecipeArguments, long_context, row_tokens: int | None) -> RunReport:
     """The report of a run, with names a reader elsewhere understands."""
     dataset = recipe.dataset_name
-    if dataset == STDLIB:
-        dataset = "the long sources of Python's standard library"
+    if dataset in BUILT_IN_DATASETS:
+        dataset = BUILT_IN_DATASETS[dataset]
     elif os.path.exists(dataset):  # a card is public, and where a folder lies is not
         dataset = Path(dataset).resolve().name
     return RunReport(

@@ -29,14 +29,16 @@ class PretrainArguments(RecipeArguments):
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
 
+ARGUMENTS = (PretrainArguments, TrainingArguments, ModelConfig, LongContextConfig)
+
+
 @record
 def main() -> None:
-    parser = TrlParser((PretrainArguments, TrainingArguments, ModelConfig, LongContextConfig))
-    recipe, args, model_args, long_context = parser.parse_args_and_config()
+    recipe, args, model_args, long_context = TrlParser(ARGUMENTS).parse_args_and_config()
     check_output_dir(recipe, args)
     if args.include_num_input_tokens_seen == "no":
         args.include_num_input_tokens_seen = "all"  # rows have no padding
-    model, tokenizer = load_model(recipe, args, model_args, recipe.from_scratch)
+    model, tokenizer = load_model(recipe, args, model_args, long_context, recipe.from_scratch)
     peft_config = get_peft_config(model_args)
     if peft_config is not None:
         from peft import get_peft_model

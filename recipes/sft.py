@@ -5,7 +5,7 @@
 Arguments are those of TRL's `SFTConfig` and `ModelConfig`, of `LongContextConfig`, and the few of
 `inputs.RecipeArguments`; the command line overrides the YAML file. A document longer than `max_length` becomes several
 consecutive rows; nothing is truncated away. Conversations (`messages`, or `prompt` and `completion`) are prepared and,
-beyond `max_length`, truncated by TRL, as always.
+beyond `max_length`, truncated by TRL, as always; `packing: true` puts several of them in a row, kept apart.
 """
 
 from __future__ import annotations
@@ -40,14 +40,17 @@ def make_rows(documents, tokenizer, args, join_documents: bool):
     return split_into_rows(documents, tokenizer, args.max_length, **options)
 
 
+ARGUMENTS = (SFTArguments, SFTConfig, ModelConfig, LongContextConfig)
+
+
 @record
 def main() -> None:
-    parser = TrlParser((SFTArguments, SFTConfig, ModelConfig, LongContextConfig))
-    recipe, args, model_args, long_context = parser.parse_args_and_config()
+    recipe, args, model_args, long_context = TrlParser(ARGUMENTS).parse_args_and_config()
     check_output_dir(recipe, args)
-    if args.include_num_input_tokens_seen == "no":
-        args.include_num_input_tokens_seen = "non_padding"  # the report's throughput counts real tokens
-    model, tokenizer = load_model(recipe, args, model_args)
+    if args.include_num_input_tokens_seen == "no":  # the report's throughput counts real tokens
+        is_flat = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
+        args.include_num_input_tokens_seen = "all" if is_flat else "non_padding"
+    model, tokenizer = load_model(recipe, args, model_args, long_context)
     with args.main_process_first(desc="reading documents"):
         documents, eval_documents = read_documents(recipe, args, text_field=None)
         rows, eval_rows = (

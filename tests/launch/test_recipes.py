@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -13,7 +17,9 @@ import yaml
 from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import TrlParser
 
+from hf_longctx import LongContextConfig, LongContextSFTTrainer
 from hf_longctx.data.documents import load_documents, split_into_rows
 
 
@@ -59,6 +65,13 @@ def inputs(tmp_path_factory) -> dict:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return {"folder": folder, "model": str(folder / "model"), "documents": str(documents)}
+
+
+@pytest.fixture
+def recipe_modules(monkeypatch):
+    """A function from a script's name to its module."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
+    return importlib.import_module
 
 
 def write_config(path: Path, inputs: dict, **changes) -> str:
@@ -124,6 +137,97 @@ def test_sft_on_one_process_trains_whole_documents_with_lora(inputs, tmp_path):
     assert card.data.library_name == "peft"
     assert "hf_longctx" in card.data.tags
     assert inputs["model"] not in (tmp_path / "run" / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def pairs(inputs) -> dict[str, object]:
+    """Prompts and completions of very different lengths, and the file they are in."""
+    words = TEXT.split()
+    counts = [(1 + index % 4, 1 + index * index % 9) for index in range(40)]
+    rows = [
+        {"prompt": " ".join(words[:prompt]), "completion": " " + " ".join(words[prompt : prompt + completion])}
+        for prompt, completion in counts
+    ]
+    file = inputs["folder"] / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"file": str(file), "rows": rows}
+
+
+def write_packed_config(folder: Path, inputs: dict, pairs: dict) -> str:
+    """The packed recipe as it is, but for a tiny model, these pairs, and one epoch of short rows."""
+    settings = yaml.safe_load((ROOT / "recipes" / "sft_packed_stdlib.yaml").read_text())
+    for name in ("model_name_or_path", "gguf_file", "base_model", "output_dir"):
+        del settings[name]
+    changes = {"dataset_name": pairs["file"], "max_length": 64, "num_train_epochs": 1, "max_steps": -1}
+    return write_config(folder / "run.yaml", inputs, **{**settings, **changes})
+
+
+def documents_of(pairs: dict, tokenizer) -> list[tuple[list[int], list[int]]]:
+    """Prompt and completion of each pair in tokens, the latter closed by the end-of-sequence token."""
+    documents = []
+    for row in pairs["rows"]:
+        ids = tokenizer(row["prompt"] + row["completion"])["input_ids"] + [tokenizer.eos_token_id]
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        assert ids[: len(prompt)] == prompt
+        documents.append((prompt, ids[len(prompt) :]))
+    return documents
+
+
+def test_packed_sft_fills_rows_trains_and_saves(inputs, pairs, tmp_path):
+    done = start("recipes/sft.py", "--config", write_packed_config(tmp_path, inputs, pairs))
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(inputs["model"])
+    tokens = sum(len(prompt) + len(completion) for prompt, completion in documents_of(pairs, tokenizer))
+    assert metrics["train"]["num_input_tokens_seen"] == tokens  # one epoch: every document once, and no padding
+    assert metrics["num_steps"] == -(-tokens // 64)  # as few rows as can be
+    assert all(entry["loss"] > 0 and entry["grad_norm"] > 0 for entry in metrics["history"])
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_packed_rows_keep_prompts_out_of_the_loss(inputs, pairs, tmp_path, recipe_modules):
+    sft = recipe_modules("sft")
+    config = write_packed_config(tmp_path, inputs, pairs)
+    recipe, args, model_args, long_context = TrlParser(sft.ARGUMENTS).parse_args_and_config(["--config", config])
+    model, tokenizer = sft.load_model(recipe, args, model_args, long_context)
+    assert model.config._attn_implementation == "packed"
+    shared, _ = sft.load_model(recipe, args, model_args, LongContextConfig(sequence_parallel_size=2))
+    assert shared.config._attn_implementation == "ulysses"
+
+    documents, _ = sft.read_documents(recipe, args, text_field=None)
+    rows = sft.make_rows(documents, tokenizer, args, recipe.join_documents)
+    options = {"processing_class": tokenizer, "long_context": long_context}
+    packed = LongContextSFTTrainer(model=model, args=args, train_dataset=rows, **options).train_dataset
+    found = []
+    for row in packed:
+        start = 0
+        for length in row["seq_lengths"]:
+            ids, labels = (row[key][start : start + length] for key in ("input_ids", "labels"))
+            prompt_len = sum(label == -100 for label in labels)
+            assert labels == [-100] * prompt_len + ids[prompt_len:]
+            found.append((ids[:prompt_len], ids[prompt_len:]))
+            start += length
+        assert start == len(row["input_ids"])
+    assert sorted(found) == sorted(documents_of(pairs, tokenizer))
+
+
+def test_functions_are_cut_behind_their_docstring(recipe_modules):
+    functions = list(recipe_modules("inputs").read_functions([textwrap.__file__]))
+    assert len(functions) > 5
+    for row in functions:
+        assert row["prompt"].endswith(('"""', "'''")) and row["completion"].startswith("\n")
+        (whole,) = ast.parse(row["prompt"] + row["completion"]).body
+        (head,) = ast.parse(row["prompt"]).body
+        assert len(head.body) == 1 and ast.get_docstring(head) == ast.get_docstring(whole)
+        assert len(whole.body) > 1
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_is_understood_by_its_script(file, tmp_path, recipe_modules):
+    (script,) = set(re.findall(r"recipes/(\w+)\.py", file.read_text()))
+    here = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    parsed = TrlParser(recipe_modules(script).ARGUMENTS).parse_args_and_config(["--config", str(file), *here])
+    assert any(isinstance(part, LongContextConfig) for part in parsed)
 
 
 def test_unknown_key_is_named(inputs, tmp_path):
