@@ -1,0 +1,1 @@
+"""What makes a longer row fit: less memory for the same numbers."""
