@@ -1,8 +1,8 @@
 """`RunReport`: what a run leaves behind beside the model - numbers, a picture and a model card.
 
-It reads the host's own logs and counters, adds `tokens_per_second` to them, so that `report_to` shows it, and at the
-end writes `metrics.json`, `loss_and_throughput.png` and `README.md` into `output_dir`, on rank 0. It changes no number
-of the run.
+It reads the host's own logs and counters, and what [`ThroughputMeter`] adds to them. At the end it writes
+`metrics.json`, `loss_and_throughput.png` and `README.md` into `output_dir`, on rank 0. It changes no number of the
+run.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import resource
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
 from .command import launch_command
+from .meter import ThroughputMeter, device_memory, host_memory
 from .model_card import is_hub_name, write_model_card
 
 
@@ -38,9 +37,11 @@ class RunReport(TrainerCallback):
         base_model (`str`, *optional*): name of the model that training started from; otherwise the model's own name.
         dataset (`str`, *optional*): name of the data.
 
-    Use [`RunReport.attach`] rather than `callbacks=[...]`: callbacks run in order, and loggers come before a user's.
+    Use [`RunReport.attach`] rather than `callbacks=[...]`: it brings a [`ThroughputMeter`], without which the report
+    has no throughput.
 
-    Communication: one gather of a few numbers at the end of training; every rank must have the callback.
+    Communication: one gather of a few numbers at the end of training, and the meter's; every rank must have the
+    callback.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class RunReport(TrainerCallback):
         self.base_model, self.dataset = base_model, dataset
         self.metrics: dict | None = None
         self._earlier_card: str | None = None
-        self._clock, self._seconds, self._tokens = 0.0, 0.0, 0
 
     def attach(self, trainer: Trainer) -> RunReport:
-        """Put this report before every other callback of `trainer`, so that loggers see what it adds."""
-        trainer.callback_handler.callbacks.insert(0, self)
+        """Add this report to `trainer`, and a meter in front of its callbacks unless it has one."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, self)
+        if not any(isinstance(callback, ThroughputMeter) for callback in callbacks):
+            ThroughputMeter().attach(trainer)
         return self
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
@@ -67,29 +70,10 @@ class RunReport(TrainerCallback):
         self._earlier_card = (
             card.read_text(encoding="utf-8") if state.is_world_process_zero and card.is_file() else None
         )
-        self._clock, self._seconds, self._tokens = time.perf_counter(), 0.0, state.num_input_tokens_seen
-
-    def on_step_end(self, args, state, control, **kwargs) -> None:
-        self._count_time()
-
-    def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        if logs is None or "loss" not in logs:
-            return
-        self._count_time()
-        tokens = state.num_input_tokens_seen - self._tokens
-        if tokens > 0 and self._seconds > 0:
-            logs["tokens_per_second"] = round(tokens / self._seconds, 2)
-            state.log_history[-1]["tokens_per_second"] = logs["tokens_per_second"]
-        self._seconds, self._tokens = 0.0, state.num_input_tokens_seen
-
-    def on_evaluate(self, args, state, control, **kwargs) -> None:
-        self._clock = time.perf_counter()
-
-    def on_save(self, args, state, control, **kwargs) -> None:
-        self._clock = time.perf_counter()
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
-        peaks = gather_object([_peak_memory(args.process_index)])
+        peak = {"rank": args.process_index, "host_bytes": host_memory(), "device_bytes": device_memory()}
+        peaks = gather_object([peak])
         if not state.is_world_process_zero:
             return
         self.metrics = self._collect(args, state, peaks, model)
@@ -109,15 +93,11 @@ class RunReport(TrainerCallback):
         write_model_card(folder, self.metrics, PICTURE_FILE if drawn else None, self._earlier_card)
         self._earlier_card = None  # kept once
 
-    def _count_time(self) -> None:
-        now = time.perf_counter()
-        self._seconds, self._clock = self._seconds + now - self._clock, now
-
     def _collect(self, args, state, peaks: list[dict], model) -> dict:
         history = [entry for entry in state.log_history if "loss" in entry]
         evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
         summary = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
-        keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second")
+        keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "achieved_tflops", "mfu")
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         data_parallel_size = args.world_size // self.sequence_parallel_size
         return {
@@ -203,10 +183,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def _peak_memory(rank: int) -> dict[str, int | None]:
-    unit = 1 if sys.platform == "darwin" else 1024
-    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    device = torch.cuda.max_memory_allocated() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    return {"rank": rank, "host_bytes": host, "device_bytes": device}

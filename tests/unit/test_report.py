@@ -72,7 +72,7 @@ def test_loggers_see_tokens_per_second(tmp_path):
 def test_tokens_per_second_leaves_evaluation_out(tmp_path, monkeypatch):
     """A clock that only evaluation moves: training then takes no time, and no speed can be told."""
     now = [0.0]
-    monkeypatch.setattr("hf_longctx.callbacks.report.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("hf_longctx.callbacks.meter.time.perf_counter", lambda: now[0])
     evaluate = Trainer.evaluate
 
     def slow_evaluate(self, *args, **kwargs):
