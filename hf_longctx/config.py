@@ -29,6 +29,15 @@ def validate_sequence_parallel_size(size: object) -> None:
         )
 
 
+MEMORY_PRESETS = ("off", "loss", "mlp", "checkpoint", "max", "auto")
+
+
+def validate_tokens(name: str, value: object) -> None:
+    """Raise `ValueError` unless `value` is `None` or a positive integer."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+        raise ValueError(f"`{name}` ({value!r}) must be a positive integer, a number of tokens, or unset.")
+
+
 def validate_inner_attention(name: object) -> None:
     """Raise `ValueError` unless `name` is a kernel name we know or a hub kernel of the form `org/name`."""
     if isinstance(name, str) and (
@@ -57,6 +66,16 @@ class LongContextConfig:
         check_packing (`bool`, *optional*, defaults to `True`):
             On the first batch that packs several documents in a row, prove on a miniature of it that the model keeps
             them apart, and refuse to train if it does not.
+        memory (`str`, *optional*, defaults to `"off"`):
+            What is done so that a row fits, each rung on top of the one before: `"loss"` (the loss in tiles), `"mlp"`
+            (MLPs in tiles), `"checkpoint"` (layers recomputed), `"max"` (checkpoints in host memory). `"auto"`: the
+            first rung that the planner finds enough. Results are the same on all of them.
+        loss_tile_size (`int`, *optional*):
+            Tokens whose logits exist at a time. Unset: all of them, or what the rung takes.
+        mlp_tile_size (`int`, *optional*):
+            Tokens of a row that an MLP works on at a time. Unset: all of them, or what the rung takes.
+        planned_tokens (`int`, *optional*):
+            Tokens of the longest row, for `"auto"`; read from the collator or from `max_length` where they tell.
 
     Raises:
         ValueError: a field has a value that no run could use.
@@ -76,6 +95,24 @@ class LongContextConfig:
         metadata={"help": "Prove on the first packed batch that its documents do not see each other."},
     )
 
+    memory: str = field(
+        default="off",
+        metadata={"help": "What is done so that a row fits: " + ", ".join(MEMORY_PRESETS) + "."},
+    )
+    loss_tile_size: int | None = field(
+        default=None, metadata={"help": "Tokens whose logits exist at a time; unset: all, or what `memory` takes."}
+    )
+    mlp_tile_size: int | None = field(
+        default=None, metadata={"help": "Tokens of a row in an MLP at a time; unset: all, or what `memory` takes."}
+    )
+    planned_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens of the longest row, where `memory` is auto and nothing else tells."}
+    )
+
     def __post_init__(self) -> None:
         validate_sequence_parallel_size(self.sequence_parallel_size)
         validate_inner_attention(self.inner_attention)
+        if self.memory not in MEMORY_PRESETS:
+            raise ValueError(f"`memory` ({self.memory!r}) must be one of {', '.join(MEMORY_PRESETS)}.")
+        for name in ("loss_tile_size", "mlp_tile_size", "planned_tokens"):
+            validate_tokens(name, getattr(self, name))

@@ -84,7 +84,15 @@ def reset_host() -> None:
 
 
 def train(
-    size: int, model="llama", prepare=None, after=None, rows=None, trainer_options=None, attention=None, **changes
+    size: int,
+    model="llama",
+    prepare=None,
+    after=None,
+    rows=None,
+    trainer_options=None,
+    attention=None,
+    context=None,
+    **changes,
 ):
     """Train and return (history, weights, extra). `size` 0 is the stock Trainer, the oracle."""
     reset_host()
@@ -100,7 +108,8 @@ def train(
     if stock:
         trainer = Trainer(**options)
     else:
-        trainer = LongContextTrainer(**options, long_context=LongContextConfig(sequence_parallel_size=size))
+        long_context = LongContextConfig(sequence_parallel_size=size, **(context or {}))
+        trainer = LongContextTrainer(**options, long_context=long_context)
     extra = {}
     if isinstance(after, str) and after == "evaluate_first":
         extra["before"] = trainer.evaluate(options["eval_dataset"])

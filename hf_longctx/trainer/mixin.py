@@ -19,6 +19,7 @@ from .checks import check_arguments, check_model, check_trainer, runs_our_attent
 from .evaluation import ShardedEvaluationMixin
 from .loaders import build_loader
 from .loss import AlignedLoss
+from .memory import prepare_memory, tile_trainer_loss, tile_trainer_mlps
 from .packing import check_collator, check_packed_batch, pack_dataset, packs_rows
 from .probe import ProbeResult, probe_model
 
@@ -32,7 +33,10 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
 
     def __init__(self, *args, long_context: LongContextConfig | None = None, **kwargs) -> None:
         self.long_context = long_context or LongContextConfig()
-        check_arguments(kwargs.get("args", args[1] if len(args) > 1 else None), self.long_context)
+        given = dict(zip(("model", "args", "data_collator"), args)) | kwargs
+        check_arguments(given.get("args"), self.long_context)
+        chosen = (given.get(name) for name in ("args", "model", "data_collator"))
+        self._memory = prepare_memory(self.long_context, *chosen)
         super().__init__(*args, **kwargs)
         check_arguments(self.args, self.long_context)
         check_trainer(self)
@@ -44,9 +48,12 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
         self._probe: ProbeResult | None = None
         self._checks_packing = self.long_context.check_packing
         self._align_losses()
+        tile_trainer_mlps(self, self._memory)
         # FSDP places parameters when training starts; the probe then runs on the first batch.
         if self.shards_batches and next(self.model.parameters()).device.type == self.args.device.type:
             self._probe = self._run_probe()
+        elif not self.shards_batches:
+            tile_trainer_loss(self, self._memory)
 
     def _run_probe(self) -> ProbeResult:
         """Check the model on a tiny batch; see [`probe_model`]."""
@@ -61,6 +68,7 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
         )
         if result.loss_ignores_count:
             self.compute_loss_func = token_mean
+        tile_trainer_loss(self, self._memory)
         return result
 
     @property

@@ -38,6 +38,7 @@ def fit(
     loss_function=None,
     attention: str = "ulysses",
     collator=None,
+    context=None,
     **changes,
 ):
     """Train with TRL's own trainer (`size` 0) or ours, and return (history, weights, eval metrics)."""
@@ -81,7 +82,8 @@ def fit(
     if stock:
         trainer = SFTTrainer(**options)
     else:
-        trainer = LongContextSFTTrainer(**options, long_context=LongContextConfig(sequence_parallel_size=size))
+        long_context = LongContextConfig(sequence_parallel_size=size, **(context or {}))
+        trainer = LongContextSFTTrainer(**options, long_context=long_context)
     trainer.train()
     return trainer.state.log_history, weights_of(trainer), trainer.evaluate() if evaluate else None
 

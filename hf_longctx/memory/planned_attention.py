@@ -1,0 +1,168 @@
+"""Attention that computes nothing and holds what the real kernels hold. For simulations on fake tensors only.
+
+What a flash kernel keeps for its backward is query, key, value, output and the log-sum-exp of every row of scores;
+nothing is `T x T`, whatever the mask. Around it stand the buffers of the two exchanges of `"ulysses"`. The rank that
+owns most heads is simulated.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..parallel.heads import HeadSplit, split_heads
+
+
+PLANNED = "planned"
+
+
+@dataclass(frozen=True)
+class PlannedRows:
+    """Travels to attention in the place of a `SequenceShard`.
+
+    Args:
+        size (`int`): ranks that share each row, `P`.
+        is_flash (`bool`): the kernel is a flash kernel on a GPU, whose backward has buffers of its own; otherwise that
+            of a CPU, which has none to speak of.
+    """
+
+    size: int = 1
+    is_flash: bool = True
+
+
+def planned_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: object,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    *,
+    sequence_shard: PlannedRows | None = None,
+    **kwargs: object,
+) -> tuple[torch.Tensor, None]:
+    """What `"ulysses"` around a flash kernel would hold. Registered as `attn_implementation="planned"`.
+
+    Args:
+        query (`torch.Tensor` of shape `(B, N, t, H)`): of one rank; `key`, `value`: `(B, K, t, H)`.
+        sequence_shard ([`PlannedRows`], *optional*): how many ranks share the rows.
+
+    Returns:
+        tuple of `(B, t, N, H_v)` and `None`.
+
+    Raises:
+        RuntimeError: the tensors are real.
+    """
+    if not isinstance(query, FakeTensor):
+        raise RuntimeError(
+            f"`attn_implementation` ('{PLANNED}') computes nothing, it only plans memory: load the model with "
+            "'ulysses' or 'packed' to train it."
+        )
+    rows = sequence_shard or PlannedRows()
+    if rows.size == 1:
+        return _attend(rows, query, key, value), None
+    split = split_heads(query.shape[1], key.shape[1], rows.size)
+    rank = fullest_rank(split)
+    query, key, value = _exchange_heads(split, rank, query, key, value)
+    index = split.key_value_index(rank)
+    if index is not None:
+        chosen = torch.tensor(index, device=key.device)
+        key, value = key.index_select(1, chosen), value.index_select(1, chosen)
+    output = _attend(rows, query, key, value)
+    shape = (output.shape[0], output.shape[1] // rows.size, split.num_query_heads, output.shape[3])
+    return _ToTokens.apply(shape, output), None
+
+
+def _attend(rows: PlannedRows, *tensors: torch.Tensor) -> torch.Tensor:
+    """The kernel, in the precision that autocast gives it."""
+    device = tensors[0].device.type
+    if torch.is_autocast_enabled(device):
+        tensors = tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    return _Kernel.apply(rows.is_flash, *tensors)
+
+
+def _exchange_heads(split: HeadSplit, rank: int, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """All three travel in the widest precision among them, as in `sequence_to_heads`."""
+    wide = max((x.dtype for x in tensors), key=lambda dtype: dtype.itemsize)
+    outputs = _ToHeads.apply(split, rank, *(x.to(wide) for x in tensors))
+    return tuple(output.to(x.dtype) for output, x in zip(outputs, tensors))
+
+
+def fullest_rank(split: HeadSplit) -> int:
+    """The rank whose heads take most memory."""
+
+    def heads(rank: int) -> int:
+        index = split.key_value_index(rank)
+        return split.query_count(rank) + 2 * split.key_value_count(rank) + 2 * len(index or ())
+
+    return max(range(len(split.query)), key=heads)
+
+
+class _Kernel(torch.autograd.Function):
+    """`(B, n, T, H)` to `(B, T, n, H_v)`."""
+
+    @staticmethod
+    def forward(ctx, is_flash: bool, query, key, value):
+        rows, heads, tokens, _ = query.shape
+        output = value.new_empty((rows, tokens, heads, value.shape[-1]))
+        log_sums = query.new_empty((rows, tokens, heads), dtype=torch.float32)
+        ctx.is_flash = is_flash
+        ctx.save_for_backward(query, key, value, output, log_sums)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, _, log_sums = ctx.saved_tensors
+        held = []
+        if ctx.is_flash:
+            held.append(torch.empty_like(query, dtype=torch.float32))  # dQ is added up in fp32
+            held.append(torch.empty_like(log_sums))  # the row sums of dO * O
+            if query.shape[1] != key.shape[1]:  # dK and dV of every query head, before they are summed
+                held += [query.new_empty((*query.shape[:3], x.shape[-1])) for x in (key, value)]
+        return None, torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+
+
+class _ToHeads(torch.autograd.Function):
+    """The buffers of `sequence_to_heads` and of its backward: one to send, one received, and the result."""
+
+    @staticmethod
+    def forward(ctx, split: HeadSplit, rank: int, query, key, value):
+        ctx.shapes = [x.shape for x in (query, key, value)]
+        size = len(split.query)
+        counts = [split.query_count(rank), split.key_value_count(rank), split.key_value_count(rank)]
+        sent_kv = sum(split.key_value_count(r) for r in range(size))
+        sent = sum(x[:, :1].numel() * n for x, n in zip((query, key, value), (query.shape[1], sent_kv, sent_kv)))
+        shapes = [(x.shape[0], n, x.shape[2] * size, x.shape[3]) for x, n in zip((query, key, value), counts)]
+        ctx.sent = sum(torch.Size(shape).numel() for shape in shapes)
+        received = _exchange(query, sent, ctx.sent)
+        outputs = tuple(received.new_empty(shape) for shape in shapes)
+        return outputs
+
+    @staticmethod
+    def backward(ctx, *grads):
+        received = _exchange(grads[0], ctx.sent, sum(shape.numel() for shape in ctx.shapes))
+        return None, None, *(received.new_empty(shape) for shape in ctx.shapes)
+
+
+class _ToTokens(torch.autograd.Function):
+    """The buffers of `heads_to_sequence` and of its backward."""
+
+    @staticmethod
+    def forward(ctx, shape: tuple[int, ...], output):
+        ctx.shape, ctx.numel = output.shape, torch.Size(shape).numel()
+        return _exchange(output, output.numel(), ctx.numel).new_empty(shape)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, _exchange(grad, ctx.numel, ctx.shape.numel()).new_empty(ctx.shape)
+
+
+def _exchange(like: torch.Tensor, sent: int, received: int) -> torch.Tensor:
+    """What came in; the buffer that went out is alive beside it, for a moment."""
+    outgoing = like.new_empty(sent)
+    incoming = outgoing.new_empty(received)
+    return incoming

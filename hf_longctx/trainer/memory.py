@@ -1,0 +1,173 @@
+"""What a run does to fit: tiled loss, tiled MLPs, checkpoints and their offload, as `LongContextConfig.memory` says.
+
+Checkpointing is the host's own and is asked for in its arguments, before the host builds its trainer. MLPs are tiled
+when the model is there, and the loss once the probe has seen the model's own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import torch
+
+from ..config import LongContextConfig
+from ..data.packing_collator import PackingCollator
+from ..losses.tiled_forward import tile_loss
+from ..losses.tiled_proof import prove_tiled_loss
+from ..memory.presets import MLP_TILE_SIZE, PRESETS, Preset
+from ..memory.settings import OPTIMIZERS, Settings
+from ..memory.tiled_mlp import tile_mlp
+from .checks import unwrap
+
+
+logger = logging.getLogger(__name__)
+
+_GIB = 2**30
+
+
+def prepare_memory(config: LongContextConfig, args, model, collator) -> Preset:
+    """Choose the preset of a run, and switch on the host's checkpointing where it asks for that.
+
+    Args:
+        config ([`LongContextConfig`]): `"auto"` takes the first rung of the ladder on which the run fits.
+        args (`TrainingArguments`, *optional*): changed in place.
+        model: what the trainer was given.
+        collator: likewise; a [`PackingCollator`] tells how long rows are.
+
+    Raises:
+        ValueError: `memory="auto"` does not know how long rows are, or no rung is enough for them.
+    """
+    preset = _plan(config, args, model, collator) if config.memory == "auto" else PRESETS[config.memory]
+    if args is not None and preset.checkpointing:
+        for name in ("activation_checkpointing", "gradient_checkpointing"):  # older hosts know the second only
+            if hasattr(args, name):
+                setattr(args, name, True)
+                # On a CPU the checkpoints are in host memory already, and the host would pin a copy and fail.
+                kwargs = {"use_reentrant": False, "offload": preset.offload and args.device.type != "cpu"}
+                setattr(args, f"{name}_kwargs", kwargs | (getattr(args, f"{name}_kwargs") or {}))
+    return preset
+
+
+def tile_trainer_mlps(trainer, preset: Preset) -> None:
+    """Tile the MLPs of the trainer's model, if the preset or `mlp_tile_size` asks for it.
+
+    Raises:
+        NotImplementedError: `mlp_tile_size` is set and the model has no MLP that can run in tiles.
+    """
+    size = trainer.long_context.mlp_tile_size
+    if size is None and not preset.tiles_mlp:
+        return
+    try:
+        tile_mlp(unwrap(trainer.model), size or MLP_TILE_SIZE)
+    except NotImplementedError as error:
+        if size is not None:
+            raise
+        logger.warning(f"`memory` ({preset.name!r}) leaves the MLPs whole: {error}")
+
+
+def tile_trainer_loss(trainer, preset: Preset) -> None:
+    """Let the trainer's model compute its loss in tiles, and prove that it is the same loss.
+
+    Raises:
+        NotImplementedError: `loss_tile_size` is set and the loss is not the model's own, or cannot be tiled.
+    """
+    size = trainer.long_context.loss_tile_size
+    if size is None and not preset.tiles_loss:
+        return
+    try:
+        _validate_own_loss(trainer)
+        handle = tile_loss(trainer.model, size)
+        try:
+            with trainer.accelerator.autocast():
+                prove_tiled_loss(trainer.model)
+        except NotImplementedError:
+            handle.remove()
+            raise
+    except NotImplementedError as error:
+        if size is not None:
+            raise
+        if trainer.uses_model_loss:
+            logger.warning(f"`memory` ({preset.name!r}) leaves the loss as it is: {error}")
+
+
+def _validate_own_loss(trainer) -> None:
+    """Raise `NotImplementedError` unless the trainer takes its loss, and nothing else, from the model."""
+    size, reason = trainer.long_context.loss_tile_size, None
+    if not trainer.uses_model_loss:
+        reason = "`SFTTrainer` computes it in tiles of its own already: leave `loss_tile_size` unset"
+    elif trainer.compute_loss_func is not None or trainer.label_smoother is not None:
+        reason = "`compute_loss_func` and `label_smoothing_factor` need the logits: leave them out, or the tiles"
+    elif trainer.compute_metrics is not None or trainer.preprocess_logits_for_metrics is not None:
+        reason = "`compute_metrics` needs the logits: leave it out, or the tiles"
+    if reason is not None:
+        raise NotImplementedError(f"`loss_tile_size` ({size}) tiles the loss of the model, but {reason}.")
+
+
+def _plan(config: LongContextConfig, args, model, collator) -> Preset:
+    """The cheapest preset under which this run fits the device."""
+    from ..memory.ledger import Planner  # its simulations import half of torch, and most runs do without
+
+    tokens = _row_tokens(config, args, collator)
+    settings = _settings(config, args, model, tokens)
+    device_bytes = _device_bytes(args)
+    try:
+        planner = Planner(unwrap(model).config)
+        chosen = planner.choose_preset(settings, device_bytes)
+    except NotImplementedError as error:
+        logger.warning(f"`memory` ('auto') takes 'max', since this model cannot be planned: {error}")
+        return PRESETS["max"]
+    if chosen is None:
+        longest = planner.longest_tokens(planner.preset("max", settings), device_bytes)
+        raise ValueError(
+            f"rows of {tokens:,} tokens need more than the {device_bytes / _GIB:.1f} GiB of a device on every rung of "
+            f"`memory`; the longest that the plan has room for are {longest:,}: shorten rows, raise "
+            f"`sequence_parallel_size` ({config.sequence_parallel_size}), or set `memory` to 'max' and try."
+        )
+    preset, settings = chosen
+    planned = planner.ledger(settings).device
+    logger.info(
+        f"`memory` ('auto') takes {preset.name!r}: {planned / _GIB:.2f} of {device_bytes / _GIB:.1f} GiB are planned "
+        f"for rows of {tokens:,} tokens"
+    )
+    return preset
+
+
+def _row_tokens(config: LongContextConfig, args, collator) -> int:
+    if config.planned_tokens is not None:
+        return config.planned_tokens
+    if isinstance(collator, PackingCollator) and collator.max_tokens is not None:
+        return collator.max_tokens
+    if getattr(args, "max_length", None) is not None:
+        return args.max_length
+    raise ValueError(
+        "`memory` ('auto') does not know how long rows are: set `planned_tokens` to the tokens of the longest, or "
+        "`memory` to 'max' or 'off'."
+    )
+
+
+def _settings(config: LongContextConfig, args, model, tokens: int) -> Settings:
+    optimizer = next((name for name in OPTIMIZERS if str(args.optim).split(".")[-1].lower().startswith(name)), "adamw")
+    trained = [parameter.requires_grad for parameter in model.parameters()]
+    weights = next(model.parameters()).dtype
+    wrapper = "fsdp2" if args.fsdp else "ddp" if args.world_size > 1 else "none"
+    return Settings(
+        tokens=tokens,
+        rows=args.per_device_train_batch_size,
+        sequence_parallel_size=config.sequence_parallel_size,
+        world_size=args.world_size,
+        weights_dtype=weights,
+        compute_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weights,
+        optimizer=optimizer if all(trained) else "lora",
+        wrapper=wrapper,
+        accumulates=args.gradient_accumulation_steps > 1,
+        on_gpu=args.device.type == "cuda",
+    )
+
+
+def _device_bytes(args) -> int:
+    """Memory of this process's device; on a CPU, its part of the machine's."""
+    if args.device.type == "cuda":
+        return torch.cuda.get_device_properties(args.device).total_memory
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
