@@ -1,5 +1,5 @@
 """`hf-longctx`: look before a run. `env` prints what is installed, `check` says whether and how a model is sharded,
-`pack` what packing would do to a data set."""
+`pack` what packing would do to a data set, `plan` what fits on which GPUs."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--inner_attention", default="auto", help="kernel that `ulysses` runs on its heads")
     check.add_argument("--trust_remote_code", action="store_true", help="run the code a hub model brings")
     _add_pack(commands)
+    _add_plan(commands)
     options = parser.parse_args(arguments)
     if options.command == "env":
         return _print_environment()
@@ -29,6 +30,10 @@ def main(arguments: list[str] | None = None) -> int:
         from .pack_command import run_pack
 
         return run_pack(options)
+    if options.command == "plan":
+        from .plan_command import run_plan
+
+        return run_plan(options)
     return _check(options)
 
 
@@ -46,6 +51,22 @@ def _add_pack(commands: argparse._SubParsersAction) -> None:
     pack.add_argument("--hidden_size", type=int, default=1024, help="of the model, for the estimate")
     pack.add_argument("--long_documents", default="split", help="for one over --max_tokens: error, split or truncate")
     pack.add_argument("--output", default="packing.png", help="picture to draw, .png or .svg")
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    plan = commands.add_parser("plan", help="say which rows fit on which GPUs, and write the file of the run")
+    plan.add_argument("model", help="hub id, folder or config.json; only the configuration is read")
+    plan.add_argument("--gpus", type=int, default=1, help="all GPUs of the run; hosts have 8")
+    plan.add_argument("--gpu_memory", type=float, default=80, help="GiB of one GPU")
+    plan.add_argument("--host_memory", type=float, help="GiB of one host, for checkpoints that are offloaded")
+    plan.add_argument("--target_tokens", help="tokens of a row that must fit, such as 131072, 128K or 1M")
+    plan.add_argument("--optimizer", default="adamw", help="adamw, adafactor, sgd, or lora: AdamW on adapters")
+    plan.add_argument("--wrapper", help="fsdp2 (default for several GPUs), ddp, or none (default for one)")
+    plan.add_argument("--peak_tflops", type=float, default=989, help="of one GPU in bf16, for the estimated time")
+    plan.add_argument("--utilisation", type=float, default=0.4, help="share of that peak that is reached")
+    plan.add_argument("--measure", action="store_true", help="run one short step here and correct the plan by it")
+    plan.add_argument("--output", help="picture to draw, .png or .svg")
+    plan.add_argument("--write", help="YAML file to write for recipes/sft.py; never written over")
 
 
 def _print_environment() -> int:

@@ -239,7 +239,7 @@ def on_device(kinds: dict[str, float]) -> float:
 
 
 def _start(settings: Settings) -> int:
-    return max(_START, 2 * (settings.mlp_tile_size or 0))
+    return max(_START, 2 * (settings.mlp_tile_size or 0), settings.loss_tile_size or 0)
 
 
 def _processes(settings: Settings) -> int:

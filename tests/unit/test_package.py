@@ -189,6 +189,8 @@ FLOORS = {
     "callbacks": 3,
     "cli": 3,
     "pack_command": 3,
+    "plan_command": 3,
+    "plan_report": 3,
     "experimental": 4,
 }
 # Packages that a floor may not import; each list also holds for the floors below.

@@ -1,0 +1,146 @@
+"""The planner: lines that hold, rungs in order, the longest row as the inverse of the peak; and `hf-longctx plan`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig
+
+from hf_longctx import cli
+from hf_longctx.memory.ledger import USABLE_SHARE, Planner
+from hf_longctx.memory.presets import PRESETS
+from hf_longctx.memory.settings import Settings
+from hf_longctx.plan_command import parse_tokens
+
+
+CONFIG = LlamaConfig(
+    hidden_size=256,
+    intermediate_size=704,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    vocab_size=32_000,
+)
+PLAIN = {"compute_dtype": torch.float32, "optimizer": "sgd"}
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    return Planner(CONFIG)
+
+
+def test_weights_are_counted_to_the_byte(planner):
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(CONFIG)
+    weights = sum(tensor.numel() * 4 for tensor in (*model.parameters(), *model.buffers()))
+    ledger = planner.ledger(Settings(tokens=1024, **PLAIN))
+    assert ledger.weights == weights
+    split = planner.ledger(Settings(tokens=1024, world_size=4, wrapper="fsdp2", **PLAIN))
+    assert split.weights == pytest.approx(weights / 4, rel=0.01)
+
+
+def test_bytes_lie_on_a_line_of_the_tokens(planner):
+    for name in PRESETS:
+        settings = planner.preset(name, Settings(tokens=1, **PLAIN))
+        one, two, four = (planner.ledger(settings.of(tokens=tokens)) for tokens in (2**18, 2**19, 2**20))
+        assert one.phase == two.phase == four.phase  # each phase of a step has its own line
+        assert four.device - two.device == pytest.approx(2 * (two.device - one.device), rel=1e-6), name
+
+
+def test_logits_are_most_of_a_plain_step_and_gone_on_the_first_rung(planner):
+    settings = Settings(tokens=65_536, **PLAIN)
+    plain = planner.ledger(planner.preset("off", settings))
+    assert plain.logits >= 2 * 65_536 * CONFIG.vocab_size * 4
+    assert planner.ledger(planner.preset("loss", settings)).logits < plain.logits / 10
+
+
+def test_every_rung_takes_less_and_more_ranks_take_less(planner):
+    settings = Settings(tokens=262_144, **PLAIN)
+    device = [planner.ledger(planner.preset(name, settings)).device for name in PRESETS]
+    assert device == sorted(device, reverse=True) and device[-1] < device[0] / 4
+    shared = Settings(tokens=262_144, sequence_parallel_size=4, world_size=4, wrapper="ddp", **PLAIN)
+    for name in ("off", "checkpoint"):
+        alone, quarter = (planner.ledger(planner.preset(name, kind)) for kind in (settings, shared))
+        assert quarter.hidden == pytest.approx(alone.hidden / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("size", [1, 4])
+def test_longest_row_is_the_inverse_of_the_peak(planner, name, size):
+    budget = 24 * 2**30
+    wrapper = {"wrapper": "ddp", "world_size": 4, "sequence_parallel_size": 4} if size == 4 else {}
+    settings = planner.preset(name, Settings(tokens=4, **PLAIN, **wrapper))
+    longest = planner.longest_tokens(settings, budget)
+    assert longest > 1000 and longest % size == 0
+    assert planner.ledger(settings.of(tokens=longest)).device <= budget * USABLE_SHARE
+    assert planner.ledger(settings.of(tokens=longest + 64 * size)).device > budget * USABLE_SHARE
+
+
+def test_cheapest_rung_that_fits_is_chosen(planner):
+    settings = Settings(tokens=65_536, **PLAIN)
+    for name in ("off", "mlp", "checkpoint"):
+        need = planner.ledger(planner.preset(name, settings)).device / USABLE_SHARE
+        preset, chosen = planner.choose_preset(settings, int(need * 1.001))
+        assert preset.name == name and planner.fits(chosen, int(need * 1.001))
+    assert planner.choose_preset(settings, 2**20) is None
+
+
+def test_more_ranks_than_heads_are_refused(planner):
+    with pytest.raises(ValueError, match="query heads"):
+        planner.ledger(Settings(tokens=1024, sequence_parallel_size=16, world_size=16, wrapper="ddp"))
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    CONFIG.save_pretrained(path)
+    return path
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("131072", 131_072), ("128K", 131_072), ("1.5m", 1_572_864)])
+def test_tokens_are_read(text, tokens):
+    assert parse_tokens(text) == tokens
+
+
+@pytest.mark.parametrize("text", ["", "-3", "1G", "K", "0"])
+def test_tokens_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match="--target_tokens"):
+        parse_tokens(text)
+
+
+def test_plan_prints_a_table_and_writes_the_run(folder, tmp_path, capsys):
+    recipe, picture = tmp_path / "run.yaml", tmp_path / "plan.png"
+    command = ["plan", str(folder), "--gpu_memory", "16", "--target_tokens", "128K"]
+    assert cli.main([*command, "--write", str(recipe), "--output", str(picture)]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("off", "loss", "mlp", "->", "131,072"))
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    written = yaml.safe_load(recipe.read_text())
+    assert written["max_length"] == 131_072 and written["sequence_parallel_size"] == 1
+    assert cli.main([*command, "--write", str(recipe)]) == 2
+    assert "refused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--gpu_memory", "1", "--target_tokens", "64M"], "the longest row is"),
+        (["--gpus", "0"], "`--gpus` (0) must be more than 0"),
+        (["--optimizer", "lion"], "must be one of adamw"),
+        (["--target_tokens", "many"], "--target_tokens"),
+    ],
+)
+def test_plan_refuses_with_the_sentence(folder, capsys, arguments, sentence):
+    assert cli.main(["plan", str(folder), *arguments]) == 2
+    assert sentence in capsys.readouterr().out
+
+
+def test_plan_of_no_model_is_refused(tmp_path, capsys):
+    assert cli.main(["plan", str(tmp_path / "nothing")]) == 2
+    assert "no model that transformers can read" in capsys.readouterr().out
