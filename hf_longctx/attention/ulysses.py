@@ -86,7 +86,7 @@ def _sharded_attention(
             "`sequence_shard` is not bound to this process's group: call `batch['sequence_shard'].bind(mesh)` on "
             "a batch that a data worker cut, or use `hf_longctx.shard_batch`."
         )
-    query, key, value = sequence_to_heads(query, key, value, split, shard.group)
+    query, key, value = sequence_to_heads(query, key, value, split, shard.group, shard.stopwatch)
     padding = shard.local_len * shard.size - shard.num_tokens
     if padding:
         # From here the row is the user's own again, so the kernel sees what one process would: the same lengths, the
@@ -102,4 +102,4 @@ def _sharded_attention(
     )
     if padding:
         output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, padding))
-    return heads_to_sequence(output, split, shard.group), None
+    return heads_to_sequence(output, split, shard.group, shard.stopwatch), None

@@ -8,6 +8,7 @@ host waits for the device once a micro-batch; a sharded batch brings them along.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import resource
 import sys
@@ -18,6 +19,8 @@ from accelerate.utils import gather
 from transformers import Trainer, TrainerCallback
 
 from ..parallel.segments import DOCUMENT_BOUND_KEYS, segment_rows
+from ..parallel.shard import SequenceShard
+from ..parallel.stopwatch import Stopwatch
 from ..trainer.checks import unwrap
 from .flops import ModelFlops, count_flops, count_products
 
@@ -52,6 +55,8 @@ class ThroughputMeter(TrainerCallback):
     - `achieved_tflops`: model FLOPs (10^12) a second of one device, see [`flops`][hf_longctx.callbacks.flops]; left
       out, with a warning, for a model whose FLOPs are not known;
     - `mfu`: that as a share of the device's peak for dense bf16; left out where the peak is not known;
+    - `exchange_share`: where rows are shared, the part of this process's time that it spent in the exchanges between
+      ranks, waiting for slower ones included;
     - `peak_memory_gib`: largest memory that tensors took on any device so far, or the largest resident set of any
       process on a CPU.
 
@@ -74,6 +79,7 @@ class ThroughputMeter(TrainerCallback):
         self.flops: ModelFlops | None = None
         self.trained_share = 1.0
         self._hook: torch.utils.hooks.RemovableHandle | None = None
+        self._exchange, self._shares_rows = Stopwatch(), False
         self._clock, self._seconds = 0.0, 0.0
         self._batches: list[torch.Tensor] = []  # of this step and rank: tokens, and pairs for every span
         self._steps: list[torch.Tensor] = []  # since the last log, of all ranks: the same, and bytes
@@ -86,6 +92,7 @@ class ThroughputMeter(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
         self._forget_model()
         self._batches, self._steps = [], []
+        self._exchange, self._shares_rows = Stopwatch(), False
         self._learn_flops(model, is_main=state.is_world_process_zero)
         self._hook = model.register_forward_pre_hook(self._see_batch, with_kwargs=True)
         self._clock, self._seconds = time.perf_counter(), 0.0
@@ -110,6 +117,9 @@ class ThroughputMeter(TrainerCallback):
         ranks = [rank for step in steps for rank in step]
         num_tokens, *pairs = (sum(column) for column in list(zip(*ranks))[:-1])
         figures = {"peak_memory_gib": round(max(rank[-1] for rank in ranks) / GIB, 3)}
+        exchange = self._exchange.take()
+        if self._shares_rows and seconds > 0:
+            figures["exchange_share"] = float(f"{exchange / seconds:.4g}")
         if num_tokens and seconds > 0:
             figures["tokens_per_second"] = round(num_tokens / seconds, 2)
             if self.flops is not None:
@@ -157,14 +167,17 @@ class ThroughputMeter(TrainerCallback):
                 logger.warning(f"the logs will have no `achieved_tflops`: {error}")
 
     @torch.compiler.disable
-    def _see_batch(self, model: torch.nn.Module, args: tuple, batch: dict[str, object]) -> None:
+    def _see_batch(self, model: torch.nn.Module, args: tuple, batch: dict[str, object]) -> tuple | None:
         if not model.training or not torch.is_grad_enabled():
-            return  # evaluation, probes and generation
-        lengths = document_lengths(batch)
-        if lengths is None:
-            return
-        pairs = self.flops.count_pairs(lengths) if self.flops is not None else []
-        self._batches.append(torch.stack([lengths.sum(), *pairs]))
+            return None  # evaluation, probes and generation
+        lengths, shard = document_lengths(batch), batch.get("sequence_shard")
+        if lengths is not None:
+            pairs = self.flops.count_pairs(lengths) if self.flops is not None else []
+            self._batches.append(torch.stack([lengths.sum(), *pairs]))
+        if not isinstance(shard, SequenceShard) or shard.size == 1:
+            return None
+        self._shares_rows = True
+        return args, {**batch, "sequence_shard": dataclasses.replace(shard, stopwatch=self._exchange)}
 
 
 def document_lengths(batch: dict[str, object]) -> torch.Tensor | None:

@@ -7,11 +7,14 @@ factor.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from .heads import HeadSplit
+from .stopwatch import Stopwatch
 
 
 def sequence_to_heads(
@@ -20,6 +23,7 @@ def sequence_to_heads(
     value: torch.Tensor,
     split: HeadSplit,
     group: dist.ProcessGroup,
+    stopwatch: Stopwatch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Trade tokens for heads: from my tokens with all heads to all tokens with my heads.
 
@@ -29,6 +33,7 @@ def sequence_to_heads(
         value (`torch.Tensor` of shape `(B, K, t, H_v)`): my tokens, all value heads; `H_v` may differ from `H`.
         split ([`HeadSplit`]): who owns which head.
         group (`ProcessGroup`): the `sp` axis.
+        stopwatch ([`Stopwatch`], *optional*): times the collectives, forward and backward.
 
     Returns:
         tuple of `(B, n, T, H)`, `(B, k, T, H)` and `(B, k, T, H_v)`: my heads, tokens in rank order.
@@ -43,18 +48,21 @@ def sequence_to_heads(
     if not dtype == key.dtype == value.dtype:
         # Widening is lossless, so one exchange serves all three and each is cast back to what the model produced.
         wide = torch.promote_types(torch.promote_types(dtype, key.dtype), value.dtype)
-        outputs = _SequenceToHeads.apply(split, group, query.to(wide), key.to(wide), value.to(wide))
+        outputs = _SequenceToHeads.apply(split, group, stopwatch, query.to(wide), key.to(wide), value.to(wide))
         return tuple(output.to(source.dtype) for output, source in zip(outputs, (query, key, value)))
-    return _SequenceToHeads.apply(split, group, query, key, value)
+    return _SequenceToHeads.apply(split, group, stopwatch, query, key, value)
 
 
-def heads_to_sequence(output: torch.Tensor, split: HeadSplit, group: dist.ProcessGroup) -> torch.Tensor:
+def heads_to_sequence(
+    output: torch.Tensor, split: HeadSplit, group: dist.ProcessGroup, stopwatch: Stopwatch | None = None
+) -> torch.Tensor:
     """Trade heads for tokens: from all tokens with my heads to my tokens with all heads.
 
     Args:
         output (`torch.Tensor` of shape `(B, T, n, H_v)`): what the inner kernel returned for my heads.
         split ([`HeadSplit`]): who owns which head.
         group (`ProcessGroup`): the `sp` axis.
+        stopwatch ([`Stopwatch`], *optional*): times the collectives, forward and backward.
 
     Returns:
         `torch.Tensor` of shape `(B, t, N, H_v)`: my tokens, all heads in their global order.
@@ -63,7 +71,7 @@ def heads_to_sequence(output: torch.Tensor, split: HeadSplit, group: dist.Proces
     Gradient: the inverse exchange, no scaling.
     Memory: one copy to send and one to receive.
     """
-    return _HeadsToSequence.apply(split, group, output)
+    return _HeadsToSequence.apply(split, group, stopwatch, output)
 
 
 def gather_sequence(local: torch.Tensor, group: dist.ProcessGroup | None, dim: int = 1) -> torch.Tensor:
@@ -100,7 +108,7 @@ def gather_integers(value: int, group: dist.ProcessGroup | None) -> list[int]:
 
 
 def _exchange(
-    send: list[list[torch.Tensor]], receive_sizes: list[int], group: dist.ProcessGroup
+    send: list[list[torch.Tensor]], receive_sizes: list[int], group: dist.ProcessGroup, stopwatch: Stopwatch | None
 ) -> list[torch.Tensor]:
     """Send the `j`-th list of tensors to rank `j`, flat and in order; return the flat tensor from each rank."""
     send_sizes = [sum(part.numel() for part in parts) for parts in send]
@@ -111,20 +119,21 @@ def _exchange(
         buffer[offset : offset + part.numel()].view(part.shape).copy_(part)
         offset += part.numel()
     received = buffer.new_empty(sum(receive_sizes))
-    dist.all_to_all_single(received, buffer, receive_sizes, send_sizes, group=group)
+    with contextlib.nullcontext() if stopwatch is None else stopwatch.measure(buffer.device):
+        dist.all_to_all_single(received, buffer, receive_sizes, send_sizes, group=group)
     return list(received.split(receive_sizes))
 
 
 class _SequenceToHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, split: HeadSplit, group, *tensors):
+    def forward(ctx, split: HeadSplit, group, stopwatch, *tensors):
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        ctx.split, ctx.group, ctx.rank, ctx.size = split, group, rank, size
+        ctx.split, ctx.group, ctx.stopwatch, ctx.rank, ctx.size = split, group, stopwatch, rank, size
         ctx.shapes = [tensor.shape for tensor in tensors]
         send = [[x[:, slice(*r[peer])] for x, r in zip(tensors, _ranges(split))] for peer in range(size)]
         shapes = [_with_heads(x.shape, r[rank]) for x, r in zip(tensors, _ranges(split))]
         chunk_sizes = [shape.numel() for shape in shapes]
-        received = _exchange(send, [sum(chunk_sizes)] * size, group)
+        received = _exchange(send, [sum(chunk_sizes)] * size, group, stopwatch)
         pieces = [chunk.split(chunk_sizes) for chunk in received]
         return tuple(torch.cat([piece[i].view(shape) for piece in pieces], dim=2) for i, shape in enumerate(shapes))
 
@@ -136,7 +145,7 @@ class _SequenceToHeads(torch.autograd.Function):
         send = [[g[:, :, peer * tokens : (peer + 1) * tokens] for g in grads] for peer in range(size)]
         shapes = [[_with_heads(s, r[peer]) for s, r in zip(ctx.shapes, _ranges(split))] for peer in range(size)]
         sizes = [[shape.numel() for shape in peer_shapes] for peer_shapes in shapes]
-        received = _exchange(send, [sum(s) for s in sizes], ctx.group)
+        received = _exchange(send, [sum(s) for s in sizes], ctx.group, ctx.stopwatch)
         pieces = [chunk.split(s) for chunk, s in zip(received, sizes)]
         outputs = []
         for i, ranges in enumerate(_ranges(split)):
@@ -148,28 +157,28 @@ class _SequenceToHeads(torch.autograd.Function):
             for head_range, part in zip(ranges, parts):
                 total[:, slice(*head_range)] += part
             outputs.append(total)
-        return None, None, *outputs
+        return None, None, None, *outputs
 
 
 class _HeadsToSequence(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, split: HeadSplit, group, output):
+    def forward(ctx, split: HeadSplit, group, stopwatch, output):
         rank, size = dist.get_rank(group), dist.get_world_size(group)
-        ctx.split, ctx.group, ctx.rank, ctx.size = split, group, rank, size
+        ctx.split, ctx.group, ctx.stopwatch, ctx.rank, ctx.size = split, group, stopwatch, rank, size
         rows, tokens, _, head_size = output.shape
         tokens //= size
         ctx.local_shape = (rows, tokens, split.query_count(rank), head_size)
         send = [[output[:, peer * tokens : (peer + 1) * tokens]] for peer in range(size)]
         shapes = [(rows, tokens, split.query_count(peer), head_size) for peer in range(size)]
-        received = _exchange(send, [torch.Size(shape).numel() for shape in shapes], group)
+        received = _exchange(send, [torch.Size(shape).numel() for shape in shapes], group, stopwatch)
         return torch.cat([chunk.view(shape) for chunk, shape in zip(received, shapes)], dim=2)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         send = [[grad[:, :, slice(*ctx.split.query[peer])]] for peer in range(ctx.size)]
-        received = _exchange(send, [torch.Size(ctx.local_shape).numel()] * ctx.size, ctx.group)
-        return None, None, torch.cat([chunk.view(ctx.local_shape) for chunk in received], dim=1)
+        received = _exchange(send, [torch.Size(ctx.local_shape).numel()] * ctx.size, ctx.group, ctx.stopwatch)
+        return None, None, None, torch.cat([chunk.view(ctx.local_shape) for chunk in received], dim=1)
 
 
 def _ranges(split: HeadSplit):

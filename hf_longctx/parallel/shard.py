@@ -23,6 +23,7 @@ import torch.distributed as dist
 from .collectives import gather_integers
 from .mesh import SequenceMesh
 from .segments import DOCUMENT_BOUND_KEYS, segment_rows
+from .stopwatch import Stopwatch
 
 
 IGNORE_INDEX = -100
@@ -47,6 +48,7 @@ class SequenceShard:
         row_digest (`int`): checksum of the full rows, equal on the ranks of a group.
         group (`ProcessGroup`, *optional*): the `sp` axis; bound in the main process, since it cannot leave a data
             worker.
+        stopwatch ([`Stopwatch`], *optional*): times the exchanges of this batch.
     """
 
     size: int
@@ -59,6 +61,7 @@ class SequenceShard:
     has_own_positions: bool = False
     row_digest: int = 0
     group: dist.ProcessGroup | None = field(default=None, repr=False)
+    stopwatch: Stopwatch | None = field(default=None, repr=False)
 
     @property
     def num_local_tokens(self) -> int:
