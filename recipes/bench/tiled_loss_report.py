@@ -76,10 +76,17 @@ def quietness(result: dict) -> str:
     """Whether the clock of this run can be believed."""
     if result["settings"]["device"] != "cpu":
         return "Seconds are those of the CUDA stream."
-    loads = [row["other_load"] for row in result["rows"] if not row["failed"]]
-    used = f"other programs used {min(loads):.0%} to {max(loads):.0%} of the cores during the measured steps (medians)"
+    measured = [row for row in result["rows"] if not row["failed"]]
+    # Rows that were run once are there for their memory.
+    timed = [row for row in measured if len(row["runs"]) > 1] or measured
+    loads, longest = [row["other_load"] for row in timed], max(row["tokens"] for row in timed)
+    used = (
+        f"other programs used {min(loads):.0%} to {max(loads):.0%} of the cores during the steps of up to {longest:,} "
+        "tokens (medians)"
+    )
     if max(loads) <= QUIET:
-        return f"The machine was quiet: {used}."
+        rest = "" if len(timed) == len(measured) else " Longer rows were run once, for their memory, quiet or not."
+        return f"The machine was quiet: {used}.{rest}"
     return (
         f"**The machine was busy**: {used}, so *s*, *tokens/s* and *time* of this run are no result, neither for nor "
         "against a contender. Memory is, and *CPU time* roughly. Run the command again on a quiet machine."

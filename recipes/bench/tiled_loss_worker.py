@@ -44,7 +44,18 @@ def ours(settings: dict) -> Loss:
     return loss
 
 
-def trl(settings: dict) -> Loss:
+def ours_metrics(settings: dict) -> Loss:
+    """With entropy and top-1 hits of every token, which nobody differentiates."""
+    from hf_longctx.losses.tiled_scores import tiled_token_scores
+
+    def loss(hidden, weight, labels):
+        scores = tiled_token_scores(hidden, weight, labels, tile_size=settings["tile_size"])
+        return -scores.log_probs.sum() / len(labels)
+
+    return loss
+
+
+def trl(settings: dict, outputs: tuple[str, ...] = ("log_probs",)) -> Loss:
     """TRL's fused head as its `SFTTrainer` runs it, without the metrics."""
     from trl.kernels import ChunkedLogProbFunction
 
@@ -52,13 +63,18 @@ def trl(settings: dict) -> Loss:
         mask = labels != -100
         if hidden.is_cuda:  # there it scores valid tokens only, elsewhere all
             hidden, labels = hidden[mask], labels[mask]
-        outputs = ChunkedLogProbFunction.apply(
-            hidden, weight, None, labels.clamp(min=0), 1.0, TRL_VOCABULARY_CHUNK, None, 1.0, ("log_probs",)
+        scores = ChunkedLogProbFunction.apply(
+            hidden, weight, None, labels.clamp(min=0), 1.0, TRL_VOCABULARY_CHUNK, None, 1.0, outputs
         )
-        log_probs = outputs[0] if hidden.is_cuda else outputs[0].masked_fill(~mask, 0)
+        log_probs = scores[0] if hidden.is_cuda else scores[0].masked_fill(~mask, 0)
         return -log_probs.sum() / len(mask)
 
     return loss
+
+
+def trl_metrics(settings: dict) -> Loss:
+    """The same with the metrics, as `SFTTrainer` runs it."""
+    return trl(settings, ("log_probs", "entropy", "is_top1"))
 
 
 def liger(settings: dict) -> Loss:
@@ -68,7 +84,14 @@ def liger(settings: dict) -> Loss:
     return lambda hidden, weight, labels: function(weight, hidden, labels) / len(labels)
 
 
-CONTENDERS = {"untiled": untiled, "ours": ours, "trl": trl, "liger": liger}
+CONTENDERS = {
+    "untiled": untiled,
+    "ours": ours,
+    "ours_metrics": ours_metrics,
+    "trl": trl,
+    "trl_metrics": trl_metrics,
+    "liger": liger,
+}
 
 
 def make_inputs(settings: dict, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,0 +1,147 @@
+"""Memory and seconds of one training step on every rung of `LongContextConfig(memory=...)`, alone and sharded.
+
+What: whole steps of `LongContextTrainer` on a Llama with random weights, one row a step, in rows of several lengths.
+From the lines through them follows the longest row that a given memory holds. On a CPU `"max"` is left out, since
+checkpoints are in the host's memory already.
+
+How: every measurement is a run of its own (`memory_ladder_worker.py`); of all rungs the loss and the gradient's norm
+must be those of the first. Memory is the high-water mark of the step less what the process held before it, with
+weights, optimizer state and libraries: gradients, activations, logits and temporaries. Price: on 2 cores, some 15
+minutes and 10 GB at the defaults.
+
+    python recipes/bench/memory_ladder.py --output docs/benchmarks/memory_ladder_cpu.md
+    python recipes/bench/memory_ladder.py --device cuda --hidden 4096 --output docs/benchmarks/memory_ladder_cuda.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+from memory_ladder_report import print_table, summarize, write_report
+from rich.console import Console
+from ulysses_report import describe_machine
+
+
+WORKER = Path(__file__).with_name("memory_ladder_worker.py")
+# Of loss and gradient norm, in the six and more digits that the trainer logs; sums in another order move the last.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 2**-6}
+console = Console(width=max(Console().width, 120))
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One line of the picture."""
+
+    memory: str
+    ranks: int
+
+    @property
+    def label(self) -> str:
+        return f'"{self.memory}"' + (f", {self.ranks} ranks" if self.ranks > 1 else "")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="row lengths")
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, help="width of the MLP (default: 4 times `hidden`)")
+    parser.add_argument("--vocab", type=int, default=65536)
+    parser.add_argument("--head_size", type=int, default=64)
+    parser.add_argument("--budget", type=float, default=4, help="GB of a step, for the longest row")
+    parser.add_argument("--ranks", type=int, default=2, help="processes that share a row on the sharded rungs")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="cores that every rung shares out")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written beside it")
+    args = parser.parse_args(arguments)
+    args.intermediate = args.intermediate or 4 * args.hidden
+    args.dtype = "float32" if args.device == "cpu" else "bfloat16"
+    if len(set(args.tokens)) < 2:
+        raise ValueError(f"`tokens` ({args.tokens}) must be two lengths or more: a line goes through two points.")
+    return args
+
+
+def list_rungs(args: argparse.Namespace) -> list[Rung]:
+    """From the first to the last; the first is what the others must equal."""
+    names = ["off", "loss", "mlp", "checkpoint", *(["max"] if args.device == "cuda" else [])]
+    sharded = [Rung("off", args.ranks), Rung(names[-1], args.ranks)] if args.ranks > 1 else []
+    return [Rung(name, 1) for name in names] + sharded
+
+
+def run_once(rung: Rung, tokens: int, args: argparse.Namespace, folder: Path) -> dict:
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    threads = max(1, args.cores // rung.ranks)
+    settings = {
+        **asdict(rung),
+        "tokens": tokens,
+        "threads": threads,
+        "device": args.device,
+        "dtype": args.dtype,
+        "result": str(result),
+        "shape": {
+            "vocab_size": args.vocab,
+            "hidden_size": args.hidden,
+            "intermediate_size": args.intermediate,
+            "num_hidden_layers": args.layers,
+            "num_attention_heads": args.hidden // args.head_size,
+            "num_key_value_heads": max(1, args.hidden // args.head_size // 2),
+        },
+    }
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(rung.ranks)]
+    command = [sys.executable, *(launcher if rung.ranks > 1 else []), str(WORKER), json.dumps(settings)]
+    # Blocks of 64 KiB and more are given back as soon as they are freed, so that the high-water mark is the step's.
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode or not result.exists():
+        raise RuntimeError(f"{rung.label} failed at {tokens:,} tokens: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(result.read_text())
+
+
+def measure_all(args: argparse.Namespace, folder: Path) -> list[dict]:
+    """One row per length and rung."""
+    rows = []
+    for tokens in sorted(set(args.tokens)):
+        expected = None
+        for rung in list_rungs(args):
+            run = run_once(rung, tokens, args, folder)
+            expected = expected or run
+            errors = {key: abs(run[key] / expected[key] - 1) for key in ("loss", "gradient_norm")}
+            if not max(errors.values()) <= TOLERANCE[args.dtype]:
+                raise RuntimeError(f"{rung.label} is wrong at {tokens:,} tokens: {errors}")
+            rows.append({"label": rung.label, **asdict(rung), "tokens": tokens, "runs": [run], "errors": errors})
+            console.print(
+                f"{tokens:,} tokens, {rung.label}: {run['step_bytes'] / 1e9:.2f} GB, {run['seconds']:.1f} s",
+                highlight=False,
+            )
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure_all(args, Path(folder))
+    words = " ".join(sys.argv[1:] if arguments is None else arguments)
+    result = {
+        "command": f"python recipes/bench/memory_ladder.py {words}".strip(),
+        "versions": {name: version(name) for name in ("hf-longctx", "torch", "transformers", "accelerate")},
+        "machine": describe_machine(rows),
+        "settings": {key: value for key, value in vars(args).items() if key != "output"},
+        "rows": rows,
+    }
+    summarize(result)
+    print_table(result, console)
+    if args.output:
+        write_report(result, args.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Seconds and memory of one gated MLP on a long row: whole, and in tiles; with and without activation checkpointing.
+
+What: forward and backward of one decoder layer's MLP of a Llama with random weights, gradients of inputs and weights.
+With checkpointing the MLP ends its checkpoint as it ends a layer, so the tiles' own forward is the only second one.
+
+How: every measurement is a fresh process that warms up on one tile; variants take turns within a round, and their
+gradients must be equal. *Working set* is the high-water mark of the step less what was held before and less what any
+variant must hold: output and gradients. Price: on 2 cores, some 8 minutes and 4 GB at the defaults.
+
+    python recipes/bench/tiled_mlp.py --output docs/benchmarks/tiled_mlp_cpu.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoModelForCausalLM, LlamaConfig
+from ulysses_report import QUIET, describe_machine
+from ulysses_worker import Meter
+
+from hf_longctx.memory.tiled_mlp import tile_mlp
+
+
+# (label, tiled, checkpointed); the first of each kind is what the second is compared with.
+VARIANTS = (
+    ("whole", False, False),
+    ("tiles", True, False),
+    ("whole, checkpointed", False, True),
+    ("tiles, checkpointed", True, True),
+)
+TOLERANCE = 2e-6  # float32: gradients of weights are summed tile by tile, so in another order
+HEADERS = ("variant", "s", "CPU s", "time", "CPU time", "step GB", "working set GB", "cut", "gradient error", "others")
+console = Console(width=max(Console().width, 130))
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--tile_size", type=int, default=1024)
+    parser.add_argument("--hidden", type=int, default=512)
+    parser.add_argument("--intermediate", type=int, default=2048)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cores", type=int, default=os.cpu_count())
+    parser.add_argument("--repeats", type=int, default=3, help="rounds; the table shows their median")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written beside it")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def measure(settings: dict) -> dict:
+    """One step of one variant in this process."""
+    torch.manual_seed(0)
+    torch.set_num_threads(settings["cores"])
+    config = LlamaConfig(
+        hidden_size=settings["hidden"],
+        intermediate_size=settings["intermediate"],
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        vocab_size=64,
+    )
+    model = AutoModelForCausalLM.from_config(config).to(settings["device"]).train()
+    if settings["tiled"]:
+        tile_mlp(model, settings["tile_size"])
+    mlp = model.model.layers[0].mlp
+    for parameter in mlp.parameters():
+        parameter.data.normal_(std=settings["hidden"] ** -0.5)
+
+    def step(hidden: torch.Tensor, upstream: torch.Tensor) -> torch.Tensor:
+        output = checkpoint(mlp, hidden, use_reentrant=False) if settings["checkpointed"] else mlp(hidden)
+        output.backward(upstream)
+        return output.detach()
+
+    def draw(tokens: int) -> torch.Tensor:
+        return torch.randn(1, tokens, settings["hidden"], device=settings["device"])
+
+    step(draw(settings["tile_size"]).requires_grad_(), draw(settings["tile_size"]))
+    mlp.zero_grad(set_to_none=True)
+    hidden, upstream = draw(settings["tokens"]).requires_grad_(), draw(settings["tokens"])
+    meter = Meter(settings["device"])
+    before = meter.memory()
+    meter.reset_peak()
+    meter.start()
+    output = step(hidden, upstream)
+    numbers, peak = meter.stop(), meter.peak()
+    gradients = {"hidden": hidden.grad, **{name: p.grad for name, p in mlp.named_parameters()}}
+    held = sum(x.numel() * x.element_size() for x in (output, *gradients.values()))
+    error = 0.0
+    if os.path.exists(settings["reference"]):
+        expected = torch.load(settings["reference"], mmap=True)
+        error = max(((g - expected[n]).norm() / expected[n].norm()).item() for n, g in gradients.items())
+    else:
+        torch.save(gradients, settings["reference"])
+    name = torch.cuda.get_device_name() if meter.cuda else "CPU"
+    step_bytes = peak - before
+    return {
+        **numbers,
+        "step_bytes": step_bytes,
+        "working_bytes": step_bytes - held,
+        "error": error,
+        "device_name": name,
+    }
+
+
+def run_once(variant: tuple, args: argparse.Namespace, folder: Path) -> dict:
+    settings = {
+        name: getattr(args, name) for name in ("tokens", "tile_size", "hidden", "intermediate", "device", "cores")
+    }
+    settings |= {"tiled": variant[1], "checkpointed": variant[2], "reference": str(folder / "gradients.pt")}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.cores), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, __file__, "--worker", json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{variant[0]} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summarize(rows: list[dict], cores: int) -> None:
+    """Add medians, and ratios to the whole MLP of the same kind."""
+    for row in rows:
+        for key in ("seconds", "cpu_seconds", "step_bytes", "working_bytes"):
+            row[key] = median(run[key] for run in row["runs"])
+        row["error"] = max(run["error"] for run in row["runs"])
+        others = [(r["machine_cpu_seconds"] - r["cpu_seconds"]) / (r["seconds"] * cores) for r in row["runs"]]
+        row["other_load"] = max(0.0, median(others))
+        whole = next(other for other in rows if other["checkpointed"] == row["checkpointed"])
+        row["time"], row["cpu_time"] = (row[key] / whole[key] for key in ("seconds", "cpu_seconds"))
+        row["cut"] = whole["working_bytes"] / row["working_bytes"]
+
+
+def cells(row: dict) -> list[str]:
+    return [
+        row["label"],
+        f"{row['seconds']:.2f}",
+        f"{row['cpu_seconds']:.2f}",
+        f"{row['time']:.2f}",
+        f"{row['cpu_time']:.2f}",
+        f"{row['step_bytes'] / 1e9:.2f}",
+        f"{row['working_bytes'] / 1e9:.3f}",
+        f"{row['cut']:.1f}",
+        f"{row['error']:.0e}",
+        f"{row['other_load']:.0%}",
+    ]
+
+
+def write_report(result: dict, path: Path) -> None:
+    """Write `path` (Markdown) and the raw JSON beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    settings, rows = result["settings"], result["rows"]
+    busy = settings["device"] == "cpu" and max(row["other_load"] for row in rows) > QUIET
+    lines = [
+        f"# An MLP in tiles on {'a CPU' if settings['device'] == 'cpu' else 'CUDA'}",
+        "",
+        f"Forward and backward of one gated MLP, hidden size {settings['hidden']}, width {settings['intermediate']}, "
+        f"on a row of {settings['tokens']:,} tokens in tiles of {settings['tile_size']:,}, float32.",
+        "",
+        *(f"| {' | '.join(line)} |" for line in (HEADERS, ["---"] * len(HEADERS), *map(cells, rows))),
+        "",
+        *(["The machine was busy (last column): seconds say little, memory is not touched.", ""] if busy else []),
+        "- *time*, *CPU time*, *cut*: ratios to the whole MLP with the same checkpointing.",
+        "- *working set*: the most memory of the step beyond inputs, output and gradients, which every variant holds.",
+        "- *gradient error*: the worst of inputs and weights against the whole MLP, relative to its norm.",
+        "- A whole MLP does three units of work (forward, and two products a weight in backward), tiles four. Beside",
+        "  checkpointing both do four.",
+        "",
+        "```",
+        result["command"],
+        "```",
+        "",
+        *(f"- {name}: {value}" for name, value in {**result["machine"], **result["versions"]}.items()),
+    ]
+    path.write_text("\n".join(lines) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    if args.worker:
+        print(json.dumps(measure(json.loads(args.worker))))
+        return
+    rows = [{"label": v[0], "tiled": v[1], "checkpointed": v[2], "runs": []} for v in VARIANTS]
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(args.repeats):
+            for variant, row in zip(VARIANTS, rows):
+                run = run_once(variant, args, Path(folder))
+                if not run["error"] <= TOLERANCE:
+                    raise RuntimeError(f"{variant[0]} is wrong, so its speed does not matter: {run['error']:.1e}")
+                row["runs"].append(run)
+                console.print(f"round {index + 1}: {variant[0]}: {run['seconds']:.2f} s", highlight=False)
+    summarize(rows, args.cores)
+    words = " ".join(sys.argv[1:] if arguments is None else arguments)
+    result = {
+        "command": f"python recipes/bench/tiled_mlp.py {words}".strip(),
+        "versions": {name: version(name) for name in ("hf-longctx", "torch", "transformers")},
+        "machine": describe_machine(rows),
+        "settings": {key: value for key, value in vars(args).items() if key not in ("output", "worker")},
+        "rows": rows,
+    }
+    table = Table(*HEADERS)
+    for row in rows:
+        table.add_row(*cells(row))
+    console.print(table)
+    if args.output:
+        write_report(result, args.output)
+
+
+if __name__ == "__main__":
+    main()
