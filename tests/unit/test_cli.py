@@ -33,18 +33,17 @@ def test_env_names_versions_and_kernels():
     assert transformers.__version__ in done.stdout and "sdpa" in done.stdout
 
 
-def test_check_shows_who_gets_which_heads(tmp_path):
+def test_check_shows_who_gets_which_heads(tmp_path, capsys):
     config_of("llama", num_attention_heads=9, num_key_value_heads=3, hidden_size=36).save_pretrained(tmp_path)
-    done = run("check", str(tmp_path), "--sequence_parallel_size", "2")
-    assert done.returncode == 0, done.stdout
-    assert "0..4" in done.stdout and "5..8" in done.stdout and "1.33 times" in done.stdout
+    assert main(["check", str(tmp_path), "--sequence_parallel_size", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "0..4" in out and "5..8" in out and "1.33 times" in out
 
 
-def test_check_refuses_with_the_sentence(tmp_path):
+def test_check_refuses_with_the_sentence(tmp_path, capsys):
     config_of("llama").save_pretrained(tmp_path)
-    done = run("check", str(tmp_path), "--sequence_parallel_size", "7")
-    assert done.returncode == 2
-    assert "exceeds the model's query heads (6)" in done.stdout
+    assert main(["check", str(tmp_path), "--sequence_parallel_size", "7"]) == 2
+    assert "exceeds the model's query heads (6)" in capsys.readouterr().out
 
 
 def test_help_is_cheap_and_a_wrong_command_is_told():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 import pytest
@@ -120,11 +121,21 @@ def assert_same(actual, expected) -> None:
 CHECKPOINTS = {"plain": None, "checkpointed": {"use_reentrant": False}, "reentrant": {"use_reentrant": True}}
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTS)
-@pytest.mark.parametrize("size", [1, 2], ids=["rows_apart", "rows_shared"])
-@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2_mlp"])
+@functools.cache
+def one_process(lora: bool = False):
+    return train("none", 1, None, lora=lora)
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "size", "checkpointing"),
+    [
+        *((wrapper, 2, how) for wrapper in ("ddp", "fsdp2", "fsdp2_mlp") for how in CHECKPOINTS),
+        *((wrapper, 1, "checkpointed") for wrapper in ("ddp", "fsdp2_mlp")),  # rows apart: nothing of ours is sent
+        ("fsdp2", 1, "plain"),
+    ],
+)
 def test_tiles_in_two_processes_equal_one_untiled_process(world2, wrapper, size, checkpointing):
-    expected = train("none", 1, None)
+    expected = one_process()
     untiled = world2.run(train, wrapper, size, None, "tiles", CHECKPOINTS[checkpointing])
     tiled = world2.run(train, wrapper, size, 3, "tiles", CHECKPOINTS[checkpointing])
     for ours, theirs in zip(tiled, untiled):
@@ -136,14 +147,14 @@ def test_tiles_in_two_processes_equal_one_untiled_process(world2, wrapper, size,
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2_mlp"])
 def test_tiling_a_model_that_is_wrapped_already(world2, wrapper):
-    expected = train("none", 1, None)
+    expected = one_process()
     for ours in world2.run(train, wrapper, 2, 3, "wrapper"):
         assert_same(ours, expected)
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2", "fsdp2_mlp"])
 def test_adapters_beside_frozen_weights(world2, wrapper):
-    expected = train("none", 1, None, lora=True)
+    expected = one_process(lora=True)
     for ours in world2.run(train, wrapper, 2, 3, "tiles", {"use_reentrant": False}, True):
         assert_same(ours, expected)
         assert len(ours[3]) == 2 * 3 * 2 and set(ours[3].values()) == {STEPS * 2}

@@ -35,22 +35,16 @@ def test_mesh_shapes_equal_one_process(worlds, world_size, size):
         assert extra["total_train_batch_size"] == 2 * world_size // size
 
 
-@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2)])
-def test_accumulation_with_uneven_valid_tokens(worlds, world_size, size):
-    compare(worlds(world_size), size, gradient_accumulation_steps=3, num_train_epochs=4, rows=Rows(24))
+def test_accumulation_with_uneven_valid_tokens(world4):
+    compare(world4, 2, gradient_accumulation_steps=3, num_train_epochs=4, rows=Rows(24))
 
 
-@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2)])
-def test_tokens_averaged_per_group_when_asked(worlds, world_size, size):
+def test_tokens_averaged_per_group_when_asked(worlds):
     """`average_tokens_across_devices=False`: the mean of the groups' own means, as in a data-parallel run of the "
     "groups."""
     options = {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2, "num_train_epochs": 4}
-    groups = world_size // size
-    if groups == 1:
-        compare(worlds(world_size), size, **options)
-        return
-    expected = worlds(groups).run(run_here, 0, {"per_device_train_batch_size": 2, **options})[0]
-    for actual in worlds(world_size).run(run_here, size, {"per_device_train_batch_size": 2, **options}):
+    expected = worlds(2).run(run_here, 0, {"per_device_train_batch_size": 2, **options})[0]
+    for actual in worlds(4).run(run_here, 2, {"per_device_train_batch_size": 2, **options}):
         assert_same_trajectory(actual, expected)
 
 
@@ -65,10 +59,9 @@ def shifting_loss(outputs, labels, num_items_in_batch=None):
     return (((1 - chosen) ** 2) * (labels != -100)).sum() / num_items_in_batch
 
 
-@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2)])
-def test_compute_loss_func_written_for_one_process(worlds, world_size, size):
+def test_compute_loss_func_written_for_one_process(world4):
     options = {"trainer_options": {"compute_loss_func": shifting_loss}, "learning_rate": 10.0}
-    compare(worlds(world_size), size, gradient_accumulation_steps=2, **options)
+    compare(world4, 2, gradient_accumulation_steps=2, **options)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -120,9 +113,8 @@ def test_data_workers(world2):
     compare(world2, 2, dataloader_num_workers=1)
 
 
-@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2)])
-def test_iterable_dataset(worlds, world_size, size):
-    compare(worlds(world_size), size, rows=Stream(Rows()), accelerator_config={"dispatch_batches": False})
+def test_iterable_dataset(world4):
+    compare(world4, 2, rows=Stream(Rows()), accelerator_config={"dispatch_batches": False})
 
 
 def stream_of_hub_datasets():
@@ -131,9 +123,8 @@ def stream_of_hub_datasets():
     return datasets.Dataset.from_list(list(Rows().rows)).to_iterable_dataset()
 
 
-@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2)])
-def test_streaming_datasets(worlds, world_size, size):
-    compare(worlds(world_size), size, rows=stream_of_hub_datasets(), accelerator_config={"dispatch_batches": False})
+def test_streaming_datasets(world4):
+    compare(world4, 2, rows=stream_of_hub_datasets(), accelerator_config={"dispatch_batches": False})
 
 
 def test_epochs_batch_size_and_token_counts(worlds):
@@ -164,10 +155,10 @@ def masking_collator(rows):
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_ranks_of_a_group_draw_the_same_rows_from_a_random_collator(world4, workers):
+def test_ranks_of_a_group_draw_the_same_rows_from_a_random_collator(world2, workers):
     """Every batch's checksum is compared inside the trainer, so a run that ends has drawn the same rows."""
     options = {"trainer_options": {"data_collator": masking_collator}, "dataloader_num_workers": workers}
-    results = world4.run(run_here, 2, options)
+    results = world2.run(run_here, 2, options)
     for actual in results[1:]:
         assert_same_trajectory(actual, results[0])
 
