@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from transformers import LlamaConfig
 
 from hf_longctx import cli
-from hf_longctx.memory.ledger import USABLE_SHARE, Planner
+from hf_longctx.callbacks.flops import count_flops
+from hf_longctx.memory.ledger import DEVICE_KINDS, USABLE_SHARE, Ledger, Planner
 from hf_longctx.memory.presets import PRESETS
 from hf_longctx.memory.settings import Settings
 from hf_longctx.plan_command import parse_tokens
+from hf_longctx.plan_report import Cell, Speed, print_cells
 
 
 CONFIG = LlamaConfig(
     hidden_size=256,
     intermediate_size=704,
-    num_hidden_layers=6,
-    num_attention_heads=8,
-    num_key_value_heads=4,
+    num_hidden_layers=2,  # simulated as they are; `test_ledger.py` shows that few layers tell many
+    num_attention_heads=4,
+    num_key_value_heads=2,
     vocab_size=32_000,
 )
 PLAIN = {"compute_dtype": torch.float32, "optimizer": "sgd"}
@@ -99,7 +105,9 @@ def test_more_ranks_than_heads_are_refused(planner):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    CONFIG.save_pretrained(path)
+    one_layer = copy.deepcopy(CONFIG)
+    one_layer.num_hidden_layers = 1
+    one_layer.save_pretrained(path)
     return path
 
 
@@ -144,3 +152,20 @@ def test_plan_refuses_with_the_sentence(folder, capsys, arguments, sentence):
 def test_plan_of_no_model_is_refused(tmp_path, capsys):
     assert cli.main(["plan", str(tmp_path / "nothing")]) == 2
     assert "no model that transformers can read" in capsys.readouterr().out
+
+
+def test_table_fits_a_terminal_of_120_columns_and_is_never_cut():
+    settings = Settings(tokens=2**30, world_size=16, wrapper="fsdp2", sequence_parallel_size=16)
+    amounts = dict.fromkeys(DEVICE_KINDS, round(999.9 * 2**30)) | {"weights": round(1234.5 * 2**30)}
+    ledger = Ledger(tokens=2**30, **amounts, host=round(9999.9 * 2**30), phase="loss")
+    cells = [Cell(preset, settings, 2**30, ledger) for preset in PRESETS.values()]
+    speed = Speed(count_flops(CONFIG), "", 400.0)
+    for width, is_terminal in ((120, True), (1000, False)):
+        console = Console(
+            file=io.StringIO(), width=width, soft_wrap=True, force_terminal=is_terminal, color_system=None
+        )
+        print_cells(console, cells, cells[-1], 2**30, speed)
+        printed = console.file.getvalue()
+        rows = [line for line in printed.splitlines() if "1,073,741,824" in line and "tokens" not in line]
+        assert len(rows) == len(cells) and max(map(len, rows)) <= 120
+        assert all("1,234.5" in row and row.count("999.9") == 8 for row in rows) and "…" not in printed
