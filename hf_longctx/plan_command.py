@@ -35,7 +35,8 @@ GPUS_PER_HOST = 8
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
 _MEASURED_TOKENS = {"cpu": 1024, "cuda": 16384}
 _MEASURED_LAYERS = 2
-_TABLE_WIDTH = 160
+# A terminal that is narrower wraps whole lines; what is piped is as wide as it must be.
+_TABLE_WIDTH, _PIPED_WIDTH = 120, 1000
 # Of a GPU; a run of shorter rows needs no plan.
 _LEAST_TOKENS = 1024
 
@@ -43,7 +44,7 @@ _LEAST_TOKENS = 1024
 def run_plan(options: argparse.Namespace) -> int:
     """Print the plan, draw and write what is asked for, and return the exit code: 2, with the sentence, if refused."""
     console = Console(soft_wrap=True, highlight=False)
-    console.width = max(console.width, _TABLE_WIDTH)
+    console.width = max(console.width, _TABLE_WIDTH if console.is_terminal else _PIPED_WIDTH)
     try:
         _check_options(options)
         target = None if options.target_tokens is None else parse_tokens(options.target_tokens)

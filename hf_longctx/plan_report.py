@@ -23,6 +23,15 @@ from .memory.settings import Settings
 GIB = 2**30
 _PICTURES = (".png", ".svg")
 _NAMES = {"mlp": "MLP", "hidden": "hidden states"}
+# Short enough for all columns in 120 characters; longer names stand below the table.
+_SHORT_NAMES = {
+    "gradients": "grads",
+    "optimizer": "optim",
+    "hidden": "hidden",
+    "attention": "attn",
+    "mlp": "MLP",
+    "workspace": "work",
+}
 _COLORS = ("#264653", "#2a9d8f", "#8ab17d", "#e9c46a", "#f4a261", "#e76f51", "#9d4edd", "#adb5bd")
 _ACCELERATE = {"ddp": "recipes/accelerate/ddp_1node.yaml", "fsdp2": "recipes/accelerate/fsdp2_8gpu.yaml"}
 
@@ -106,12 +115,13 @@ def print_cells(console: Console, cells: list[Cell], best: Cell | None, target: 
     """The ledger of every preset and number of ranks, in GiB of one GPU."""
     shown = f"rows of {target:,} tokens" if target else "the longest row of each line"
     console.print(f"GiB of one GPU at the fullest moment of a step, for {shown}:")
-    names = [_NAMES.get(kind, kind) for kind in DEVICE_KINDS]
-    table = Table(box=box.SIMPLE if console.is_terminal else None)
-    for name in ("", "preset", "GPUs a row"):
-        table.add_column(name)
-    for name in (*names, "all", "host", "PFLOP", "s a row", "longest row"):
-        table.add_column(name, justify="right")
+    names = [_SHORT_NAMES.get(kind, kind) for kind in DEVICE_KINDS]
+    look = {"box": box.SIMPLE, "padding": 0} if console.is_terminal else {"box": None, "padding": (0, 1, 0, 0)}
+    table = Table(show_edge=False, **look)
+    for name in ("", "preset", "P"):
+        table.add_column(name, no_wrap=True)
+    for name in (*names, "all", "host", "PFLOP", "sec", "longest"):
+        table.add_column(name, justify="right", overflow="fold")
     for cell in cells:
         style = "bold green" if cell is best else None
         mark = "->" if cell is best else ""
@@ -121,6 +131,12 @@ def print_cells(console: Console, cells: list[Cell], best: Cell | None, target: 
             row = [*(_format_gib(amount) for amount in amounts), *speed.cells(cell.settings)]
         table.add_row(mark, cell.preset.name, str(cell.size), *row, f"{cell.longest:,}", style=style)
     console.print(table)
+    console.print(
+        "P: GPUs that share a row · grads: gradients · optim: optimizer · hidden: hidden states · attn: attention · "
+        "work: workspace\nall: of one GPU · host: of one host · PFLOP and sec: of one row · longest: tokens of the "
+        "longest row that fits",
+        style="dim",
+    )
     if best is not None:
         console.print(
             f"-> '{best.preset.name}' with {best.size} GPUs a row fits {best.longest:,} tokens; beside the rung "

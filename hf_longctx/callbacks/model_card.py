@@ -126,6 +126,10 @@ def _results(metrics: dict) -> dict[str, str]:
         peaks = [rank[f"{name}_bytes"] for rank in metrics["peak_memory"] if rank[f"{name}_bytes"]]
         if peaks:
             rows[f"Peak {name} memory of a process"] = f"{max(peaks) / GIB:.2f} GiB"
+    if train.get("planned_memory_gib"):
+        measured = train.get("measured_memory_gib")
+        beside = f"; measured, libraries left out: {measured:.2f} GiB" if measured else ""
+        rows["Planned memory of a process"] = f"{train['planned_memory_gib']:.2f} GiB{beside}"
     return rows
 
 

@@ -206,6 +206,8 @@ class FakeAnswers(TorchDispatchMode):
             return True
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0.0 if args[0].is_floating_point() else 0
+        if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
+            return _grouped_product(*args[:3])  # torch's own answer for fake tensors knows bf16 only
         return func(*args, **(kwargs or {}))
 
     def _is_in_place(self, func: torch._ops.OpOverload) -> bool:
@@ -218,6 +220,15 @@ class FakeAnswers(TorchDispatchMode):
             others = any(a.alias_info is not None and a.alias_info.is_write for a in schema.arguments[1:])
             self._in_place[func] = writes and not others and torch.Tag.inplace_view not in func.tags
         return self._in_place[func]
+
+
+def _grouped_product(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor | None = None) -> torch.Tensor:
+    """What experts compute, without numbers: one matrix product for each group of tokens."""
+    if left.dim() == 3 and right.dim() == 3:
+        return left.new_empty((left.shape[0], left.shape[1], right.shape[2]))
+    if left.dim() == 2 and right.dim() == 2:  # groups along the inner dimension, as for the gradient of weights
+        return left.new_empty((ends.shape[0], left.shape[0], right.shape[1]))
+    return left.new_empty((left.shape[-2], right.shape[-1]))
 
 
 def fake_mode() -> FakeTensorMode:

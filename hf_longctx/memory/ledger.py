@@ -10,6 +10,7 @@ four.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -165,10 +166,13 @@ class Planner:
         validate_head_count(self.num_heads, settings.sequence_parallel_size)
         settings = settings.of(tokens=local_tokens * settings.sequence_parallel_size, processes_per_host=None)
         if settings not in self._moments:
-            sizes = (0,) if self.stack is None else self.stack.sizes
-            moments, *more = (simulate(self.model, settings, self.stack, size) for size in sizes)
+            stack = self.stack
+            if stack is not None and settings.checkpointing:
+                stack = replace(stack, period=math.lcm(stack.period, settings.every_n_layers))
+            sizes = (0,) if stack is None else stack.sizes
+            moments, *more = (simulate(self.model, settings, stack, size) for size in sizes)
             if more:
-                steps = (self.stack.num_layers - sizes[0]) / (sizes[1] - sizes[0])
+                steps = (stack.num_layers - sizes[0]) / (sizes[1] - sizes[0])
                 moments = moments.towards(more[0], steps)
             self._moments[settings] = self._with_buffers(moments, settings)
         return self._moments[settings]

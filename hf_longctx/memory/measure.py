@@ -153,6 +153,11 @@ def free_bytes(device: str) -> int:
     return _kilobytes("/proc/meminfo", "MemAvailable")
 
 
+def resident_bytes() -> int | None:
+    """What this process holds in memory now; `None` where the system does not tell."""
+    return _status("VmRSS") if os.path.exists("/proc/self/status") else None
+
+
 def _status(field: str) -> int:
     return _kilobytes("/proc/self/status", field)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import Adafactor
 
@@ -68,7 +69,7 @@ def simulate(model: torch.nn.Module, settings: Settings, stack: Stack | None, nu
         NotImplementedError: the model cannot run on tensors without numbers.
     """
     tile = choose_tile_size(settings.loss_tile_size, model.config.get_text_config().vocab_size)
-    with fake_mode(), FakeAnswers(tile):
+    with _unheard(FakeTensorMode.__module__), _unheard(tile_mlp.__module__), fake_mode(), FakeAnswers(tile):
         fake = fake_copy(model, partial(_dtype_in_compute, settings), stack, num_layers)
         if settings.optimizer == "lora":
             add_adapters(fake, stack, settings.lora_rank)
@@ -77,13 +78,14 @@ def simulate(model: torch.nn.Module, settings: Settings, stack: Stack | None, nu
         watch_layers(fake, stack, tracker)
         try:
             return run_step(fake, _batch(fake, settings), settings, tracker)
-        except Exception as error:
-            if type(error).__module__.startswith("torch._subclasses"):
-                raise NotImplementedError(
-                    f"`{type(model).__name__}` cannot be planned: what it does next depends on numbers ({error}), and "
-                    "a plan has none; measure a short run instead."
-                ) from error
-            raise
+        except RuntimeError as error:
+            if isinstance(error, NotImplementedError):
+                raise
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise NotImplementedError(
+                f"`{type(model).__name__}` cannot be planned: it does not run on tensors without numbers ({reason}); "
+                "measure a short run instead."
+            ) from error
 
 
 def prepare(model: torch.nn.Module, settings: Settings, tracker: StorageTracker) -> None:
@@ -102,13 +104,12 @@ def prepare(model: torch.nn.Module, settings: Settings, tracker: StorageTracker)
     if settings.loss_tile_size is not None:
         tile_loss(model, settings.loss_tile_size)
     if settings.mlp_tile_size is not None:
-        with _unheard(tile_mlp.__module__):
-            tile_mlp(model, settings.mlp_tile_size)
+        tile_mlp(model, settings.mlp_tile_size)
 
 
 @contextlib.contextmanager
 def _unheard(name: str) -> Iterator[None]:
-    """Within the block, the logger of that name says nothing; a plan is not the run that its words are meant for."""
+    """Within the block, the logger of that name says nothing: its words are meant for a run, not for a plan."""
     logger = logging.getLogger(name)
     logger.addFilter(_nothing)
     try:
@@ -140,7 +141,7 @@ def run_step(model: torch.nn.Module, batch: dict[str, object], settings: Setting
         tracker.forget_peaks()
         tracker.phase = "start"
         backward(model, batch, settings)
-        tracker.phase = "step"
+        tracker.kind, tracker.phase = "workspace", "step"
         masters.step()
     return Moments(dict(tracker.peaks), tracker.host_peak, tracker.host_count)
 
@@ -171,7 +172,7 @@ class _Masters:
         parameters = list(model.parameters())
         self.trained = [p for p in parameters if p.requires_grad]
         self.stepped = self.trained
-        gradient_share = {p: 1.0 for p in self.trained}
+        self.gradient_shares = [1.0] * len(self.trained)
         if settings.wrapper == "fsdp2":
             self.share = 1 / settings.world_size
             dtype = torch.float32 if settings.is_mixed else settings.weights_dtype  # accelerate's choice
@@ -179,13 +180,12 @@ class _Masters:
             frozen = [p for p in parameters if not p.requires_grad]
             tracker.mark(parameters, "weights", 0.0)
             tracker.mark([*frozen, *self.stepped], "weights", self.share)
-            for p, master in zip(self.trained, self.stepped):
-                gradient_share[p] = self.share * master.element_size() / p.element_size()
+            pairs = zip(self.trained, self.stepped)
+            self.gradient_shares = [self.share * master.element_size() / p.element_size() for p, master in pairs]
         else:
             tracker.mark(parameters, "weights")
-        for p in self.trained:
-            mark = partial(_mark_gradient, tracker=tracker, share=gradient_share[p])
-            p.register_post_accumulate_grad_hook(mark)
+        for p, share in zip(self.trained, self.gradient_shares):
+            p.register_post_accumulate_grad_hook(partial(_mark_gradient, tracker=tracker, share=share))
         self.optimizer = MAKE_OPTIMIZER[settings.optimizer](self.stepped)
 
     def step(self) -> None:
@@ -202,9 +202,9 @@ class _Masters:
 
     def make_gradients(self) -> None:
         """Those of an earlier micro-batch."""
-        for tensor in self.trained:
+        for tensor, share in zip(self.trained, self.gradient_shares):
             tensor.grad = torch.empty_like(tensor)
-            _mark_gradient(tensor, tracker=self.tracker, share=self.share)
+            _mark_gradient(tensor, tracker=self.tracker, share=share)
 
 
 def _mark_gradient(parameter: torch.Tensor, tracker: StorageTracker, share: float) -> None:

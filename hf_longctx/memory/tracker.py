@@ -136,9 +136,14 @@ class StorageTracker(TorchDispatchMode):
             self.peaks[now] = dict(self.live)
 
 
+def is_backward() -> bool:
+    """Whether autograd runs a backward; forwards that it repeats are part of it."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def _is_sum_of_gradients(first: object, second: object) -> bool:
     """Whether autograd adds two gradients of one tensor: it does so in place, but not while a mode is on."""
-    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+    if not is_backward() or torch.is_grad_enabled():
         return False
     if not (isinstance(first, torch.Tensor) and isinstance(second, torch.Tensor)) or first.shape != second.shape:
         return False

@@ -11,7 +11,7 @@ from functools import wraps
 import torch
 
 from .fake_model import Stack
-from .tracker import StorageTracker
+from .tracker import StorageTracker, is_backward
 
 
 def watch_layers(model: torch.nn.Module, stack: Stack | None, tracker: StorageTracker) -> None:
@@ -43,12 +43,14 @@ def _kind_of(name: str, module: torch.nn.Module) -> str:
 
 
 class _Enter:
-    """Before a layer's forward."""
+    """Before a layer's forward; older hosts call hooks when they recompute it as well, which is backward."""
 
     def __init__(self, tracker: StorageTracker, name: str, is_first: bool) -> None:
         self.tracker, self.name, self.is_first = tracker, name, is_first
 
     def __call__(self, module: torch.nn.Module, args: tuple) -> None:
+        if is_backward():
+            return
         self.tracker.kind, self.tracker.phase = "hidden", f"forward {self.name}"
         if self.is_first:
             _when_differentiated(args, self.tracker, "hidden", "end")
@@ -61,6 +63,8 @@ class _Leave:
         self.tracker, self.name, self.is_last = tracker, name, is_last
 
     def __call__(self, module: torch.nn.Module, args: tuple, output: object) -> None:
+        if is_backward():
+            return
         _when_differentiated(output, self.tracker, "hidden", f"backward {self.name}")
         if self.is_last:
             self.tracker.kind, self.tracker.phase = "logits", "loss"

@@ -16,9 +16,9 @@ from ..data.packing_collator import PackingCollator
 from ..losses.tiled_forward import tile_loss
 from ..losses.tiled_proof import prove_tiled_loss
 from ..memory.presets import MLP_TILE_SIZE, PRESETS, Preset
-from ..memory.settings import OPTIMIZERS, Settings
 from ..memory.tiled_mlp import tile_mlp
 from .checks import unwrap
+from .planned import PlannedMemory, settings_of
 
 
 logger = logging.getLogger(__name__)
@@ -49,12 +49,15 @@ def prepare_memory(config: LongContextConfig, args, model, collator) -> Preset:
     return preset
 
 
-def tile_trainer_mlps(trainer, preset: Preset) -> None:
-    """Tile the MLPs of the trainer's model, if the preset or `mlp_tile_size` asks for it.
+def apply_memory(trainer, preset: Preset) -> None:
+    """Tile the MLPs of the trainer's model if the preset or `mlp_tile_size` asks for it; compare plan and run later.
 
     Raises:
         NotImplementedError: `mlp_tile_size` is set and the model has no MLP that can run in tiles.
     """
+    if trainer.long_context.memory != "off":
+        watch = PlannedMemory(trainer.long_context, tiles_own_loss=not trainer.uses_model_loss)
+        trainer.callback_handler.callbacks.insert(0, watch)  # before loggers and reports, which show what it adds
     size = trainer.long_context.mlp_tile_size
     if size is None and not preset.tiles_mlp:
         return
@@ -109,7 +112,7 @@ def _plan(config: LongContextConfig, args, model, collator) -> Preset:
     from ..memory.ledger import Planner  # its simulations import half of torch, and most runs do without
 
     tokens = _row_tokens(config, args, collator)
-    settings = _settings(config, args, model, tokens)
+    settings = settings_of(config, args, model, tokens, args.per_device_train_batch_size)
     device_bytes = _device_bytes(args)
     try:
         planner = Planner(unwrap(model).config)
@@ -143,25 +146,6 @@ def _row_tokens(config: LongContextConfig, args, collator) -> int:
     raise ValueError(
         "`memory` ('auto') does not know how long rows are: set `planned_tokens` to the tokens of the longest, or "
         "`memory` to 'max' or 'off'."
-    )
-
-
-def _settings(config: LongContextConfig, args, model, tokens: int) -> Settings:
-    optimizer = next((name for name in OPTIMIZERS if str(args.optim).split(".")[-1].lower().startswith(name)), "adamw")
-    trained = [parameter.requires_grad for parameter in model.parameters()]
-    weights = next(model.parameters()).dtype
-    wrapper = "fsdp2" if args.fsdp else "ddp" if args.world_size > 1 else "none"
-    return Settings(
-        tokens=tokens,
-        rows=args.per_device_train_batch_size,
-        sequence_parallel_size=config.sequence_parallel_size,
-        world_size=args.world_size,
-        weights_dtype=weights,
-        compute_dtype=torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else weights,
-        optimizer=optimizer if all(trained) else "lora",
-        wrapper=wrapper,
-        accumulates=args.gradient_accumulation_steps > 1,
-        on_gpu=args.device.type == "cuda",
     )
 
 

@@ -19,7 +19,7 @@ from .checks import check_arguments, check_model, check_trainer, runs_our_attent
 from .evaluation import ShardedEvaluationMixin
 from .loaders import build_loader
 from .loss import AlignedLoss
-from .memory import prepare_memory, tile_trainer_loss, tile_trainer_mlps
+from .memory import apply_memory, prepare_memory, tile_trainer_loss
 from .packing import check_collator, check_packed_batch, pack_dataset, packs_rows
 from .probe import ProbeResult, probe_model
 
@@ -48,7 +48,7 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
         self._probe: ProbeResult | None = None
         self._checks_packing = self.long_context.check_packing
         self._align_losses()
-        tile_trainer_mlps(self, self._memory)
+        apply_memory(self, self._memory)
         # FSDP places parameters when training starts; the probe then runs on the first batch.
         if self.shards_batches and next(self.model.parameters()).device.type == self.args.device.type:
             self._probe = self._run_probe()

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import copy
+import io
+
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from transformers import LlamaConfig
 
-from hf_longctx import cli
-from hf_longctx.memory.ledger import USABLE_SHARE, Planner
+from hf_longctx import cli, plan_command
+from hf_longctx.callbacks.flops import count_flops
+from hf_longctx.memory.ledger import DEVICE_KINDS, USABLE_SHARE, Ledger, Planner
 from hf_longctx.memory.presets import PRESETS
 from hf_longctx.memory.settings import Settings
 from hf_longctx.plan_command import parse_tokens
+from hf_longctx.plan_report import Cell, Speed, print_cells
 
 
 CONFIG = LlamaConfig(
     hidden_size=256,
     intermediate_size=704,
-    num_hidden_layers=6,
-    num_attention_heads=8,
-    num_key_value_heads=4,
+    num_hidden_layers=2,  # simulated as they are; `test_ledger.py` shows that few layers tell many
+    num_attention_heads=4,
+    num_key_value_heads=2,
     vocab_size=32_000,
 )
 PLAIN = {"compute_dtype": torch.float32, "optimizer": "sgd"}
@@ -67,8 +73,7 @@ def test_every_rung_takes_less_and_more_ranks_take_less(planner):
         assert quarter.hidden == pytest.approx(alone.hidden / 4, rel=0.05)
 
 
-@pytest.mark.parametrize("name", PRESETS)
-@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize(("name", "size"), [*((name, 1) for name in PRESETS), ("off", 4), ("max", 4)])
 def test_longest_row_is_the_inverse_of_the_peak(planner, name, size):
     budget = 24 * 2**30
     wrapper = {"wrapper": "ddp", "world_size": 4, "sequence_parallel_size": 4} if size == 4 else {}
@@ -99,8 +104,25 @@ def test_more_ranks_than_heads_are_refused(planner):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
-    CONFIG.save_pretrained(path)
+    one_layer = copy.deepcopy(CONFIG)
+    one_layer.num_hidden_layers = 1
+    one_layer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def planners():
+    return {}
+
+
+@pytest.fixture
+def shared_planner(planners, monkeypatch):
+    """One planner for all commands about one model, since it keeps what it has simulated."""
+
+    def planner_of(config):
+        return planners.setdefault(config.to_json_string(), Planner(config))
+
+    monkeypatch.setattr(plan_command, "Planner", planner_of)
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("131072", 131_072), ("128K", 131_072), ("1.5m", 1_572_864)])
@@ -114,7 +136,7 @@ def test_tokens_that_are_none_are_refused(text):
         parse_tokens(text)
 
 
-def test_plan_prints_a_table_and_writes_the_run(folder, tmp_path, capsys):
+def test_plan_prints_a_table_and_writes_the_run(shared_planner, folder, tmp_path, capsys):
     recipe, picture = tmp_path / "run.yaml", tmp_path / "plan.png"
     command = ["plan", str(folder), "--gpu_memory", "16", "--target_tokens", "128K"]
     assert cli.main([*command, "--write", str(recipe), "--output", str(picture)]) == 0
@@ -130,13 +152,13 @@ def test_plan_prints_a_table_and_writes_the_run(folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--gpu_memory", "1", "--target_tokens", "64M"], "the longest row is"),
+        (["--gpu_memory", "16", "--target_tokens", "64M"], "the longest row is"),
         (["--gpus", "0"], "`--gpus` (0) must be more than 0"),
         (["--optimizer", "lion"], "must be one of adamw"),
         (["--target_tokens", "many"], "--target_tokens"),
     ],
 )
-def test_plan_refuses_with_the_sentence(folder, capsys, arguments, sentence):
+def test_plan_refuses_with_the_sentence(shared_planner, folder, capsys, arguments, sentence):
     assert cli.main(["plan", str(folder), *arguments]) == 2
     assert sentence in capsys.readouterr().out
 
@@ -144,3 +166,20 @@ def test_plan_refuses_with_the_sentence(folder, capsys, arguments, sentence):
 def test_plan_of_no_model_is_refused(tmp_path, capsys):
     assert cli.main(["plan", str(tmp_path / "nothing")]) == 2
     assert "no model that transformers can read" in capsys.readouterr().out
+
+
+def test_table_fits_a_terminal_of_120_columns_and_is_never_cut():
+    settings = Settings(tokens=2**30, world_size=16, wrapper="fsdp2", sequence_parallel_size=16)
+    amounts = dict.fromkeys(DEVICE_KINDS, round(999.9 * 2**30)) | {"weights": round(1234.5 * 2**30)}
+    ledger = Ledger(tokens=2**30, **amounts, host=round(9999.9 * 2**30), phase="loss")
+    cells = [Cell(preset, settings, 2**30, ledger) for preset in PRESETS.values()]
+    speed = Speed(count_flops(CONFIG), "", 400.0)
+    for width, is_terminal in ((120, True), (1000, False)):
+        console = Console(
+            file=io.StringIO(), width=width, soft_wrap=True, force_terminal=is_terminal, color_system=None
+        )
+        print_cells(console, cells, cells[-1], 2**30, speed)
+        printed = console.file.getvalue()
+        rows = [line for line in printed.splitlines() if "1,073,741,824" in line and "tokens" not in line]
+        assert len(rows) == len(cells) and max(map(len, rows)) <= 120
+        assert all("1,234.5" in row and row.count("999.9") == 8 for row in rows) and "…" not in printed

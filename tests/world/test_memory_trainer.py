@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 
 import pytest
+import torch
 from trl import SFTConfig
 
 from hf_longctx import LongContextConfig, PackingCollator
+from hf_longctx.callbacks.report import RunReport
 from hf_longctx.config import MEMORY_PRESETS
+from hf_longctx.memory import ledger
+from hf_longctx.memory.ledger import Planner
 from hf_longctx.memory.presets import PRESETS
-from hf_longctx.trainer import memory
+from hf_longctx.memory.settings import Settings
+from hf_longctx.trainer import memory, planned
 
-from ..training import Rows, assert_same_trajectory, train
+from ..models import build, config_of
+from ..training import Rows, arguments, assert_same_trajectory, train
 from .test_sft import fit
 
 
 TILES = {"loss_tile_size": 7, "mlp_tile_size": 5}
+MIB = 2**20
 
 
 def run_here(size, options):
     return train(size, **options)
+
+
+@functools.cache
+def stock(model="llama", attention=None, rows=2, steps=1):
+    """The oracle: the host's own trainer on one process."""
+    options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
+    return train(0, model=model, attention=attention, **options)
 
 
 def test_config_and_ladder_have_the_same_names():
@@ -34,7 +49,7 @@ RUNGS = [TILES, *({"memory": preset} for preset in ("loss", "mlp", "checkpoint",
     ("name", "context"), [*(("llama", context) for context in RUNGS), ("gemma2", TILES), ("mistral", TILES)]
 )
 def test_rungs_train_alike_on_one_process(name, context):
-    expected = train(0, model=name, attention="eager" if name == "gemma2" else None)
+    expected = stock(name, "eager" if name == "gemma2" else None)
     assert_same_trajectory(train(1, model=name, attention="packed", context=context), expected, 3e-5)
 
 
@@ -42,19 +57,20 @@ def test_rungs_train_alike_on_one_process(name, context):
     ("world_size", "size", "context"), [(2, 2, TILES), (2, 1, TILES), (4, 2, TILES), (2, 2, {"memory": "max"})]
 )
 def test_rungs_train_alike_on_several(worlds, world_size, size, context):
-    options = {"gradient_accumulation_steps": 2}
-    expected = train(0, per_device_train_batch_size=2 * world_size // size, **options)
-    for actual in worlds(world_size).run(run_here, size, {**options, "context": context}):
+    expected = stock(rows=2 * world_size // size, steps=2)
+    options = {"gradient_accumulation_steps": 2, "context": context}
+    for rank, actual in enumerate(worlds(world_size).run(run_here, size, options)):
         assert_same_trajectory(actual, expected)
+        assert ("planned_memory_gib" in actual[0][-1]) == (rank == 0 and "memory" in context)
 
 
 def test_stock_attention_can_be_tiled_too():
-    assert_same_trajectory(train(1, attention="sdpa", context=TILES), train(0))
+    assert_same_trajectory(train(1, attention="sdpa", context=TILES), stock())
 
 
 def test_packed_rows_with_tiles_train_like_padded_ones():
     flat = {"data_collator": PackingCollator()}
-    assert_same_trajectory(train(1, attention="packed", trainer_options=flat, context=TILES), train(0))
+    assert_same_trajectory(train(1, attention="packed", trainer_options=flat, context=TILES), stock())
 
 
 def test_evaluation_is_tiled_as_well():
@@ -101,30 +117,21 @@ def test_mixture_of_experts_is_left_whole_by_a_preset_and_refused_by_name(caplog
 # The planner decides
 
 
-def chosen(monkeypatch, device_bytes: int, tokens: int | None = 65_536, **options) -> str:
+def chosen(monkeypatch, device_bytes: int, tokens: int | None = 65_536, collator=None) -> str:
     monkeypatch.setattr(memory, "_device_bytes", lambda _: device_bytes)
-    seen = []
-    original = memory.prepare_memory
-
-    def watch(*arguments):
-        seen.append(original(*arguments).name)
-        return memory.PRESETS["off"]
-
-    monkeypatch.setattr("hf_longctx.trainer.mixin.prepare_memory", watch)
-    context = {"memory": "auto", "planned_tokens": tokens}
-    train(1, attention="packed", context=context, max_steps=1, **options)
-    return seen[0]
+    config = LongContextConfig(memory="auto", planned_tokens=tokens)
+    # A loss tile of few words holds very many tokens, and as many are simulated.
+    model = build("llama", "packed", vocab_size=8192)
+    return memory.prepare_memory(config, arguments("unused"), model, collator).name
 
 
 def test_auto_takes_the_first_rung_that_fits(monkeypatch):
-    rungs = [chosen(monkeypatch, gib * 2**30) for gib in (64.0, 0.75, 0.345)]
-    order = [list(PRESETS).index(rung) for rung in rungs]
-    assert order[0] == 0 and order == sorted(order) and order[-1] > 0, rungs
+    # Planned: 12.7, 1.02, 0.77, 0.41 and 0.36 GiB from rung to rung, of 92 % of the device.
+    assert [chosen(monkeypatch, gib * 2**30) for gib in (64.0, 0.9, 0.46)] == ["off", "mlp", "checkpoint"]
 
 
 def test_auto_reads_lengths_from_the_collator(monkeypatch):
-    packed = {"trainer_options": {"data_collator": PackingCollator(max_tokens=48)}}
-    assert chosen(monkeypatch, 64 * 2**30, None, **packed) == "off"
+    assert chosen(monkeypatch, 64 * 2**30, None, PackingCollator(max_tokens=48)) == "off"
 
 
 def test_auto_without_a_length_is_refused():
@@ -142,3 +149,44 @@ def test_checkpointing_that_the_user_set_keeps_its_settings():
     memory.prepare_memory(LongContextConfig(memory="max"), args, None, None)
     assert args.gradient_checkpointing
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": True, "offload": False}
+
+
+# Planned beside measured
+
+
+def test_plan_of_the_longest_batch_stands_beside_what_the_run_took(monkeypatch, tmp_path):
+    model, report = build("llama", "packed"), RunReport()
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    readings = iter((100 * MIB, 180 * MIB))  # when training begins, and when it ends
+    monkeypatch.setattr(planned, "peak_memory", lambda: next(readings))
+    monkeypatch.setattr(planned, "host_memory", lambda: 180 * MIB)
+    monkeypatch.setattr(planned, "resident_bytes", lambda: 90 * MIB)
+    options = {"trainer_options": {"callbacks": [report]}, "output_dir": str(tmp_path)}
+    history, *_ = train(1, model=model, context={"memory": "checkpoint"}, **options)
+    settings = Settings(tokens=21, rows=2, compute_dtype=torch.float32, optimizer="sgd", on_gpu=False)
+    planner = Planner(config_of("llama"))
+    expected = planner.ledger(planner.preset("checkpoint", settings)).device
+    measured = 180 * MIB - (90 * MIB - weights)
+    assert history[-1]["planned_memory_gib"] == pytest.approx(expected / 2**30, rel=1e-3)  # four digits
+    assert history[-1]["measured_memory_gib"] == pytest.approx(measured / 2**30, rel=1e-3)
+    assert history[-1]["planned_over_measured"] == pytest.approx(expected / measured, rel=1e-3)
+    assert report.metrics["train"]["planned_memory_gib"] == history[-1]["planned_memory_gib"]
+    assert "| Planned memory of a process |" in (tmp_path / "README.md").read_text()
+
+
+def test_nothing_is_measured_where_more_was_taken_before_the_run(monkeypatch):
+    monkeypatch.setattr(planned, "peak_memory", lambda: 100 * MIB)
+    history, *_ = train(1, attention="packed", context={"memory": "loss"}, max_steps=1)
+    assert "planned_memory_gib" in history[-1] and "measured_memory_gib" not in history[-1]
+
+
+def test_run_ends_well_without_a_plan(monkeypatch, caplog):
+    monkeypatch.setattr(ledger, "simulate", _fail)
+    with caplog.at_level(logging.WARNING):
+        history, *_ = train(1, attention="packed", context={"memory": "loss"}, max_steps=1)
+    assert "train_runtime" in history[-1] and "planned_memory_gib" not in history[-1]
+    assert "was not planned: KeyError: 'no such layer'" in caplog.text
+
+
+def _fail(*arguments):
+    raise KeyError("no such layer")

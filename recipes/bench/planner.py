@@ -1,0 +1,127 @@
+"""How good the memory planner is: the planned peak of a training step beside the one that a process really had.
+
+What: three shapes of models (Llama; Qwen3 with grouped heads and a large tied vocabulary; GPT-2 with biases, dropout
+and fused projections), each at two lengths and on every rung of `memory` that a CPU has, with AdamW in fp32. The plan
+is made from the configuration alone, before anything runs.
+
+How: each measurement is a process of its own (`hf_longctx/memory/measure.py`) that loads its libraries, warms up,
+builds the model and takes two steps; measured is the largest resident set during the second less what the process held
+before there was a model. `max` differs from `checkpoint` on a GPU only and is left out. Memory does not depend on how
+busy the machine is. Price: some 15 minutes on 2 cores, and 5 GB.
+
+    python recipes/bench/planner.py --output docs/benchmarks/planner_cpu.md
+    python recipes/bench/planner.py --shapes gpt2 --presets off loss
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from planner_report import console, describe, print_table, write_report
+from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
+from ulysses_report import describe_machine
+
+from hf_longctx.memory.ledger import Planner
+from hf_longctx.memory.measure import can_measure, free_bytes, measure_in_process
+from hf_longctx.memory.presets import PRESETS
+from hf_longctx.memory.settings import Settings
+
+
+RUNGS = [name for name, preset in PRESETS.items() if not preset.offload]
+# Of the loss and of the MLPs: short beside a row, so that tiles are what is measured.
+TILE_TOKENS = 128
+_SMALL = {"hidden_size": 512, "num_attention_heads": 8, "max_position_embeddings": 8192}
+SHAPES: dict[str, tuple[PretrainedConfig, tuple[int, ...]]] = {
+    "llama": (
+        LlamaConfig(**_SMALL, vocab_size=32_000, intermediate_size=1408, num_hidden_layers=4, num_key_value_heads=8),
+        (512, 1536),
+    ),
+    "qwen3": (
+        Qwen3Config(
+            **_SMALL,
+            vocab_size=151_936,
+            intermediate_size=1536,
+            num_hidden_layers=2,
+            num_key_value_heads=4,
+            head_dim=128,
+            tie_word_embeddings=True,
+        ),
+        (512, 1024),
+    ),
+    "gpt2": (
+        # Without attention dropout, under which torch's CPU kernels keep `T x T` weights.
+        GPT2Config(n_embd=512, n_layer=4, n_head=8, n_positions=8192, vocab_size=50_257, attn_pdrop=0.0),
+        (512, 1536),
+    ),
+}
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE")
+    parser.add_argument("--presets", nargs="+", choices=RUNGS, default=RUNGS, metavar="PRESET")
+    parser.add_argument("--tokens", nargs="+", type=int, help="lengths of a row; two for each shape unless given")
+    parser.add_argument("--optimizer", choices=("adamw", "adafactor", "sgd"), default="adamw")
+    parser.add_argument("--timeout", type=float, default=1800, help="seconds until a measurement is given up")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written beside it")
+    args = parser.parse_args(arguments)
+    if not can_measure("cpu"):
+        raise RuntimeError("this system does not tell what a process held at most: run this under Linux.")
+    return args
+
+
+def measure_cell(name: str, tokens: int, preset: str, planner: Planner, args: argparse.Namespace) -> dict:
+    """Plan and measure one step."""
+    plain = Settings(tokens=tokens, compute_dtype=torch.float32, optimizer=args.optimizer, on_gpu=False)
+    settings = planner.preset(preset, plain)
+    tiles = {key: TILE_TOKENS for key in ("loss_tile_size", "mlp_tile_size") if getattr(settings, key) is not None}
+    settings = settings.of(**tiles)
+    start = time.perf_counter()
+    ledger = planner.ledger(settings)
+    seconds = time.perf_counter() - start
+    if ledger.device > 0.9 * free_bytes("cpu"):
+        raise RuntimeError(f"'{name}' with {tokens} tokens needs {ledger.device / 2**30:.1f} GiB: give fewer tokens.")
+    measured = measure_in_process(planner.config, settings, "cpu", timeout=args.timeout)
+    states = ledger.weights + ledger.gradients + ledger.optimizer
+    row = {"shape": name, "tokens": tokens, "preset": preset, "planned": ledger.device, "measured": measured}
+    row |= {"states": states, "phase": ledger.phase, "planning_seconds": seconds}
+    row["error"] = ledger.device / measured - 1
+    return row
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    words = " ".join(sys.argv[1:] if arguments is None else arguments)
+    result = {
+        "command": f"python recipes/bench/planner.py {words}".strip(),
+        "versions": {name: version(name) for name in ("hf-longctx", "torch", "transformers")},
+        "machine": {**describe_machine([]), "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))},
+        "settings": {"optimizer": args.optimizer, "tile_tokens": TILE_TOKENS},
+        "shapes": {},
+        "rows": [],
+    }
+    for name in args.shapes:
+        config, lengths = SHAPES[name]
+        planner = Planner(config)
+        result["shapes"][name] = describe(config, sum(p.numel() for p in planner.model.parameters()))
+        for tokens in args.tokens or lengths:
+            for preset in args.presets:
+                row = measure_cell(name, tokens, preset, planner, args)
+                result["rows"].append(row)
+                console.print(
+                    f"{name}, {tokens:,} tokens, {preset}: planned {row['planned'] / 2**20:,.0f} MiB, measured "
+                    f"{row['measured'] / 2**20:,.0f} MiB, {row['error']:+.1%}"
+                )
+        if args.output:
+            write_report(result, args.output)  # after every shape, so that a run that is stopped has something to show
+    print_table(result)
+
+
+if __name__ == "__main__":
+    main()
