@@ -1,4 +1,5 @@
-"""Laws that hold for every input, tried on inputs that nobody chose: sharding, packing, attention, heads, configuration.
+"""Laws that hold for every input, tried on inputs that nobody chose: sharding, packing, attention, heads, and
+configuration.
 
 Examples are drawn from a fixed seed, so a run is the same on every machine and never flaky; a failing example is
 shrunk to its smallest form. Every law says what it would take to break it.
