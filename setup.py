@@ -31,7 +31,7 @@ setup(
         "trl": TRL,
         "embedding": ["sentence-transformers>=6.2", "datasets>=4"],
         "demo": DEMO,
-        "docs": ["mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
         "dev": [*DEMO, "pytest>=8", "hypothesis>=6.130", "ruff>=0.14"],
     },
     entry_points={"console_scripts": ["hf-longctx = hf_longctx.cli:main"]},

@@ -21,6 +21,7 @@ from sentences import ERRORS, HOLE, ROOT, Refusal, find_refusals, split_words
 
 
 PAGE = ROOT / "docs" / "refusals.md"
+TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
 FEWEST_WORDS = 2
 
 
@@ -189,7 +190,8 @@ numbers. [troubleshooting.md](troubleshooting.md) tells causes and remedies.
 LATER_HEAD = """
 ## After the first step has begun
 
-Mistakes that only show when a backward runs a second time, or in another order than its forward.
+Mistakes that only show when a backward runs a second time or in another order than its forward, or when something is
+undone.
 """
 
 
@@ -221,8 +223,25 @@ def _link_to(tests: list[str]) -> str:
     return f"[`{name}`](../{path})"
 
 
+def read_rows(page: str) -> list[str]:
+    """The shortened sentences in the first column of troubleshooting.md; a host's own are left out."""
+    cells = re.findall(r"^\| (.+?) \| ", page, re.MULTILINE)
+    spans = [re.findall(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", cell) for cell in cells if not cell.endswith(")")]
+    return [text for found in spans for _, text in found]
+
+
+def is_said(row: str, refusal: Refusal) -> bool:
+    """Whether a shortened sentence, with `...` and `X` for values, is this one."""
+    words = split_words(re.sub(r"\.\.\.|\b[XY]\b", HOLE, row))
+    return fit(words, refusal.words) >= max(1, 0.75 * len([word for word in words if word != HOLE]))
+
+
 def main() -> int:
     tests = link(find_refusals(), find_expectations())
+    rows = read_rows(TROUBLESHOOTING.read_text(encoding="utf-8"))
+    for refusal in tests:
+        if not any(is_said(row, refusal) for row in rows):
+            sys.stderr.write(f"not in troubleshooting.md: {refusal.module}: {refusal.shown}\n")
     PAGE.write_text(page(tests), encoding="utf-8")
     missing = [refusal for refusal, names in tests.items() if refusal.is_early and not names]
     for refusal in missing:

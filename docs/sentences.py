@@ -17,11 +17,8 @@ ROOT = Path(__file__).parents[1]
 ERRORS = {"ValueError", "NotImplementedError", "ImportError", "RuntimeError", "TypeError", "AttributeError"}
 # Raised by the check that a user calls on purpose, or that a trainer runs on its first packed batch.
 CHECKS = {"attention/leaks.py"}
-# What can only be raised after the first step has begun: functions, with their module. All others are told before it.
-LATER = {
-    "losses/tiles.py": {"backward"},
-    "memory/recompute.py": {"backward"},
-}
+# Functions that only run after the first step has begun. What any other raises is told before it.
+LATER = {"backward", "remove"}
 # No sentence of its own: it ends with the sentence of another error, or keeps a protocol of Python.
 PASSED_ON = {("attention/deferred.py", "__getattr__")}
 HOLE = "\0"  # where a sentence is filled in, or a test leaves open what stands there
@@ -39,7 +36,7 @@ class Refusal:
 
     @property
     def is_early(self) -> bool:
-        return self.function.rpartition(".")[2] not in LATER.get(self.module, ())
+        return self.function.rpartition(".")[2] not in LATER
 
 
 def find_refusals(package: Path = ROOT / "hf_longctx") -> list[Refusal]:

@@ -12,7 +12,19 @@ import pytest
 DOCS = Path(__file__).parents[2] / "docs"
 sys.path.insert(0, str(DOCS))  # scripts beside the pages, not a package
 try:
-    from refusals import HOLE, PAGE, Expectation, _regex_words, find_expectations, fit, link, page
+    from refusals import (
+        HOLE,
+        PAGE,
+        TROUBLESHOOTING,
+        Expectation,
+        _regex_words,
+        find_expectations,
+        fit,
+        is_said,
+        link,
+        page,
+        read_rows,
+    )
     from sentences import Refusal, find_refusals, split_words
 finally:
     sys.path.remove(str(DOCS))
@@ -32,6 +44,12 @@ def test_every_sentence_before_the_first_step_has_a_test(tests):
         f"{refusal.module}: {refusal.shown}" for refusal, names in tests.items() if refusal.is_early and not names
     ]
     assert missing == []
+
+
+def test_troubleshooting_explains_sentences_that_exist(tests):
+    rows = read_rows(TROUBLESHOOTING.read_text(encoding="utf-8"))
+    assert len(rows) > 100
+    assert [row for row in rows if not any(is_said(row, refusal) for refusal in tests)] == []
 
 
 def test_there_are_at_least_sixty(tests):
