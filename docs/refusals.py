@@ -159,18 +159,22 @@ def _places(refusal: Refusal) -> set[str]:
 def link(refusals: list[Refusal], expectations: list[Expectation]) -> dict[Refusal, list[str]]:
     """The tests of every refusal, by name."""
     tests: dict[Refusal, set[str]] = {refusal: set() for refusal in refusals}
+    lexicon = [(refusal, frozenset(refusal.words)) for refusal in refusals]
     for expectation in expectations:
         wanted = [word for word in expectation.words if word != HOLE]
         if len(wanted) < FEWEST_WORDS:
             continue
-        scores = {}
-        for refusal in refusals:
-            if expectation.errors and refusal.error not in expectation.errors:
-                continue
-            if set(wanted) & set(refusal.words):
-                scores[refusal] = fit(expectation.words, refusal.words)
-        most = max(scores.values(), default=0)
-        best = [refusal for refusal, score in scores.items() if score == most]
+        able = [pair for pair in lexicon if not expectation.errors or pair[0].error in expectation.errors]
+        shared = [(sum(word in words for word in wanted), refusal) for refusal, words in able]
+        # A word is found as it is, or as a part of one beside a hole or at an end.
+        parts = 2 * (1 + expectation.words.count(HOLE))
+        most, best = 0, []
+        for count, refusal in sorted(shared, key=lambda pair: pair[0], reverse=True):
+            if not count or count + parts < most:
+                break
+            score = fit(expectation.words, refusal.words)
+            best = [refusal] if score > most else [*best, refusal] if score == most else best
+            most = max(most, score)
         if len(best) > 1:
             best = [refusal for refusal in best if _places(refusal) & {name.lower() for name in expectation.names}]
         enough = most > FEWEST_WORDS or most == len(wanted)
