@@ -162,7 +162,7 @@ def draw_gradient_law(path: Path) -> None:
         losses = "1 loss" if counts[rank] == 1 else f"the sum of {counts[rank]} losses"
         said = f"$S_{rank}$: {losses}\nbackward from $W\\,S_{rank}/N = {size}\\,S_{rank}/{total}$"
         steps.text(left + 2, 1.2, said, va="top", linespacing=1.6, **text)
-        arrow = FancyArrowPatch((left + 2, 2.8), (left + 2, 3.5), arrowstyle="-|>", color="#444444", mutation_scale=14)
+        arrow = FancyArrowPatch((left + 2, 2.5), (left + 2, 3.4), arrowstyle="-|>", color="#444444", mutation_scale=14)
         steps.add_patch(arrow)
     sums = "+".join(f"S_{rank}" for rank in range(size))
     mean = f"DDP or FSDP takes the mean over {size} ranks: the gradient of $({sums})/{total}$, the loss of one process"
