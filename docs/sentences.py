@@ -102,7 +102,7 @@ def _texts(node: ast.expr, tree: ast.Module) -> list[list[str | ast.expr]]:
 
 
 def _shown(parts: list[str | ast.expr]) -> str:
-    return "".join(part if isinstance(part, str) else "{" + _name(part) + "}" for part in parts)
+    return "".join(part if isinstance(part, str) else "{" + _name(part).strip("_") + "}" for part in parts)
 
 
 def _holed(parts: list[str | ast.expr]) -> str:
