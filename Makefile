@@ -1,4 +1,5 @@
-# `make demo` and `make test` do all their own set-up in .venv. `make lint` checks style, `make floor` the oldest host.
+# `make demo` and `make test` do all their own set-up in .venv. `make lint` checks style, `make floor` the oldest
+# host, `make docs` builds the pages as a site.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -6,7 +7,7 @@ BIN    := $(VENV)/bin
 # Without an NVIDIA driver this version is taken, of which pip may have a CPU build at hand that spares gigabytes.
 TORCH  := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch==2.13.0")
 
-.PHONY: demo test floor lint setup clean
+.PHONY: demo test floor lint refusals docs setup clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +40,18 @@ $(VENV)-floor/.ready: setup.py Makefile
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# The page of all refusals, from the code and its tests. It fails if a sentence has no test.
+refusals:
+	$(PYTHON) docs/refusals.py
+
+# The pages as a site in build/site; a broken link or a docstring that cannot be read is an error.
+docs: $(VENV)/.docs-ready refusals
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+$(VENV)/.docs-ready: $(VENV)/.ready
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
 
 clean:
 	rm -rf $(VENV) $(VENV)-floor runs build dist *.egg-info

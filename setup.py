@@ -1,4 +1,4 @@
-"""Package metadata. `pip install .` for the core; extras: trl, embedding, demo, dev."""
+"""Package metadata. `pip install .` for the core; extras: trl, embedding, demo, docs, dev."""
 
 from pathlib import Path
 
@@ -31,7 +31,8 @@ setup(
         "trl": TRL,
         "embedding": ["sentence-transformers>=6.2", "datasets>=4"],
         "demo": DEMO,
-        "dev": [*DEMO, "pytest>=8", "ruff>=0.14"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
+        "dev": [*DEMO, "pytest>=8", "hypothesis>=6.130", "ruff>=0.14"],
     },
     entry_points={"console_scripts": ["hf-longctx = hf_longctx.cli:main"]},
     classifiers=[

@@ -1,17 +1,20 @@
 """Draw the pictures of these pages: `python docs/draw.py` writes `docs/img/*.png`. Needs matplotlib.
 
-The pictures of heads and of the packed row ask the package itself, so they cannot disagree with the code.
+The pictures of heads, of the packed row and of the gradient law ask the package itself, so they cannot disagree
+with the code.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 
 from hf_longctx import PackingCollator
 from hf_longctx.parallel.heads import HeadSplit, split_heads
+from hf_longctx.parallel.shard import cut_batch
 
 
 FOLDER = Path(__file__).parent / "img"
@@ -136,6 +139,52 @@ def draw_packed_row(path: Path) -> None:
     figure.savefig(path)
 
 
+def draw_gradient_law(path: Path) -> None:
+    """Two rows on two groups of two ranks: what each rank computes, and how much each token then counts."""
+    ids = torch.arange(16).view(2, 8)
+    labels = ids.clone()
+    labels[0, 6:] = labels[1, :4] = -100  # an answer that ends early, a prompt that is long
+    rows = [{"input_ids": ids[row : row + 1], "labels": labels[row : row + 1]} for row in range(2)]
+    shares = [cut_batch(row, 2, rank) for row in rows for rank in range(2)]
+    trained = [(share["shift_labels"][0] != -100).tolist() for share in shares]
+    counts, size = [sum(tokens) for tokens in trained], len(shares)
+    total = sum(counts)
+    figure = Figure(figsize=(12, 6.4), dpi=150, layout="constrained")
+    grid = figure.add_gridspec(2, 2, height_ratios=(1.15, 1))
+    steps, law, means = (figure.add_subplot(grid[place]) for place in ((0, slice(0, 2)), (1, 0), (1, 1)))
+    text = {"ha": "center", "fontsize": 11}
+    for rank, tokens in enumerate(trained):
+        left = rank * 5.6
+        for place, is_trained in enumerate(tokens):
+            _cell(steps, left + place, 0, RANKS[rank] if is_trained else PADDING, "" if is_trained else "-")
+        where = f"group {rank // 2}, rank {rank}"
+        steps.text(left + 2, -0.2, where, va="bottom", color=RANKS[rank], weight="bold", **text)
+        losses = "1 loss" if counts[rank] == 1 else f"the sum of {counts[rank]} losses"
+        said = f"$S_{rank}$: {losses}\nbackward from $W\\,S_{rank}/N = {size}\\,S_{rank}/{total}$"
+        steps.text(left + 2, 1.2, said, va="top", linespacing=1.6, **text)
+        arrow = FancyArrowPatch((left + 2, 2.5), (left + 2, 3.4), arrowstyle="-|>", color="#444444", mutation_scale=14)
+        steps.add_patch(arrow)
+    sums = "+".join(f"S_{rank}" for rank in range(size))
+    mean = f"DDP or FSDP takes the mean over {size} ranks: the gradient of $({sums})/{total}$, the loss of one process"
+    steps.text(10.4, 3.7, mean, va="top", ha="center", fontsize=12)
+    steps.set(xlim=(-0.6, 21.4), ylim=(4.5, -1))
+    steps.set_axis_off()
+    steps.set_title(f"{total} trained tokens in the step (grey: not trained)", fontsize=13, loc="left")
+    owners = [rank for rank, count in enumerate(counts) for _ in range(count)]
+    bars = (
+        (law, [1 / total] * total, "the law: every trained token weighs the same"),
+        (means, [1 / (size * counts[rank]) for rank in owners], "a mean of the ranks' means: few tokens weigh more"),
+    )
+    for axes, weights, title in bars:
+        axes.bar(range(total), weights, color=[RANKS[rank] for rank in owners])
+        axes.axhline(1 / total, color="#444444", lw=1, ls="--")
+        axes.set_title(title, fontsize=11, loc="left")
+        axes.set(ylim=(0, 1.15 / (size * min(counts))), xlabel="trained token", ylabel="weight in the gradient")
+        axes.set_xticks([])
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
 def _cell(axes, x: float, y: float, color: str, text: str) -> None:
     axes.add_patch(Rectangle((x, y), 1, 1, facecolor=color, edgecolor="white", lw=1))
     axes.text(
@@ -164,3 +213,4 @@ if __name__ == "__main__":
     draw_exchange(FOLDER / "exchange.png")
     draw_heads(FOLDER / "heads.png")
     draw_packed_row(FOLDER / "packed_row.png")
+    draw_gradient_law(FOLDER / "gradient_law.png")

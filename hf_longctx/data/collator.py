@@ -19,7 +19,7 @@ class ShardCollator:
     Args:
         collator (`Callable`): makes a batch of full rows, with `labels` of shape `(B, T)`.
         mesh ([`SequenceMesh`]): the axes of the run; only its sizes and ranks are kept, so workers can be started by
-        any method.
+            any method.
         inner_attention (`str`, *optional*, defaults to `"auto"`): see [`LongContextConfig`].
         shift_labels (`bool`, *optional*, defaults to `True`): the model predicts the next token.
 

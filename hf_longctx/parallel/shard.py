@@ -111,9 +111,9 @@ def shard_batch(
         loss of one process.
 
     Raises:
-        ValueError: the batch is already sharded, holds images or 3-D positions or a 4-D mask, packs documents and pads
-        at
-            once, or has a tensor without a token dimension.
+        ValueError: the batch is already sharded, packs documents and pads at once, or has a tensor without a token
+            dimension.
+        NotImplementedError: the batch holds images, 3-D positions or a 4-D mask.
         RuntimeError: the ranks of the group hold different rows.
 
     Communication: with `check_rows`, one all-gather of 8 bytes per rank.

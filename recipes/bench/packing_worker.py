@@ -41,7 +41,7 @@ class Worker:
             config, dtype=getattr(torch, settings["dtype"]), attn_implementation=settings["attention"]
         )
         self.model.to(settings["device"]).train()
-        batches = torch.load(settings["batches"])
+        batches = torch.load(settings["batches"], weights_only=True)
         self.batches = {name: [self._to_device(batch) for batch in part] for name, part in batches.items()}
         self.model_bytes = self.meter.memory()
 
@@ -55,7 +55,7 @@ class Worker:
         if not os.path.exists(self.settings["reference"]):
             torch.save({"loss": loss, "gradients": gradients}, self.settings["reference"])
             return facts
-        expected = torch.load(self.settings["reference"], mmap=True)
+        expected = torch.load(self.settings["reference"], mmap=True, weights_only=True)
         errors = {name: _error(gradients[name], theirs) for name, theirs in expected["gradients"].items()}
         worst = max(errors, key=errors.get)
         loss_error = abs(loss / expected["loss"] - 1)

@@ -138,7 +138,7 @@ def compare(loss: float, gradients: dict[str, torch.Tensor], reference: str | No
     if not os.path.exists(reference):
         torch.save({"loss": loss, **{name: g.cpu() for name, g in gradients.items()}}, reference)
         return facts
-    expected = torch.load(reference, mmap=True)
+    expected = torch.load(reference, mmap=True, weights_only=True)
     errors = [
         ((g.cpu().double() - expected[name].double()).norm() / expected[name].double().norm()).item()
         for name, g in gradients.items()

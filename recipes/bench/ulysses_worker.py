@@ -206,7 +206,7 @@ def compare(loss: float, gradients: dict[str, torch.Tensor], reference: str) -> 
     if not os.path.exists(reference):
         torch.save({**facts, "gradients": {name: g.cpu() for name, g in gradients.items()}}, reference)
         return facts
-    expected = torch.load(reference, mmap=True)
+    expected = torch.load(reference, mmap=True, weights_only=True)
     errors = {}
     for name, theirs in expected["gradients"].items():
         theirs = theirs.double()

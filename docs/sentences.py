@@ -1,0 +1,134 @@
+"""Read the sentences with which the package refuses out of its code; nothing is imported.
+
+A sentence is what a `raise SomeError("...")` says, with `{name}` for what it fills in. `refusals.py` makes a
+page of them.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+
+ROOT = Path(__file__).parents[1]
+ERRORS = {"ValueError", "NotImplementedError", "ImportError", "RuntimeError", "TypeError", "AttributeError"}
+# Raised by the check that a user calls on purpose, or that a trainer runs on its first packed batch.
+CHECKS = {"attention/leaks.py"}
+# Functions that only run after the first step has begun. What any other raises is told before it.
+LATER = {"backward", "remove"}
+# No sentence of its own: it ends with the sentence of another error, or keeps a protocol of Python.
+PASSED_ON = {("attention/deferred.py", "__getattr__")}
+HOLE = "\0"  # where a sentence is filled in, or a test leaves open what stands there
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One sentence: `shown` as a reader sees it, `words` with holes for what is filled in."""
+
+    module: str
+    function: str
+    error: str
+    shown: str
+    words: tuple[str, ...]
+
+    @property
+    def is_early(self) -> bool:
+        return self.function.rpartition(".")[2] not in LATER
+
+
+def find_refusals(package: Path = ROOT / "hf_longctx") -> list[Refusal]:
+    """Every sentence in the order of modules and lines; two raises that say the same count once."""
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(package.rglob("*.py"))}
+    own = {
+        node.name
+        for tree in trees.values()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef) and any(getattr(b, "id", "") in ERRORS | {"Exception"} for b in node.bases)
+    }
+    found: dict[tuple, Refusal] = {}
+    for path, tree in trees.items():
+        module = path.relative_to(package).as_posix()
+        for function, node in _raises(tree, ""):
+            name = getattr(node.exc.func, "id", getattr(node.exc.func, "attr", ""))
+            known = name in ERRORS | own or (name == "AssertionError" and module in CHECKS)
+            if not known or not node.exc.args or (module, function.rpartition(".")[2]) in PASSED_ON:
+                continue
+            for parts in _texts(node.exc.args[0], tree):
+                refusal = Refusal(module, function, name, _shown(parts), split_words(_holed(parts)))
+                found.setdefault((module, name, refusal.shown), refusal)
+    return list(found.values())
+
+
+def _raises(node: ast.AST, inside: str) -> Iterator[tuple[str, ast.Raise]]:
+    for child in ast.iter_child_nodes(node):
+        name = inside
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            name = f"{inside}.{child.name}" if inside else child.name
+        if isinstance(child, ast.Raise) and isinstance(child.exc, ast.Call):
+            yield inside, child
+        yield from _raises(child, name)
+
+
+def _texts(node: ast.expr, tree: ast.Module) -> list[list[str | ast.expr]]:
+    """The texts that an expression can be: constants and the expressions between them."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return [[node.value]]
+    if isinstance(node, ast.JoinedStr):
+        parts = [p.value if isinstance(p, ast.Constant) else p.value for p in node.values]
+        return [parts]
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return [a + b for a in _texts(node.left, tree) for b in _texts(node.right, tree)]
+    if isinstance(node, ast.IfExp):
+        return _texts(node.body, tree) + _texts(node.orelse, tree)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        # A function of the same file that writes the sentence.
+        for maker in ast.walk(tree):
+            if isinstance(maker, ast.FunctionDef) and maker.name == node.func.id:
+                returns = [n.value for n in ast.walk(maker) if isinstance(n, ast.Return) and n.value is not None]
+                return [text for value in returns for text in _texts(value, tree)]
+    if isinstance(node, ast.Name):
+        values = [
+            n.value
+            for n in ast.walk(tree)
+            if isinstance(n, ast.Assign) and any(getattr(target, "id", None) == node.id for target in n.targets)
+        ]
+        texts = [text for value in values if not isinstance(value, ast.Name) for text in _texts(value, tree)]
+        if any(isinstance(part, str) for text in texts for part in text):
+            return texts
+    return [[node]]
+
+
+def _shown(parts: list[str | ast.expr]) -> str:
+    return "".join(part if isinstance(part, str) else "{" + _name(part).strip("_") + "}" for part in parts)
+
+
+def _holed(parts: list[str | ast.expr]) -> str:
+    return "".join(part if isinstance(part, str) else HOLE for part in parts)
+
+
+def _name(node: ast.expr) -> str:
+    """A short name of what is filled in."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return node.attr if node.attr != "__name__" else _name(node.value)
+    if isinstance(node, ast.Call):
+        named = [a for a in node.args if not isinstance(a, ast.Constant)]
+        return _name(named[0] if named else node.func)
+    if isinstance(node, (ast.Subscript, ast.Starred)):
+        return _name(node.value)
+    if isinstance(node, (ast.GeneratorExp, ast.ListComp)):
+        return _name(node.generators[0].iter)
+    if isinstance(node, ast.IfExp):
+        return _name(node.body) if not isinstance(node.body, ast.Constant) else "..."
+    if isinstance(node, ast.BinOp):
+        return _name(node.left) if isinstance(node.right, ast.Constant) else _name(node.right)
+    return "..."
+
+
+def split_words(text: str) -> tuple[str, ...]:
+    """Words and holes; signs are left out, since tests often leave them out as well."""
+    return tuple(re.findall(rf"{HOLE}|[\w']*\w", text))

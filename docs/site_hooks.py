@@ -1,0 +1,109 @@
+"""What the site needs beside the pages: files that they link to outside of docs/, docstrings, pages not in `nav`.
+
+On GitHub `../recipes/sft.py` is the file itself. The site has no such place, so every file that a page links to
+outside of docs/ becomes a page under `source/`, and the link is turned there. A link to nothing is an error.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+
+ROOT = Path(__file__).parents[1]
+SOURCE = "source/"
+LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
+# A line of the API page's tables: [`name`](../hf_longctx/room/module.py)
+API_NAME = re.compile(r"^\| \[`(\w+)`\]\(\.\./(hf_longctx/[\w/]+)\.py\)", re.MULTILINE)
+DOCSTRINGS = "<!-- docstrings -->"
+# In docstrings: [`Name`], with no address, as the hosts write it; and names that have no page of their own.
+CODE_IN_BRACKETS = re.compile(r"\[(<code>[\w.]+</code>)\](?!\()")
+OWN_NAME = re.compile(r'<autoref (?=[^>]*identifier="hf_longctx\.)')
+# The column of types shows what stands in the docstring, marks and all: `int`, *optional*, defaults to `1`.
+TYPE = re.compile(r"<code>([^<]*`[^<]*)</code>")
+MARKS = re.compile(r"[`*]|\[(?=`)|(?<=`)\]")
+CODE_PAGE = "---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n`````{language}\n{code}\n`````\n"
+LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".toml": "toml"}
+
+
+def repository_path(src_uri: str) -> str:
+    """Where a page of the site lies in the repository."""
+    return src_uri[len(SOURCE) :] if src_uri.startswith(SOURCE) else f"docs/{src_uri}"
+
+
+def site_path(path: str) -> str:
+    """Where a file of the repository lies in the site: one that is no Markdown becomes a page around its text."""
+    if path.startswith("docs/"):
+        return path[len("docs/") :]
+    return SOURCE + path if path.endswith(".md") else f"{SOURCE}{path}.md"
+
+
+def is_code(src_uri: str) -> bool:
+    return src_uri.startswith(SOURCE) and Path(src_uri[: -len(".md")]).suffix in LANGUAGES
+
+
+def linked_files(src_uri: str, text: str) -> list[str]:
+    """The files of the repository outside of docs/ to which a page links."""
+    folder = posixpath.dirname(repository_path(src_uri))
+    found = (posixpath.normpath(posixpath.join(folder, match[1])) for match in LINK.finditer(text))
+    return sorted({path for path in found if not path.startswith("docs/")})
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Pages that `nav` in mkdocs.yml does not name follow those that it does: results among the benchmarks, others
+    among the proofs."""
+    sections = {name: pages for entry in config.nav if isinstance(entry, dict) for name, pages in entry.items()}
+    named = {page for pages in sections.values() for page in pages} | set(map(str, config.nav))
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        src_uri = path.relative_to(ROOT / "docs").as_posix()
+        if src_uri not in named:
+            sections["Benchmarks" if src_uri.startswith("benchmarks/") else "Proof"].append(src_uri)
+    return config
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add every file outside of docs/ that a page links to, and those that these link to in turn."""
+    waiting = [(file.src_uri, file.content_string) for file in files.documentation_pages()]
+    while waiting:
+        src_uri, text = waiting.pop()
+        for path in linked_files(src_uri, text):
+            if files.get_file_from_path(site_path(path)) is not None:
+                continue
+            if path.startswith("..") or not (ROOT / path).is_file():
+                raise PluginError(f"`{src_uri}` links to `{path}`, which is no file of the repository.")
+            text = (ROOT / path).read_text(encoding="utf-8")
+            if path.endswith(".md"):
+                waiting.append((site_path(path), text))
+            else:
+                language = LANGUAGES.get(Path(path).suffix, "text")
+                text = CODE_PAGE.format(path=path, language=language, code=text.rstrip())
+            files.append(File.generated(config, site_path(path), content=text))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Turn links that leave docs/ to the copies, and put the docstrings under the API page's tables."""
+    if is_code(page.file.src_uri):
+        return markdown
+    folder, here = posixpath.dirname(repository_path(page.file.src_uri)), posixpath.dirname(page.file.src_uri)
+
+    def turn(match: re.Match) -> str:
+        target = site_path(posixpath.normpath(posixpath.join(folder, match[1])))
+        return posixpath.relpath(target, here or ".") + (match[2] or "")
+
+    if DOCSTRINGS in markdown:
+        names = [f"{module.replace('/', '.')}.{name}" for name, module in API_NAME.findall(markdown)]
+        markdown = markdown.replace(DOCSTRINGS, "\n\n".join(f"::: {name}" for name in names))
+    return LINK.sub(turn, markdown)
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Docstrings as the hosts write them: marks in types go, and so do brackets and links of names without a page."""
+    html = TYPE.sub(lambda match: f"<code>{MARKS.sub('', match[1])}</code>", html)
+    return OWN_NAME.sub("<autoref optional ", CODE_IN_BRACKETS.sub(r"\1", html))

@@ -1,0 +1,339 @@
+"""What a stranger's checkpoint, data set or model may do on this machine, and what may leave it: nothing unasked.
+
+Rules that a reader could check line by line are checked so, over the package and the recipes. What the hosts do for us
+(resuming, remote code, reporting) is tried, with files that would leave a mark if they were executed.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import json
+import logging
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import TrainingArguments
+
+from hf_longctx.callbacks.report import RunReport
+from hf_longctx.cli import main
+
+from ..models import build, config_of
+from ..training import train
+
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "recipes"
+SOURCES = sorted([*(ROOT / "hf_longctx").rglob("*.py"), *RECIPES.rglob("*.py")])
+
+# Read line by line
+
+UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
+CLIENTS = {"requests", "urllib", "urllib3", "httpx", "aiohttp", "http", "ftplib", "smtplib", "wandb", "comet_ml"}
+UPLOADS = {"upload_file", "upload_folder", "upload_large_folder", "push_to_hub", "create_repo", "create_commit"}
+
+
+def unsafe_lines(source: str) -> list[str]:
+    """Every line that could execute what a file holds, or run or fetch code that nobody asked for."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            unsafe = any(name.split(".")[0] in UNPICKLERS | CLIENTS for name in names)
+            # `from torch import load` would hide a call from the rules below.
+            unsafe |= (
+                isinstance(node, ast.ImportFrom)
+                and names[0] in ("torch", "numpy", "yaml", "pandas")
+                and any(alias.name in ("load", "read_pickle", "unsafe_load", "full_load") for alias in node.names)
+            )
+        elif isinstance(node, ast.Call):
+            unsafe = _is_unsafe_call(node)
+        else:
+            continue
+        if unsafe:
+            found.append(f"{node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+def _is_unsafe_call(node: ast.Call) -> bool:
+    name = ast.unparse(node.func)
+    given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+    if name == "torch.load":
+        return given.get("weights_only") != "True"
+    if name.split(".")[-1] in ("read_pickle", "load_pickle") or name in ("eval", "exec", "compile", "__import__"):
+        return True
+    if name.startswith("yaml.") and name.split(".")[-1] in ("load", "load_all", "full_load", "unsafe_load"):
+        return True
+    if name in ("TrainingArguments", "SFTConfig"):  # in code, as in a YAML file, it is said
+        return given.get("report_to", "'none'" if None in given else "") != "'none'"
+    wrong = {"allow_pickle": "True", "trust_remote_code": "True", "shell": "True", "weights_only": "False"}
+    return name in ("os.system", "os.popen") or any(given.get(key) == value for key, value in wrong.items())
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_nothing_is_unpickled_or_executed_from_a_file(path):
+    assert unsafe_lines(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import pickle",
+        "def f():\n    from joblib import load",
+        "import urllib.request",
+        "from torch import load",
+        "torch.load(path)",
+        "torch.load(path, mmap=True, weights_only=False)",
+        "torch.load(path, weights_only=safe)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "pandas.read_pickle(path)",
+        "eval(text)",
+        "subprocess.run(line, shell=True)",
+        "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "TrainingArguments(folder)",
+        "SFTConfig(folder, report_to='all')",
+    ],
+)
+def test_the_reader_sees_an_unsafe_line(line):
+    assert len(unsafe_lines(line)) == 1
+
+
+def test_the_reader_lets_safe_lines_pass():
+    safe = "torch.load(path, weights_only=True)\nnp.load(path)\nyaml.safe_load(text)\nmodel.eval()\nre.compile(text)\n"
+    assert unsafe_lines(safe) == []
+
+
+def unconditional_uploads(source: str) -> list[str]:
+    """Every upload that no `if` about `push_to_hub` stands around."""
+    found = []
+
+    def walk(node: ast.AST, allowed: bool) -> None:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in UPLOADS and not allowed:
+                found.append(f"{node.lineno}: {ast.unparse(node.func)}")
+        for field, value in ast.iter_fields(node):
+            asked = isinstance(node, ast.If) and field == "body" and "push_to_hub" in ast.unparse(node.test)
+            for child in value if isinstance(value, list) else [value]:
+                if isinstance(child, ast.AST):
+                    walk(child, allowed or asked)
+
+    walk(ast.parse(source), False)
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_nothing_is_uploaded_unless_push_to_hub_says_so(path):
+    assert unconditional_uploads(path.read_text(encoding="utf-8")) == []
+
+
+def test_the_reader_sees_an_upload():
+    assert len(unconditional_uploads("if args.save:\n    api.upload_file(path)")) == 1
+    assert unconditional_uploads("if args.push_to_hub:\n    with x:\n        api.upload_file(path)") == []
+    assert len(unconditional_uploads("if args.push_to_hub:\n    pass\nelse:\n    api.upload_file(path)")) == 1
+
+
+# Reporting
+
+
+def test_the_host_reports_nowhere_by_default(tmp_path):
+    """If a host changed that, the recipes would still say `none`, and this test would tell."""
+    args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    assert args.report_to == [] and args.push_to_hub is False and args.hub_token is None
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_every_recipe_reports_nowhere_and_uploads_nothing(path):
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    assert settings["report_to"] == "none"
+    assert not {"push_to_hub", "hub_token", "hub_model_id", "trust_remote_code"} & set(settings)
+
+
+@pytest.mark.parametrize("name", ["sft", "pretrain"])
+def test_a_recipe_without_a_file_reports_nowhere_and_trusts_nobody(name, tmp_path, monkeypatch):
+    trl = pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(str(RECIPES))
+    recipe = importlib.import_module(name)
+    arguments = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
+    parsed = trl.TrlParser(recipe.ARGUMENTS).parse_args_and_config(arguments)
+    assert parsed[1].report_to == [] and parsed[1].push_to_hub is False
+    assert not any(getattr(part, "trust_remote_code", False) for part in parsed)
+
+
+# A checkpoint of a stranger
+
+
+class Mark:
+    """Unpickling it makes a folder: proof that a file was executed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """The folder of a run that stopped after the first of two steps."""
+    folder = tmp_path_factory.mktemp("run")
+    train(1, output_dir=str(folder), max_steps=1, save_strategy="steps", save_steps=1, logging_steps=1)
+    return folder / "checkpoint-1"
+
+
+def resume(checkpoint: Path) -> None:
+    train(1, output_dir=str(checkpoint.parent), max_steps=2, resume=str(checkpoint))
+
+
+PICKLES = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("name", PICKLES)
+def test_a_malicious_file_in_a_checkpoint_is_not_executed(checkpoint, tmp_path, name):
+    copy = tmp_path / "run" / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    if name == "pytorch_model.bin":
+        (copy / "model.safetensors").unlink()
+    else:
+        assert (copy / name).is_file(), "the host saves it under another name"
+    mark = tmp_path / "executed"
+    torch.save({"state": Mark(mark)}, copy / name)
+    with pytest.raises(Exception, match="(?i)weights.only"):
+        resume(copy)
+    assert not mark.exists()
+    torch.load(copy / name, weights_only=False)
+    assert mark.exists(), "the file is harmless, so the test above proves nothing"
+
+
+def test_an_honest_checkpoint_resumes(checkpoint, tmp_path):
+    copy = tmp_path / "run" / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    resume(copy)
+
+
+def test_arguments_of_a_checkpoint_are_not_read(checkpoint, tmp_path):
+    """The host pickles `training_args.bin` and, resuming, never opens it."""
+    copy = tmp_path / "run" / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    mark = tmp_path / "executed"
+    torch.save(Mark(mark), copy / "training_args.bin")
+    resume(copy)
+    assert not mark.exists()
+
+
+def test_torch_still_unpickles_the_metadata_of_sharded_checkpoints(tmp_path):
+    """What `docs/security.md` warns of. When torch mends it, this fails, and the warning can go."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    shards, mark = tmp_path / "shards", tmp_path / "executed"
+    shards.mkdir()
+    (shards / ".metadata").write_bytes(pickle.dumps(Mark(mark)))
+    with contextlib.suppress(Exception):
+        FileSystemReader(shards).read_metadata()
+    assert mark.exists()
+
+
+# A model of a stranger
+
+
+@pytest.fixture
+def model_with_code(tmp_path) -> Path:
+    """A model folder whose own code would make a folder when it is imported."""
+    folder = tmp_path / "stranger"
+    settings = config_of("llama").to_dict() | {"model_type": "stranger", "architectures": ["StrangerForCausalLM"]}
+    names = {"AutoConfig": "StrangerConfig", "AutoModelForCausalLM": "StrangerForCausalLM"}
+    settings["auto_map"] = {auto: f"modeling_stranger.{name}" for auto, name in names.items()}
+    settings["auto_map"]["AutoTokenizer"] = ["modeling_stranger.StrangerTokenizer", None]
+    tokenizer = {"auto_map": settings["auto_map"], "tokenizer_class": "StrangerTokenizer"}
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings, default=str), encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+    code = f"import os\nos.mkdir({str(tmp_path / 'executed')!r})\n"
+    (folder / "modeling_stranger.py").write_text(code, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("command", [["check"], ["plan"], ["pack", "--model_name_or_path"]], ids=lambda c: c[0])
+def test_a_models_own_code_is_not_run_by_the_command(model_with_code, tmp_path, command, monkeypatch, capsys):
+    documents = tmp_path / "documents.jsonl"
+    documents.write_text('{"text": "a b c"}\n', encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: "n")  # the host may ask; nobody said yes
+    arguments = [command[0], str(documents), *command[1:]] if command[0] == "pack" else command
+    assert main([*arguments, str(model_with_code)]) == 2
+    assert "refused" in capsys.readouterr().out
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_models_own_code_is_not_run_by_a_recipe(model_with_code, tmp_path, monkeypatch):
+    trl = pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(str(RECIPES))
+    monkeypatch.setattr("builtins.input", lambda *_: "n")
+    sft = importlib.import_module("sft")
+    arguments = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--bf16", "false"]
+    arguments += ["--model_name_or_path", str(model_with_code)]
+    recipe, args, model_args, context = trl.TrlParser(sft.ARGUMENTS).parse_args_and_config(arguments)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        sft.load_model(recipe, args, model_args, context)
+    assert not (tmp_path / "executed").exists()
+
+
+# Secrets
+
+TOKEN = "hf_" + "Zq7" * 11 + "x"  # the form of a token, made up
+
+
+def test_a_hub_token_is_in_nothing_that_we_write(tmp_path, caplog, monkeypatch, capfd):
+    from transformers import default_data_collator
+
+    from hf_longctx import LongContextConfig, LongContextTrainer
+
+    monkeypatch.setattr(sys, "argv", ["sft.py", "--hub_token", TOKEN, f"--hub_token={TOKEN}", "--note", TOKEN])
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    rows = [{"input_ids": list(range(3, 19)), "labels": list(range(3, 19))}] * 4
+    args = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        hub_token=TOKEN,
+        hub_model_id="owner/name",
+        log_level="debug",
+    )
+    with caplog.at_level(logging.DEBUG):
+        trainer = LongContextTrainer(
+            model=build("llama", "packed"),
+            args=args,
+            train_dataset=rows,
+            data_collator=default_data_collator,
+            long_context=LongContextConfig(),
+        )
+        report = RunReport(row_tokens=16).attach(trainer)
+        trainer.train()
+        trainer.save_model()
+        report.write(args.output_dir)
+    written = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"metrics.json", "README.md"} <= set(written)
+    leaks = {name for name, content in written.items() if TOKEN.encode() in content}
+    # The host pickles its arguments beside the model, token included. `docs/security.md` says so; once it does not, it
+    # need not.
+    assert leaks == {"training_args.bin"}
+    assert b"<redacted>" in written["README.md"]
+    printed = capfd.readouterr()
+    assert TOKEN not in printed.out + printed.err + caplog.text
+
+
+def test_env_prints_no_secret(monkeypatch, capsys):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("WANDB_API_KEY", TOKEN)
+    assert main(["env"]) == 0
+    assert TOKEN not in capsys.readouterr().out
