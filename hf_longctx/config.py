@@ -29,6 +29,7 @@ def validate_sequence_parallel_size(size: object) -> None:
         )
 
 
+NONFINITE_POLICIES = ("raise", "skip", "stop", "off")
 MEMORY_PRESETS = ("off", "loss", "mlp", "checkpoint", "max", "auto")
 
 
@@ -87,6 +88,10 @@ class LongContextConfig:
         check_replicas (`int`, *optional*, defaults to 100):
             Optimizer steps between two comparisons of what ranks must agree on, parameters and optimizer state bit for
             bit; the run stops on all ranks if they differ. 0 turns it off.
+        on_nonfinite (`str`, *optional*, defaults to `"raise"`):
+            What happens to a step whose loss or gradient is not finite on any rank; the optimizer never takes it.
+            `"raise"` names layer, rank and rows; `"skip"` says the same in a warning, goes on and logs
+            `skipped_steps`; `"stop"` saves a checkpoint and ends training; `"off"` leaves it to the host.
 
     Raises:
         ValueError: a field has a value that no run could use.
@@ -125,6 +130,11 @@ class LongContextConfig:
         metadata={"help": "Optimizer steps between two checks that all ranks hold the same weights; 0: never."},
     )
 
+    on_nonfinite: str = field(
+        default="raise",
+        metadata={"help": "What happens to a step that is not finite: " + ", ".join(NONFINITE_POLICIES) + "."},
+    )
+
     def __post_init__(self) -> None:
         validate_sequence_parallel_size(self.sequence_parallel_size)
         validate_inner_attention(self.inner_attention)
@@ -133,3 +143,5 @@ class LongContextConfig:
         for name in ("loss_tile_size", "mlp_tile_size", "planned_tokens"):
             validate_tokens(name, getattr(self, name))
         validate_interval("check_replicas", self.check_replicas)
+        if self.on_nonfinite not in NONFINITE_POLICIES:
+            raise ValueError(f"`on_nonfinite` ({self.on_nonfinite!r}) must be one of {', '.join(NONFINITE_POLICIES)}.")

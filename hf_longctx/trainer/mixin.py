@@ -2,7 +2,7 @@
 
 Batches arrive from the data loader already cut, with their labels shifted over whole rows. The host then counts every
 token once over all ranks and accumulation steps and scales its loss by the world size, which is the gradient law; so
-neither `compute_loss` nor `training_step` is touched.
+`compute_loss` is not touched, and `training_step` only to look at what it gave.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from .loss import AlignedLoss
 from .memory import prepare_memory, tile_trainer_loss, tile_trainer_mlps
 from .packing import check_collator, check_packed_batch, pack_dataset, packs_rows
 from .probe import ProbeResult, probe_model
+from .survival import SurvivalMixin
 
 
-class SequenceParallelMixin(ShardedEvaluationMixin):
+class SequenceParallelMixin(SurvivalMixin, ShardedEvaluationMixin):
     """Put in front of a host trainer class: `class X(SequenceParallelMixin, Trainer)`.
 
     Args:
