@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 _TRL_COUNTERS = ("_metrics", "_total_train_tokens")  # filled by its loss, and not to be filled twice
 _SHOWN_TOKENS = 8
+_UNSEEN = "backward"
 
 
 def has_finite_step(model: torch.nn.Module, losses: list[torch.Tensor]) -> torch.Tensor:
@@ -54,6 +55,7 @@ def explain_step(trainer, model: torch.nn.Module, batches: list[dict], losses: l
         "gradient": _first_bad(_gradients(model)),
         "weight": _first_bad(model.named_parameters()),
         "place": None,
+        "unseen": False,
     }
     forget_gradients(model)
     kept = {name: copy.deepcopy(getattr(trainer, name)) for name in _TRL_COUNTERS if hasattr(trainer, name)}
@@ -61,7 +63,8 @@ def explain_step(trainer, model: torch.nn.Module, batches: list[dict], losses: l
     with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
         for index, batch in enumerate(batches):
             place = _run_again(trainer, model, batch, count)
-            if found["place"] is None and place is not None:
+            found["unseen"] |= place == _UNSEEN
+            if found["place"] is None and place not in (None, _UNSEEN):
                 found["place"] = f"micro-batch {index}, {place}"
     for name, value in kept.items():
         setattr(trainer, name, value)
@@ -91,6 +94,8 @@ def _sentence(everywhere: list[dict]) -> str:
     places = [f"on rank {rank}: {found['place']}" for rank, found in enumerate(everywhere) if found["place"]]
     if places:
         parts.append("it begins " + "; ".join(places))
+    elif any(found["unseen"] for found in everywhere):
+        parts.append("every forward is finite, and FSDP or re-entrant checkpointing lets nobody look at its backward")
     else:
         parts.append("run once more, the same batches gave finite numbers, so it comes and goes")
     return "; ".join(parts)
@@ -106,7 +111,11 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _first_bad(tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None:
-    return next((n.removeprefix("module.") for n, t in tensors if not bool(torch.isfinite(_local(t)).all())), None)
+    return next((name.removeprefix("module.") for name, tensor in tensors if not _is_finite(_local(tensor))), None)
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    return bool(torch.isfinite(tensor.detach()).all())  # detached: checkpointing counts what a forward saves
 
 
 def _run_again(trainer, model: torch.nn.Module, batch: dict, count) -> str | None:
@@ -118,10 +127,11 @@ def _run_again(trainer, model: torch.nn.Module, batch: dict, count) -> str | Non
     try:
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, inputs, num_items_in_batch=count)
-        if watch.place is None and not bool(torch.isfinite(loss)):
+        if watch.place is None and not _is_finite(loss):
             watch.place = f"in the loss itself ({float(loss)}): every layer's output is finite"
-        # FSDP counts on a whole backward. Nor does re-entrant checkpointing know this one.
-        if watch.place is None and loss.requires_grad and not trainer.is_fsdp_enabled and not _is_reentrant(model):
+        if watch.place is None and loss.requires_grad:
+            if trainer.is_fsdp_enabled or _is_reentrant(model):
+                return _UNSEEN
             learning = [p for p in model.parameters() if p.requires_grad]
             torch.autograd.grad(loss, learning, allow_unused=True)
     finally:
@@ -148,11 +158,11 @@ class _Watch:
             if self.place is not None:
                 return
             for tensor in _tensors(output):
-                if bool(torch.isfinite(tensor).all()):
+                if _is_finite(tensor):
                     if tensor.requires_grad:
                         tensor.register_hook(lambda gradient: self._see_gradient(name, gradient))
                     continue
-                entered = any(not bool(torch.isfinite(t).all()) for t in _tensors((args, kwargs)))
+                entered = not all(_is_finite(given) for given in _tensors((args, kwargs)))
                 how = "enters" if entered else "comes out of"
                 self.place = f"forward, what {how} `{name}`{self._where(tensor)}"
                 return
@@ -160,7 +170,7 @@ class _Watch:
         return hook
 
     def _see_gradient(self, name: str, gradient: torch.Tensor) -> None:
-        if self.place is None and not bool(torch.isfinite(gradient).all()):
+        if self.place is None and not _is_finite(gradient):
             self.place = f"backward, the gradient of what comes out of `{name}`{self._where(gradient)}"
 
     def _where(self, tensor: torch.Tensor) -> str:
@@ -168,7 +178,7 @@ class _Watch:
         ids = self._ids
         if ids is None or tensor.dim() < 2 or tensor.shape[:2] != ids.shape:
             return ""
-        bad = ~torch.isfinite(tensor).flatten(2).all(-1) if tensor.dim() > 2 else ~torch.isfinite(tensor)
+        bad = ~torch.isfinite(tensor.detach().reshape(*ids.shape, -1)).all(-1)
         rows = bad.any(1).nonzero().flatten().tolist()
         first = int(bad[rows[0]].nonzero()[0])
         offset = first + (self._shard.rank * ids.shape[1] if self._shard is not None else 0)

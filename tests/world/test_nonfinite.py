@@ -1,4 +1,4 @@
-"""A loss or gradient that is not finite never reaches the weights, and is told by layer, rank and row on every rank."""
+"""A loss or gradient that is not finite never reaches the weights, and is told by layer, rank and row on all ranks."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_skipped_step_leaves_weights_and_moments_and_is_counted_in_the_log(world
 
 def test_stopping_saves_the_weights_of_before(world2, tmp_path):
     options = {"output_dir": str(tmp_path)}
-    for error, history, weights, before, steps_taken in world2.run(poison_here, (2, "forward", "stop"), options):
+    for error, _, weights, before, steps_taken in world2.run(poison_here, (2, "forward", "stop"), options):
         assert error is None and len(before) == 2 and steps_taken == [1]
         assert torch.equal(torch.cat([weight.flatten() for weight in weights.values()]), before[1])
     assert os.listdir(tmp_path) == ["checkpoint-2"]
@@ -122,6 +122,15 @@ def test_ruined_weight_is_named_and_cannot_be_skipped():
     sentence = poison(1, "weight", "skip", rank=0)[0]
     assert "the weight `model.norm.weight` itself is not finite on rank 0" in sentence
     assert "No later step can be finite" in sentence
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed_layers_are_told_too(reentrant):
+    how = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
+    assert "forward, what comes out of `model.layers.0.mlp`" in poison(1, "forward", "raise", rank=0, **how)[0]
+    backward = poison(1, "backward", "raise", rank=0, **how)[0]
+    seen = "on rank 0: micro-batch 0, backward, the gradient of what comes out of `model.layers.0.mlp"
+    assert ("re-entrant checkpointing lets nobody look" if reentrant else seen) in backward
 
 
 def test_off_leaves_it_to_the_host():
