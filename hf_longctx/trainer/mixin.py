@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from transformers.loss.loss_utils import LOSS_MAPPING
 
-from ..callbacks.replicas import attach_replica_guard
 from ..config import LongContextConfig
 from ..losses.token_mean import token_mean
 from ..parallel.mesh import SequenceMesh
@@ -50,7 +49,7 @@ class SequenceParallelMixin(SurvivalMixin, ShardedEvaluationMixin):
         self._probe: ProbeResult | None = None
         self._checks_packing = self.long_context.check_packing
         self._align_losses()
-        attach_replica_guard(self, self.long_context.check_replicas, self.mesh.sequence_parallel_size)
+        self._attach_guards()
         tile_trainer_mlps(self, self._memory)
         # FSDP places parameters when training starts; the probe then runs on the first batch.
         if self.shards_batches and next(self.model.parameters()).device.type == self.args.device.type:

@@ -7,11 +7,17 @@ another that has gone another way.
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..callbacks.replicas import attach_replica_guard
+from .checkpoints import choose_checkpoint, write_checkpoint
+from .faults import HangWatch, clear_fault, report_fault
 from .nonfinite import explain_step, forget_gradients, has_finite_step
+from .termination import EXIT_CODE, take_over_sigterm
 
 
 logger = logging.getLogger(__name__)
@@ -22,14 +28,51 @@ class SurvivalMixin:
 
     _num_skipped_steps = 0
 
+    def _attach_guards(self) -> None:
+        attach_replica_guard(self, self.long_context.check_replicas, self.mesh.sequence_parallel_size)
+        self._hang_watch, self._micro_batches = HangWatch(), []
+        self.add_callback(self._hang_watch)
+        self._termination = take_over_sigterm(self)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """The host's, from a checkpoint that was looked at first; see [`choose_checkpoint`].
+
+        Raises:
+            SystemExit: with 143, after a SIGTERM under `enable_jit_checkpoint`, once the checkpoint is written.
+        """
+        checkpoint = choose_checkpoint(self, resume_from_checkpoint)
+        clear_fault()
+        self._micro_batches = []
+        try:
+            with self._termination:
+                output = super().train(checkpoint, *args, **kwargs)
+        except Exception as error:
+            report_fault(error, self.state.global_step)
+            raise
+        finally:
+            self._hang_watch.end()
+        if self._termination.is_agreed:
+            if self.is_world_process_zero():
+                folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                logger.warning(
+                    f"SIGTERM: the run stops after step {self.state.global_step}, saved in "
+                    f"`{Path(self.args.output_dir, folder)}`; `resume_from_checkpoint=True` goes on from there"
+                )
+            raise SystemExit(EXIT_CODE)
+        return output
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        write_checkpoint(self, folder, lambda: super(SurvivalMixin, self)._save_checkpoint(model, trial))
+
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The host's, then a look at the numbers before the optimizer takes them."""
         batch = dict(inputs)  # the host holds it for the whole step anyway
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._watches_numbers:
-            self._micro_batches = [*getattr(self, "_micro_batches", []), (batch, loss)]
-            if self.accelerator.sync_gradients:
-                self._settle_step(model, num_items_in_batch)
+            self._micro_batches.append((batch, loss))
+        if self.accelerator.sync_gradients and (self._watches_numbers or self._termination.is_on):
+            self._settle_step(model, num_items_in_batch)
         return loss
 
     @property
@@ -39,18 +82,18 @@ class SurvivalMixin:
         return self.long_context.on_nonfinite != "off" and not scales and not self.is_deepspeed_enabled
 
     def _settle_step(self, model, num_items_in_batch) -> None:
-        batches, losses = (list(column) for column in zip(*self._micro_batches))
+        """Decide for all ranks what any of them has seen. Communication: one all-reduce of two integers."""
+        batches, losses = [batch for batch, _ in self._micro_batches], [loss for _, loss in self._micro_batches]
         self._micro_batches = []
-        if self._agree(~has_finite_step(model, losses)):
+        is_bad = ~has_finite_step(model, losses) if losses else torch.tensor(False)
+        asked = torch.tensor(self._termination.is_asked)
+        seen = torch.stack([flag.to(self.args.device) for flag in (is_bad, asked)]).int()
+        if self.args.world_size > 1:
+            dist.all_reduce(seen, dist.ReduceOp.MAX)
+        is_bad, self._termination.is_agreed = map(bool, seen.tolist())
+        if is_bad:
             self._refuse_step(explain_step(self, model, batches, losses, num_items_in_batch))
             forget_gradients(model)
-
-    def _agree(self, *seen: torch.Tensor | bool) -> bool:
-        """Whether any rank has seen it. Communication: one all-reduce of an integer."""
-        flag = torch.stack([torch.as_tensor(one, device=self.args.device) for one in seen]).int()
-        if self.args.world_size > 1:
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-        return bool(flag.any())
 
     def _refuse_step(self, fault: dict) -> None:
         policy = self.long_context.on_nonfinite
