@@ -7,6 +7,8 @@ token once over all ranks and accumulation steps and scales its loss by the worl
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from transformers.loss.loss_utils import LOSS_MAPPING
@@ -44,7 +46,9 @@ class SequenceParallelMixin(SurvivalMixin, ShardedEvaluationMixin):
         check_collator(self)
         check_model(self.model, self.long_context)
         warn_about_dropout(self.model, self.long_context.sequence_parallel_size)
-        self.mesh = SequenceMesh.build(self.long_context.sequence_parallel_size)
+        self.mesh = SequenceMesh.build(
+            self.long_context.sequence_parallel_size, timedelta(seconds=self.args.ddp_timeout)
+        )
         self.shards_batches = runs_our_attention(self.model)
         self._probe: ProbeResult | None = None
         self._checks_packing = self.long_context.check_packing

@@ -126,12 +126,12 @@ def test_dead_data_worker_ends_the_run_with_its_signal():
 
 
 def sleep_here(size, seconds):
-    return watched(size, lambda: time.sleep(seconds), ddp_timeout=4)
+    return watched(size, lambda: time.sleep(seconds), ddp_timeout=8)
 
 
 def test_hang_is_told_by_rank_and_call_before_the_timeout(world2):
     """Rank 1 sleeps for a while; both ranks say so, and in which call rank 0 waits for it. Then the run goes on."""
-    for ended, lines, step, _ in world2.run(sleep_here, 2, 4.5):
+    for ended, lines, step, _ in world2.run(sleep_here, 2, 5.5):
         assert ended == "returned" and step == 4
         told = [line for line in lines if line.startswith("no progress for ")]
         assert len(told) == 1, lines
