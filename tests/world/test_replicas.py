@@ -136,3 +136,43 @@ def test_checksum_of_a_view_is_that_of_its_numbers():
 def test_interval_must_be_a_positive_integer(every):
     with pytest.raises(ValueError, match="`every` .* must be a positive integer"):
         ReplicaGuard(every=every)
+
+
+def compare_under_fsdp2(what: str):
+    """Every rank holds another part of the weights, which is no drift; what FSDP2 replicates is compared."""
+    from types import SimpleNamespace
+
+    from torch.distributed.fsdp import fully_shard
+
+    from hf_longctx.trainer.nonfinite import has_finite_step
+
+    from ..models import build
+
+    model, rank = build("llama", "sdpa"), torch.distributed.get_rank()
+    for layer in model.model.layers:
+        fully_shard(layer)
+    fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ids = torch.arange(3, 13).view(1, 10) + rank
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    finite = bool(has_finite_step(model, [loss.detach()]))
+    if what == "gradient" and rank == 1:
+        model.model.norm.weight.grad.to_local()[0] = torch.inf
+    elif what == "counter" and rank == 1:
+        optimizer.param_groups[0]["lr"] = 0.5
+    spoiled = bool(has_finite_step(model, [loss.detach()]))
+    optimizer.step()
+    arguments = SimpleNamespace(device=torch.device("cpu"))
+    try:
+        ReplicaGuard(every=1).on_step_end(arguments, SimpleNamespace(global_step=1), None, model, optimizer)
+    except RuntimeError as error:
+        return finite, spoiled, str(error)
+    return finite, spoiled, None
+
+
+def test_parts_of_fsdp2_are_not_compared_and_what_it_replicates_is(world2):
+    assert world2.run(compare_under_fsdp2, "nothing") == [(True, True, None)] * 2
+    for _, _, sentence in world2.run(compare_under_fsdp2, "counter"):
+        assert "`lr` of the optimizer's group 0 is 0.001 on rank 0, 0.5 on rank 1" in sentence
+    assert [spoiled for _, spoiled, _ in world2.run(compare_under_fsdp2, "gradient")] == [True, False]
