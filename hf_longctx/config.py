@@ -29,6 +29,7 @@ def validate_sequence_parallel_size(size: object) -> None:
         )
 
 
+NONFINITE_POLICIES = ("raise", "skip", "stop", "off")
 MEMORY_PRESETS = ("off", "loss", "mlp", "checkpoint", "max", "auto")
 
 
@@ -36,6 +37,14 @@ def validate_tokens(name: str, value: object) -> None:
     """Raise `ValueError` unless `value` is `None` or a positive integer."""
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ValueError(f"`{name}` ({value!r}) must be a positive integer, a number of tokens, or unset.")
+
+
+def validate_interval(name: str, value: object) -> None:
+    """Raise `ValueError` unless `value` is 0 or a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(
+            f"`{name}` ({value!r}) must be a positive integer, a number of optimizer steps, or 0 for never."
+        )
 
 
 def validate_inner_attention(name: object) -> None:
@@ -76,6 +85,13 @@ class LongContextConfig:
             Tokens of a row that an MLP works on at a time. Unset: all of them, or what the rung takes.
         planned_tokens (`int`, *optional*):
             Tokens of the longest row, for `"auto"`; read from the collator or from `max_length` where they tell.
+        check_replicas (`int`, *optional*, defaults to 100):
+            Optimizer steps between two comparisons of what ranks must agree on, parameters and optimizer state bit for
+            bit; the run stops on all ranks if they differ. 0 turns it off.
+        on_nonfinite (`str`, *optional*, defaults to `"raise"`):
+            What happens to a step whose loss or gradient is not finite on any rank; the optimizer never takes it.
+            `"raise"` names layer, rank and rows; `"skip"` says the same in a warning, goes on and logs
+            `skipped_steps`; `"stop"` saves a checkpoint and ends training; `"off"` leaves it to the host.
 
     Raises:
         ValueError: a field has a value that no run could use.
@@ -109,6 +125,16 @@ class LongContextConfig:
         default=None, metadata={"help": "Tokens of the longest row, where `memory` is auto and nothing else tells."}
     )
 
+    check_replicas: int = field(
+        default=100,
+        metadata={"help": "Optimizer steps between two checks that all ranks hold the same weights; 0: never."},
+    )
+
+    on_nonfinite: str = field(
+        default="raise",
+        metadata={"help": "What happens to a step that is not finite: " + ", ".join(NONFINITE_POLICIES) + "."},
+    )
+
     def __post_init__(self) -> None:
         validate_sequence_parallel_size(self.sequence_parallel_size)
         validate_inner_attention(self.inner_attention)
@@ -116,3 +142,6 @@ class LongContextConfig:
             raise ValueError(f"`memory` ({self.memory!r}) must be one of {', '.join(MEMORY_PRESETS)}.")
         for name in ("loss_tile_size", "mlp_tile_size", "planned_tokens"):
             validate_tokens(name, getattr(self, name))
+        validate_interval("check_replicas", self.check_replicas)
+        if self.on_nonfinite not in NONFINITE_POLICIES:
+            raise ValueError(f"`on_nonfinite` ({self.on_nonfinite!r}) must be one of {', '.join(NONFINITE_POLICIES)}.")

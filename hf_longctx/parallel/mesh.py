@@ -7,6 +7,7 @@ whenever `sequence_parallel_size` fits there. This is the only file that creates
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch.distributed as dist
 
@@ -31,11 +32,14 @@ class SequenceMesh:
         return self.data_parallel_size * self.sequence_parallel_size
 
     @classmethod
-    def build(cls, sequence_parallel_size: int = 1) -> SequenceMesh:
+    def build(cls, sequence_parallel_size: int = 1, timeout: timedelta | None = None) -> SequenceMesh:
         """Lay the running processes out as `dp x sp`.
 
         Args:
             sequence_parallel_size (`int`, *optional*, defaults to 1): processes that share one sequence, `P`.
+            timeout (`timedelta`, *optional*):
+                How long a rank waits for the others of its group. Unset: torch's default for a backend, half an hour
+                on gloo, whatever the whole world was given.
 
         Returns:
             [`SequenceMesh`]: with `data_parallel_size = W / P`; rank `r` is `(r // P, r % P)`.
@@ -63,7 +67,7 @@ class SequenceMesh:
         if sequence_parallel_size > 1:
             rows = range(0, world_size, sequence_parallel_size)
             members = [list(range(first, first + sequence_parallel_size)) for first in rows]
-            group, _ = dist.new_subgroups_by_enumeration(members)
+            group, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
         return cls(
             data_parallel_size=world_size // sequence_parallel_size,
             sequence_parallel_size=sequence_parallel_size,

@@ -2,10 +2,12 @@
 
 Batches arrive from the data loader already cut, with their labels shifted over whole rows. The host then counts every
 token once over all ranks and accumulation steps and scales its loss by the world size, which is the gradient law; so
-neither `compute_loss` nor `training_step` is touched.
+`compute_loss` is not touched, and `training_step` only to look at what it gave.
 """
 
 from __future__ import annotations
+
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,9 +24,10 @@ from .loss import AlignedLoss
 from .memory import apply_memory, prepare_memory, tile_trainer_loss
 from .packing import check_collator, check_packed_batch, pack_dataset, packs_rows
 from .probe import ProbeResult, probe_model
+from .survival import SurvivalMixin
 
 
-class SequenceParallelMixin(ShardedEvaluationMixin):
+class SequenceParallelMixin(SurvivalMixin, ShardedEvaluationMixin):
     """Put in front of a host trainer class: `class X(SequenceParallelMixin, Trainer)`.
 
     Args:
@@ -43,11 +46,14 @@ class SequenceParallelMixin(ShardedEvaluationMixin):
         check_collator(self)
         check_model(self.model, self.long_context)
         warn_about_dropout(self.model, self.long_context.sequence_parallel_size)
-        self.mesh = SequenceMesh.build(self.long_context.sequence_parallel_size)
+        self.mesh = SequenceMesh.build(
+            self.long_context.sequence_parallel_size, timedelta(seconds=self.args.ddp_timeout)
+        )
         self.shards_batches = runs_our_attention(self.model)
         self._probe: ProbeResult | None = None
         self._checks_packing = self.long_context.check_packing
         self._align_losses()
+        self._attach_guards()
         apply_memory(self, self._memory)
         # FSDP places parameters when training starts; the probe then runs on the first batch.
         if self.shards_batches and next(self.model.parameters()).device.type == self.args.device.type:

@@ -118,3 +118,14 @@ def test_yaml_value_is_validated(parse):
 def test_misspelled_yaml_key_raises(parse):
     with pytest.raises(ValueError, match="sequence_paralel_size"):
         parse("sequence_paralel_size: 4\n")
+
+
+@pytest.mark.parametrize("steps", [-1, 2.5, True, "100"])
+def test_interval_that_is_no_number_of_steps_is_refused(steps):
+    with pytest.raises(ValueError, match="`check_replicas` .* or 0 for never"):
+        LongContextConfig(check_replicas=steps)
+
+
+def test_unknown_policy_for_steps_that_are_not_finite_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="`on_nonfinite` \\('ignore'\\) must be one of raise, skip, stop, off"):
+        LongContextConfig(on_nonfinite="ignore")

@@ -35,6 +35,9 @@ def parameters(function) -> list[str]:
         ("_remove_unused_columns", ["dataset", "description"]),
         ("_get_collator_with_removed_columns", ["data_collator", "description"]),
         ("get_total_train_batch_size", ["args"]),
+        ("training_step", ["model", "inputs", "num_items_in_batch"]),
+        ("_save_checkpoint", ["model", "trial"]),
+        ("_get_output_dir", ["trial"]),
         ("prediction_step", ["model", "inputs", "prediction_loss_only", "ignore_keys"]),
         (
             "evaluation_loop",
@@ -150,3 +153,26 @@ def test_trl_trainer_seams():
 
     assert parameters(SFTTrainer.compute_loss)[1:] == ["model", "inputs", "return_outputs", "num_items_in_batch"]
     assert parameters(SFTTrainer.prediction_step)[1:] == ["model", "inputs", "prediction_loss_only", "ignore_keys"]
+
+
+def test_transformers_gives_sigterm_back_and_steps_after_training_step():
+    from transformers.trainer_jit_checkpoint import JITCheckpointCallback
+
+    assert "signal.signal" in inspect.getsource(JITCheckpointCallback.on_train_end)
+    epoch = inspect.getsource(Trainer._run_epoch)
+    order = [epoch.index(part) for part in ("self.training_step(", "self._clip_grad_norm(", "self.optimizer.step()")]
+    assert order == sorted(order), "transformers changed the order of `Trainer._run_epoch`"
+
+
+def test_torch_has_a_default_store_and_optimizers_leave_parameters_without_gradient():
+    from torch.distributed import distributed_c10d
+
+    assert callable(distributed_c10d._get_default_store)
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=1.0, weight_decay=1.0)
+    weight.sum().backward()
+    optimizer.step()
+    before, state = weight.detach().clone(), {k: v.clone() for k, v in optimizer.state[weight].items()}
+    weight.grad = None
+    optimizer.step()
+    assert torch.equal(weight, before) and all(torch.equal(optimizer.state[weight][k], v) for k, v in state.items())

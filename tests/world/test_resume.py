@@ -1,0 +1,229 @@
+"""A resumed run is the uninterrupted one: to the bit on the same processes, to rounding on others; or it is refused.
+
+Tolerance 1e-6 relative, where another split sums in another order: three steps of AdamW in fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+
+import datasets
+import pytest
+import torch
+
+from hf_longctx import PackingCollator
+from hf_longctx.trainer.checkpoints import UNFINISHED, last_whole_checkpoint
+
+from ..training import Rows, Stream, reset_host, train
+from .test_replicas import with_dropout
+
+
+def hub_rows():
+    return datasets.Dataset.from_list(Rows(48).rows).to_iterable_dataset()
+
+
+BUDGET = {"data_collator": PackingCollator(max_tokens=48)}
+DATA = {
+    "rows": {"rows": Rows(16)},
+    "stream": {"rows": Stream(Rows(48)), "accelerator_config": {"dispatch_batches": False}},
+    "hub stream": {"rows": hub_rows(), "accelerator_config": {"dispatch_batches": False}},
+    "packed rows": {"rows": Rows(44), "trainer_options": BUDGET},
+    "packed stream": {"rows": Stream(Rows(80)), "trainer_options": BUDGET},
+}
+RUN = {"optim": "adamw_torch", "learning_rate": 1e-2, "lr_scheduler_type": "linear", "max_steps": 6}
+SAVE = {"save_strategy": "steps", "save_steps": 3}
+
+
+def run_here(size, options):
+    try:
+        return train(size, **options)
+    finally:
+        reset_host()
+
+
+def refuse_here(size, options, own_folders=None):
+    """The sentence that a resumed run is refused with, and how far it came."""
+    seen = []
+    if own_folders is not None:
+        options = {**options, "resume": own_folders[torch.distributed.get_rank()]}
+    try:
+        train(size, **options, after=seen.append)
+    except ValueError as error:
+        return str(error)
+    finally:
+        reset_host()
+
+
+def later_steps(history):
+    return [
+        (e["step"], e["loss"], e["grad_norm"], e["learning_rate"]) for e in history if "loss" in e and e["step"] > 3
+    ]
+
+
+@pytest.mark.parametrize("kind", ["rows", "packed rows", "packed stream"])
+def test_same_processes_go_on_bit_for_bit_with_dropout(world2, tmp_path, kind):
+    run = {**RUN, **DATA[kind], "prepare": with_dropout, "output_dir": str(tmp_path), "per_device_train_batch_size": 2}
+    whole = world2.run(run_here, 2, {**run, **SAVE})
+    plain = world2.run(run_here, 2, {**run, "prepare": None})
+    resumed = world2.run(run_here, 2, {**run, "resume": str(tmp_path / "checkpoint-3")})
+    for before, after in zip(whole, resumed):
+        assert len(later_steps(before[0])) == 3
+        assert later_steps(after[0]) == later_steps(before[0])
+        assert all(torch.equal(after[1][name], weight) for name, weight in before[1].items())
+    assert later_steps(plain[0][0]) != later_steps(whole[0][0]), "dropout draws nothing"
+
+
+@pytest.mark.parametrize("kind", DATA)
+def test_two_groups_go_on_as_one_group_of_two(world2, tmp_path, kind):
+    """`dp = 2` to `P = 2` with the same rows in a step: twice the rows, or two accumulation steps."""
+    run = {**RUN, **DATA[kind], "output_dir": str(tmp_path)}
+    whole = world2.run(run_here, 1, {**run, **SAVE, "attention": "packed", "per_device_train_batch_size": 2})[0]
+    splits = [{"per_device_train_batch_size": 4}]
+    if kind in ("rows", "packed stream"):
+        splits.append({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
+    for split in splits:
+        for after in world2.run(run_here, 2, {**run, **split, "resume": str(tmp_path / "checkpoint-3")}):
+            assert len(later_steps(after[0])) == 3
+            for mine, other in zip(later_steps(after[0]), later_steps(whole[0])):
+                assert mine == pytest.approx(other, rel=1e-6)
+            for name, weight in whole[1].items():
+                assert (after[1][name] - weight).abs().max() <= 1e-6 * weight.abs().max(), name
+
+
+# Refused before the first step
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with checkpoint-3 and checkpoint-6 of one process."""
+    folder = tmp_path_factory.mktemp("saved")
+    run_here(1, {**RUN, **SAVE, "output_dir": str(folder)})
+    return folder
+
+
+@pytest.fixture
+def copied(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+DAMAGE = {
+    "model.safetensors": (cut, "cut off or damaged"),
+    "optimizer.pt": (cut, "is cut off or was not written by torch"),
+    "rng_state.pth": (cut, "is cut off or was not written by torch"),
+    "trainer_state.json": (cut, "cannot be read"),
+    "scheduler.pt": (lambda path: path.unlink(), "is missing, so the optimizer would start anew"),
+    UNFINISHED: (lambda path: path.touch(), "the run ended while this checkpoint was written"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_file_is_named_and_the_newest_whole_checkpoint_is_taken_instead(copied, name, caplog):
+    damage, words = DAMAGE[name]
+    damage(copied / "checkpoint-6" / name)
+    options = {**RUN, "output_dir": str(copied)}
+    sentence = refuse_here(1, {**options, "resume": str(copied / "checkpoint-6")})
+    assert f"`{copied / 'checkpoint-6' / name}`" in sentence and words in sentence
+    if name != "scheduler.pt":  # a checkpoint that was saved without its optimizer is whole, and refused
+        assert last_whole_checkpoint(copied) == copied / "checkpoint-3"
+        history, _, extra = run_here(1, {**options, "max_steps": 7, "resume": True})
+        assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4, 5, 6, 7]
+        assert "is passed over" in caplog.text
+
+
+def test_checkpoint_of_another_model_is_refused(copied):
+    options = {**RUN, "output_dir": str(copied), "resume": str(copied / "checkpoint-6")}
+    assert "describes a model of type 'llama', and this run trains 'mistral'" in refuse_here(
+        1, {**options, "model": "mistral"}
+    )
+
+    def wider(_):
+        from ..models import build
+
+        return build("llama", "ulysses", intermediate_size=80)
+
+    sentence = refuse_here(1, {**options, "prepare": wider})
+    assert (
+        "is of another model: `model.layers.0.mlp.down_proj.weight` has shape (48, 64) there and (48, 80)" in sentence
+    )
+
+
+def test_adapter_and_whole_model_are_told_apart(copied, tmp_path):
+    from .test_trainer import with_lora
+
+    options = {**RUN, **SAVE, "prepare": with_lora, "output_dir": str(tmp_path / "lora")}
+    whole = run_here(1, options)
+    adapter = {**options, "resume": str(tmp_path / "lora" / "checkpoint-3")}
+    assert later_steps(run_here(1, adapter)[0]) == later_steps(whole[0])
+    assert "`" + str(copied / "checkpoint-6" / "adapter_model.safetensors") + "` is missing" in refuse_here(
+        1, {**options, "resume": str(copied / "checkpoint-6")}
+    )
+    assert "model.safetensors` is missing, and the run trains a whole model" in refuse_here(
+        1, {**adapter, "prepare": None}
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"per_device_train_batch_size": 4}, "rows_per_optimizer_step"),
+        ({"seed": 6}, "seed"),
+        ({"rows": Rows(17)}, "num_rows"),
+    ],
+)
+def test_run_that_would_draw_other_rows_is_refused_unless_told_to_begin_them_anew(copied, change, name):
+    options = {**RUN, **change, "output_dir": str(copied), "resume": str(copied / "checkpoint-3")}
+    assert f"says `{name}` " in refuse_here(1, options)
+    if name == "num_rows":
+        assert refuse_here(1, {**options, "ignore_data_skip": True}) is None
+
+
+def test_another_split_is_refused_where_the_last_step_of_an_epoch_depends_on_it(tmp_path):
+    """Eighteen rows, four a step: two are left, which two groups fill up and two accumulation steps do not."""
+    options = {**RUN, "rows": Rows(18), "output_dir": str(tmp_path)}
+    run_here(1, {**options, **SAVE, "per_device_train_batch_size": 4})
+    options = {**options, "resume": str(tmp_path / "checkpoint-3")}
+    assert refuse_here(1, {**options, "per_device_train_batch_size": 4}) is None
+    sentence = refuse_here(1, {**options, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
+    assert "an epoch has 18 rows, which steps of 4 do not divide" in sentence
+    assert "Keep them at 4, 1, 1 (this run has 2, 1, 2)" in sentence
+
+
+def test_all_ranks_refuse_what_one_of_them_sees(world2, copied):
+    cut(copied / "checkpoint-6" / "optimizer.pt")
+    folders = [str(copied / "checkpoint-3"), str(copied / "checkpoint-6")]
+    options = {**RUN, "output_dir": str(copied), "per_device_train_batch_size": 2}
+    first, second = world2.run(refuse_here, 2, options, folders)
+    assert first == second and first.endswith("(seen by rank 1)") and "optimizer.pt`" in first
+
+
+# A disk that is full
+
+
+@pytest.mark.parametrize("fits", ["nothing", "the weights"])
+def test_full_disk_leaves_the_last_whole_checkpoint_and_says_so(copied, fits):
+    """The system itself refuses to write more than so many bytes into a file."""
+    sizes = {name: (copied / "checkpoint-3" / name).stat().st_size for name in ("model.safetensors", "optimizer.pt")}
+    limit = 20_000 if fits == "nothing" else (sizes["model.safetensors"] + sizes["optimizer.pt"]) // 2
+    assert limit < sizes["optimizer.pt"] and (fits == "nothing") == (limit < sizes["model.safetensors"])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with pytest.raises(RuntimeError) as error:
+            run_here(1, {**RUN, **SAVE, "max_steps": 9, "output_dir": str(copied), "resume": True})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert f"`{copied / 'checkpoint-9'}` could not be written by rank 0" in str(error.value)
+    assert f"The last whole checkpoint is `{copied / 'checkpoint-6'}`" in str(error.value)
+    assert not (copied / "checkpoint-9").exists()
+
+
+def test_whole_checkpoint_carries_no_mark_and_says_what_run_it_is_of(saved):
+    assert not (saved / "checkpoint-3" / UNFINISHED).exists()
+    facts = json.loads((saved / "checkpoint-3" / "hf_longctx.json").read_text())
+    assert (facts["world_size"], facts["rows_per_optimizer_step"], facts["num_rows"]) == (1, 2, 16)
