@@ -15,6 +15,7 @@ from ..config import LongContextConfig
 from ..data.packing_collator import PackingCollator
 from ..losses.tiled_forward import tile_loss
 from ..losses.tiled_proof import prove_tiled_loss
+from ..memory.measure import free_bytes
 from ..memory.presets import MLP_TILE_SIZE, PRESETS, Preset
 from ..memory.tiled_mlp import tile_mlp
 from .checks import unwrap
@@ -36,9 +37,12 @@ def prepare_memory(config: LongContextConfig, args, model, collator) -> Preset:
         collator: likewise; a [`PackingCollator`] tells how long rows are.
 
     Raises:
-        ValueError: `memory="auto"` does not know how long rows are, or no rung is enough for them.
+        ValueError: `memory="auto"` does not know the model or how long rows are, or no rung is enough for them; the
+            host has not enough memory for the checkpoints that the rung offloads.
     """
     preset = _plan(config, args, model, collator) if config.memory == "auto" else PRESETS[config.memory]
+    if args is not None and preset.offload and args.device.type != "cpu" and isinstance(model, torch.nn.Module):
+        _validate_host_memory(config, args, model, collator, preset)
     if args is not None and preset.checkpointing:
         for name in ("activation_checkpointing", "gradient_checkpointing"):  # older hosts know the second only
             if hasattr(args, name):
@@ -112,6 +116,16 @@ def _plan(config: LongContextConfig, args, model, collator) -> Preset:
     from ..memory.ledger import Planner  # its simulations import half of torch, and most runs do without
 
     tokens = _row_tokens(config, args, collator)
+    if tokens is None:
+        raise ValueError(
+            "`memory` ('auto') does not know how long rows are: set `planned_tokens` to the tokens of the longest, or "
+            "`memory` to 'max' or 'off'."
+        )
+    if not isinstance(model, torch.nn.Module):
+        raise ValueError(
+            f"`memory` ('auto') plans a model that is loaded, and `model` is {model!r}: load it with "
+            "`from_pretrained` and pass the object, or set `memory` to one of its rungs."
+        )
     settings = settings_of(config, args, model, tokens, args.per_device_train_batch_size)
     device_bytes = _device_bytes(args)
     try:
@@ -136,22 +150,46 @@ def _plan(config: LongContextConfig, args, model, collator) -> Preset:
     return preset
 
 
-def _row_tokens(config: LongContextConfig, args, collator) -> int:
+def _validate_host_memory(config: LongContextConfig, args, model, collator, preset: Preset) -> None:
+    """Raise `ValueError` if the checkpoints of the longest row, of all ranks of this host, are more than it has free.
+
+    Where nobody tells how long rows are, or the model cannot be planned, nothing can be said.
+    """
+    from ..memory.ledger import Planner
+
+    tokens = _row_tokens(config, args, collator)
+    if tokens is None:
+        return
+    settings = settings_of(config, args, model, tokens, args.per_device_train_batch_size)
+    settings, host_bytes = settings.of(processes_per_host=_local_world_size()), free_bytes("cpu")
+    try:
+        planner = Planner(unwrap(model).config)
+        needed = planner.ledger(planner.preset(preset, settings)).host
+    except NotImplementedError:
+        return
+    if needed > host_bytes:
+        raise ValueError(
+            f"`memory` ({config.memory!r}) keeps {needed / _GIB:.2f} GiB of checkpoints in the memory of this host "
+            f"for rows of {tokens:,} tokens, and {host_bytes / _GIB:.2f} GiB are free: shorten rows, start fewer "
+            "processes on a host, or set `memory` to 'checkpoint'."
+        )
+
+
+def _row_tokens(config: LongContextConfig, args, collator) -> int | None:
+    """Tokens of the longest row, where somebody tells."""
     if config.planned_tokens is not None:
         return config.planned_tokens
     if isinstance(collator, PackingCollator) and collator.max_tokens is not None:
         return collator.max_tokens
-    if getattr(args, "max_length", None) is not None:
-        return args.max_length
-    raise ValueError(
-        "`memory` ('auto') does not know how long rows are: set `planned_tokens` to the tokens of the longest, or "
-        "`memory` to 'max' or 'off'."
-    )
+    return getattr(args, "max_length", None)
 
 
 def _device_bytes(args) -> int:
     """Memory of this process's device; on a CPU, its part of the machine's."""
     if args.device.type == "cuda":
         return torch.cuda.get_device_properties(args.device).total_memory
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _local_world_size()
+
+
+def _local_world_size() -> int:
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import tempfile
 
 import pytest
 import torch
@@ -117,20 +118,31 @@ def test_mixture_of_experts_is_left_whole_by_a_preset_and_refused_by_name(caplog
 # The planner decides
 
 
+@pytest.fixture(scope="module")
+def planner():
+    return Planner(build("llama", "packed", vocab_size=8192).config)
+
+
+@pytest.fixture
+def one_planner(planner, monkeypatch):
+    """The runs of this file are planned by one planner, which keeps its simulations."""
+    monkeypatch.setattr(ledger, "Planner", lambda config: planner)
+
+
 def chosen(monkeypatch, device_bytes: int, tokens: int | None = 65_536, collator=None) -> str:
     monkeypatch.setattr(memory, "_device_bytes", lambda _: device_bytes)
     config = LongContextConfig(memory="auto", planned_tokens=tokens)
     # A loss tile of few words holds very many tokens, and as many are simulated.
     model = build("llama", "packed", vocab_size=8192)
-    return memory.prepare_memory(config, arguments("unused"), model, collator).name
+    return memory.prepare_memory(config, arguments(tempfile.mkdtemp()), model, collator).name
 
 
-def test_auto_takes_the_first_rung_that_fits(monkeypatch):
+def test_auto_takes_the_first_rung_that_fits(one_planner, monkeypatch):
     # Planned: 12.7, 1.02, 0.77, 0.41 and 0.36 GiB from rung to rung, of 92 % of the device.
     assert [chosen(monkeypatch, gib * 2**30) for gib in (64.0, 0.9, 0.46)] == ["off", "mlp", "checkpoint"]
 
 
-def test_auto_reads_lengths_from_the_collator(monkeypatch):
+def test_auto_reads_lengths_from_the_collator(one_planner, monkeypatch):
     assert chosen(monkeypatch, 64 * 2**30, None, PackingCollator(max_tokens=48)) == "off"
 
 
@@ -139,13 +151,37 @@ def test_auto_without_a_length_is_refused():
         train(1, attention="packed", context={"memory": "auto"})
 
 
-def test_auto_refuses_what_no_rung_can_hold(monkeypatch):
+def test_auto_refuses_what_no_rung_can_hold(one_planner, monkeypatch):
     with pytest.raises(ValueError, match="longest that the plan has room for are"):
-        chosen(monkeypatch, 2**26, 2**30)
+        chosen(monkeypatch, 2**26, 2**20)
+
+
+def test_auto_needs_a_loaded_model():
+    config = LongContextConfig(memory="auto", planned_tokens=64)
+    with pytest.raises(ValueError, match="`model` is 'org/name': load it with `from_pretrained`"):
+        memory.prepare_memory(config, arguments(tempfile.mkdtemp()), "org/name", None)
+
+
+@pytest.mark.parametrize("rung", ["max", "auto"])
+def test_offload_that_the_host_has_no_memory_for_is_refused(one_planner, monkeypatch, rung):
+    args, tokens = arguments(tempfile.mkdtemp()), 2**16
+    monkeypatch.setattr(type(args), "device", torch.device("cuda"))
+    monkeypatch.setattr(memory, "_device_bytes", lambda _: int(0.42 * 2**30))
+    config = LongContextConfig(memory=rung, planned_tokens=tokens)
+    model = build("llama", "packed", vocab_size=8192)
+    needed = 2 * 2**25  # a tensor of two rows has 25.2 MB, and pinned memory comes in powers of two
+    monkeypatch.setattr(memory, "free_bytes", lambda _: needed)
+    assert memory.prepare_memory(config, args, model, None).name == "max"
+    assert args.gradient_checkpointing_kwargs["offload"]
+    monkeypatch.setattr(memory, "free_bytes", lambda _: needed - 1)
+    with pytest.raises(ValueError, match="0.06 GiB of checkpoints in the memory of this host for rows of 65,536"):
+        memory.prepare_memory(config, args, model, None)
 
 
 def test_checkpointing_that_the_user_set_keeps_its_settings():
-    args = SFTConfig("unused", use_cpu=True, bf16=False, gradient_checkpointing_kwargs={"use_reentrant": True})
+    args = SFTConfig(
+        tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing_kwargs={"use_reentrant": True}
+    )
     memory.prepare_memory(LongContextConfig(memory="max"), args, None, None)
     assert args.gradient_checkpointing
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": True, "offload": False}

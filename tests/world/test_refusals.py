@@ -207,7 +207,7 @@ def predict():
     reset_host()
     trainer = LongContextTrainer(
         model=build("llama", "ulysses"),
-        args=arguments("unused"),
+        args=arguments(tempfile.mkdtemp()),
         data_collator=pad_right,
         long_context=LongContextConfig(sequence_parallel_size=2),
     )
