@@ -164,6 +164,28 @@ def test_checkpoint_of_another_model_is_refused(copied):
     )
 
 
+def test_distributed_checkpoint_is_read_by_its_directory(tmp_path):
+    """As accelerate writes it for FSDP2: the model's tensors under `model.`, the optimizer in a folder of its own."""
+    from torch.distributed import checkpoint
+
+    from hf_longctx.trainer.checkpoint_weights import check_weights
+
+    from ..models import build
+
+    model = build("llama", "sdpa")
+    folder = tmp_path / "pytorch_model_fsdp_0"
+    checkpoint.save({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
+    with pytest.raises(ValueError, match="optimizer_0/.metadata` is missing"):
+        check_weights(model, tmp_path)
+    checkpoint.save({"optimizer": {"step": torch.ones(3)}}, checkpoint_id=tmp_path / "optimizer_0", no_dist=True)
+    check_weights(model, tmp_path)
+    with pytest.raises(ValueError, match="is of another model"):
+        check_weights(build("llama", "sdpa", num_hidden_layers=3), tmp_path)
+    cut(next(folder.glob("*.distcp")))
+    with pytest.raises(ValueError, match="fewer than its `.metadata` says"):
+        check_weights(model, tmp_path)
+
+
 def test_adapter_and_whole_model_are_told_apart(copied, tmp_path):
     from .test_trainer import with_lora
 
