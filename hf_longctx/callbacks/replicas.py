@@ -10,9 +10,11 @@ one all-reduce of a few integers.
 from __future__ import annotations
 
 import hashlib
+import random
 from collections import Counter
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
@@ -73,19 +75,19 @@ class ReplicaGuard(TrainerCallback):
         tensors, facts = replicated(model, optimizer)
         facts = {"step": state.global_step, **facts}
         sums = dict(zip(tensors, checksums(list(tensors.values()), args.device)))
-        random = random_digest(args.device) if has_dropout(model) else 0
+        drawn = random_digest(args.device) if has_dropout(model) else 0
         mine = [_digest(list(sums)), _digest(list(sums.values())), _digest(list(facts.items()))]
         groups = [_LOWEST] * (dist.get_world_size() // self.sequence_parallel_size)
         inverse = list(groups)
         group = dist.get_rank() // self.sequence_parallel_size
-        groups[group], inverse[group] = random, ~random
+        groups[group], inverse[group] = drawn, ~drawn
         # The largest of `~x` is `~` of the smallest: one maximum tells whether all are equal.
         both = torch.tensor([*mine, *groups, *(~x for x in mine), *inverse], device=args.device)
         dist.all_reduce(both, dist.ReduceOp.MAX)
         largest, smallest = both.view(2, -1)
         equal = (largest == ~smallest).tolist()
         if not all(equal):
-            cause = _explain(args.device, tensors, sums, facts) or _explain_random(random, self.sequence_parallel_size)
+            cause = _explain(args.device, tensors, sums, facts) or _explain_random(drawn, self.sequence_parallel_size)
             raise RuntimeError(
                 f"ranks that must hold the same numbers differ after step {state.global_step}: {cause}. Every rank "
                 "would train its own model from here: resume from a checkpoint before the difference, and look for "
@@ -163,12 +165,14 @@ def has_dropout(model: torch.nn.Module) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def random_digest(device: torch.device) -> int:
-    """torch's random state of the CPU and of `device`, as one integer."""
-    states = [torch.get_rng_state()]
+def random_digest(device: torch.device, everyones: bool = False) -> int:
+    """torch's random state of the CPU and of `device` as one integer; with `everyones` also Python's, numpy's."""
+    states: list = [torch.get_rng_state().numpy().tobytes()]
     if device.type != "cpu":
-        states.append(torch.get_device_module(device).get_rng_state(device))
-    return _digest([state.numpy().tobytes() for state in states])
+        states.append(torch.get_device_module(device).get_rng_state(device).numpy().tobytes())
+    if everyones:
+        states += [random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]]
+    return _digest(states)
 
 
 def _digest(values: list) -> int:

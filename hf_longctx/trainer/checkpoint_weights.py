@@ -30,7 +30,8 @@ def check_weights(model: torch.nn.Module | None, path: Path) -> None:
     is_adapter = hasattr(model, "peft_config")
     sharded = path / "pytorch_model_fsdp_0"
     if sharded.is_dir():
-        _compare(sharded, _read_distributed(sharded, "model."), _expected(model))
+        wanted = _expected_adapter(model) if is_adapter else _expected(model)
+        _compare(sharded, _read_distributed(sharded, "model."), wanted)
         optimizer = path / "optimizer_0"
         if not (optimizer / ".metadata").is_file():
             raise ValueError(f"`{optimizer / '.metadata'}` is missing: the optimizer would start anew.")

@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 UNFINISHED = "checkpoint-is-incomplete.txt"  # the host's own name for it
 RUN_FILE = "hf_longctx.json"
+_NOT_COMPARED = ("world_size", "sequence_parallel_size", "split", "epoch_rows", "draws_rows")
 _TORCH_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model*.bin")
 
 
@@ -86,6 +87,7 @@ def run_facts(trainer) -> dict[str, object]:
         "epoch_rows": None if loader is None else len(loader.dataset),
         "rows_per_optimizer_step": rows * args.gradient_accumulation_steps,
         "num_rows": len(trainer.train_dataset) if is_sized else None,
+        "draws_rows": trainer._draws_rows,
         "seed": args.seed if args.data_seed is None else args.data_seed,
         "train_sampling_strategy": strategy,
         "max_tokens": trainer.data_collator.max_tokens if packs else None,
@@ -217,6 +219,12 @@ def _check_rows(trainer, folder: Path) -> None:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"`{path}` cannot be read ({error}): resume from another checkpoint.") from error
+    if saved.get("draws_rows") and trainer.args.process_index == 0:
+        logger.warning(
+            f"the collator or data set of the run that saved `{folder}` draws random numbers: training goes on with "
+            "the same rows, but the draws are not those of the uninterrupted run, because the host fetches ahead of "
+            "the random state it saves."
+        )
     facts, had = run_facts(trainer), saved.get("rows_per_optimizer_step")
     if saved.get("epoch_rows") and had and saved["epoch_rows"] % had and saved["split"] != facts["split"]:
         raise ValueError(
@@ -226,10 +234,7 @@ def _check_rows(trainer, folder: Path) -> None:
             "`ignore_data_skip=True` to begin the data anew."
         )
     for name, value in facts.items():
-        if (
-            name not in ("world_size", "sequence_parallel_size", "split", "epoch_rows")
-            and saved.get(name, value) != value
-        ):
+        if name not in _NOT_COMPARED and saved.get(name, value) != value:
             raise ValueError(
                 f"`{path}` says `{name}` {saved[name]}, and this run has {value}: other rows would be drawn than by "
                 f"the run it continues, which had {saved.get('world_size')} processes, `sequence_parallel_size` "

@@ -36,10 +36,13 @@ def clear_fault() -> None:
 
 def report_fault(error: BaseException, step: int) -> None:
     """Log why this rank stops; if it only lost another rank, that one's cause."""
+    cause = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+    if _lost_worker(error):
+        cause = f"a data worker died, often for want of memory: set fewer `dataloader_num_workers` ({cause})"
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        logger.error(f"the run stops after step {step}: {cause}")
         return
     rank, size = dist.get_rank(), dist.get_world_size()
-    cause = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
     lost_others = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _LOST_OTHERS)
     try:
         if not lost_others:
@@ -61,6 +64,13 @@ def report_fault(error: BaseException, step: int) -> None:
         )
     else:
         logger.error(f"rank {rank} of {size} stops after step {step}: {cause}")
+
+
+def _lost_worker(error: BaseException) -> bool:
+    """Whether the data loader lost a worker: it says so, or was in the middle of receiving what the worker sent."""
+    files = (Path(frame.filename).name for frame in traceback.extract_tb(error.__traceback__))
+    lost = isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error)
+    return lost and "dataloader.py" in files
 
 
 class HangWatch(TrainerCallback):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..callbacks.replicas import attach_replica_guard
+from ..callbacks.replicas import attach_replica_guard, random_digest
 from .checkpoints import choose_checkpoint, write_checkpoint
 from .faults import HangWatch, clear_fault, report_fault
 from .nonfinite import explain_step, forget_gradients, has_finite_step
@@ -27,6 +27,7 @@ class SurvivalMixin:
     """Watches each optimizer step; has `long_context` and everything of a host trainer."""
 
     _num_skipped_steps = 0
+    _draws_rows, _iterator = False, None
 
     def _attach_guards(self) -> None:
         attach_replica_guard(self, self.long_context.check_replicas, self.mesh.sequence_parallel_size)
@@ -51,6 +52,7 @@ class SurvivalMixin:
             raise
         finally:
             self._hang_watch.end()
+            self._iterator = None
         if self._termination.is_agreed:
             if self.is_world_process_zero():
                 folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
@@ -64,6 +66,15 @@ class SurvivalMixin:
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         write_checkpoint(self, folder, lambda: super(SurvivalMixin, self)._save_checkpoint(model, trial))
+
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        """The host's; notes whether a collator or data set draws random numbers in this process."""
+        began = epoch_iterator is self._iterator  # an epoch's first fetch draws a seed for workers
+        before = random_digest(torch.device("cpu"), everyones=True)
+        batches = super().get_batch_samples(epoch_iterator, *args, **kwargs)
+        self._draws_rows |= began and random_digest(torch.device("cpu"), everyones=True) != before
+        self._iterator = epoch_iterator
+        return batches
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """The host's, then a look at the numbers before the optimizer takes them."""

@@ -16,6 +16,7 @@ from hf_longctx.trainer.faults import clear_fault, describe_hang, report_fault
 from hf_longctx.trainer.termination import EXIT_CODE
 
 from ..training import Rows, reset_host, train
+from .test_resume import loads_moments
 
 
 class InSecondStep(TrainerCallback):
@@ -68,6 +69,7 @@ def terminate_here(size, options):
     return (*result, signal.getsignal(signal.SIGTERM) == before)
 
 
+@loads_moments
 @pytest.mark.parametrize("size", [1, 2])
 def test_sigterm_of_one_rank_saves_and_ends_all_in_the_same_step(world2, tmp_path, size):
     options = {"enable_jit_checkpoint": True, "output_dir": str(tmp_path), "optim": "adamw_torch"}
@@ -120,9 +122,11 @@ class DiesWith(Dataset):
         return self.rows[index]
 
 
-def test_dead_data_worker_ends_the_run_with_its_signal():
-    ended, *_ = watched(1, lambda: None, rows=DiesWith(), dataloader_num_workers=1, max_steps=8)
-    assert "DataLoader worker" in ended and "killed by signal: Killed" in ended
+def test_dead_data_worker_ends_the_run_and_is_named():
+    """Torch says so itself, unless it was just receiving a batch: then it has a broken connection to tell of."""
+    ended, lines, *_ = watched(1, lambda: None, rows=DiesWith(), dataloader_num_workers=1, max_steps=8)
+    assert "DataLoader worker" in ended or "Connection" in ended or "EOFError" in ended
+    assert any(line.startswith("the run stops after step ") and "a data worker died" in line for line in lines)
 
 
 def sleep_here(size, seconds):

@@ -5,6 +5,7 @@ Tolerance 1e-6 relative, where another split sums in another order: three steps 
 
 from __future__ import annotations
 
+import inspect
 import json
 import resource
 import shutil
@@ -12,6 +13,7 @@ import shutil
 import datasets
 import pytest
 import torch
+from transformers import Trainer
 
 from hf_longctx import PackingCollator
 from hf_longctx.trainer.checkpoints import UNFINISHED, last_whole_checkpoint
@@ -62,6 +64,14 @@ def later_steps(history):
     ]
 
 
+# An older host cannot load moments in several processes on a CPU ("tagged with cpu:0"); GPUs are not concerned.
+loads_moments = pytest.mark.skipif(
+    'device.type != "cpu"' not in inspect.getsource(Trainer._load_optimizer_and_scheduler),
+    reason="this host cannot load an optimizer's state in several processes on a CPU",
+)
+
+
+@loads_moments
 @pytest.mark.parametrize("kind", ["rows", "packed rows", "packed stream"])
 def test_same_processes_go_on_bit_for_bit_with_dropout(world2, tmp_path, kind):
     run = {**RUN, **DATA[kind], "prepare": with_dropout, "output_dir": str(tmp_path), "per_device_train_batch_size": 2}
@@ -75,6 +85,7 @@ def test_same_processes_go_on_bit_for_bit_with_dropout(world2, tmp_path, kind):
     assert later_steps(plain[0][0]) != later_steps(whole[0][0]), "dropout draws nothing"
 
 
+@loads_moments
 @pytest.mark.parametrize("kind", DATA)
 def test_two_groups_go_on_as_one_group_of_two(world2, tmp_path, kind):
     """`dp = 2` to `P = 2` with the same rows in a step: twice the rows, or two accumulation steps."""
@@ -153,6 +164,28 @@ def test_checkpoint_of_another_model_is_refused(copied):
     )
 
 
+def test_distributed_checkpoint_is_read_by_its_directory(tmp_path):
+    """As accelerate writes it for FSDP2: the model's tensors under `model.`, the optimizer in a folder of its own."""
+    from torch.distributed import checkpoint
+
+    from hf_longctx.trainer.checkpoint_weights import check_weights
+
+    from ..models import build
+
+    model = build("llama", "sdpa")
+    folder = tmp_path / "pytorch_model_fsdp_0"
+    checkpoint.save({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
+    with pytest.raises(ValueError, match="optimizer_0/.metadata` is missing"):
+        check_weights(model, tmp_path)
+    checkpoint.save({"optimizer": {"step": torch.ones(3)}}, checkpoint_id=tmp_path / "optimizer_0", no_dist=True)
+    check_weights(model, tmp_path)
+    with pytest.raises(ValueError, match="is of another model"):
+        check_weights(build("llama", "sdpa", num_hidden_layers=3), tmp_path)
+    cut(next(folder.glob("*.distcp")))
+    with pytest.raises(ValueError, match="fewer than its `.metadata` says"):
+        check_weights(model, tmp_path)
+
+
 def test_adapter_and_whole_model_are_told_apart(copied, tmp_path):
     from .test_trainer import with_lora
 
@@ -192,6 +225,18 @@ def test_another_split_is_refused_where_the_last_step_of_an_epoch_depends_on_it(
     sentence = refuse_here(1, {**options, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
     assert "an epoch has 18 rows, which steps of 4 do not divide" in sentence
     assert "Keep them at 4, 1, 1 (this run has 2, 1, 2)" in sentence
+
+
+def test_collator_that_draws_random_numbers_is_told_on_resuming_and_others_are_not(tmp_path, caplog):
+    from .test_trainer import masking_collator
+
+    for collator, is_told in ((masking_collator, True), (None, False)):
+        options = {**RUN, "output_dir": str(tmp_path / str(is_told)), "attention": "packed"}
+        options |= {"trainer_options": {"data_collator": collator}} if collator else {}
+        run_here(1, {**options, **SAVE})
+        caplog.clear()
+        run_here(1, {**options, "resume": str(tmp_path / str(is_told) / "checkpoint-3")})
+        assert ("draws random numbers: training goes on with the same rows" in caplog.text) == is_told
 
 
 def test_all_ranks_refuse_what_one_of_them_sees(world2, copied):
