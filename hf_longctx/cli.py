@@ -126,6 +126,9 @@ def _check(options: argparse.Namespace) -> int:
     console = Console(soft_wrap=True)
     try:
         split = _split_of(options)
+    except KeyError as error:  # a model that looks its attention up in a list of its own
+        console.print(f"[bold red]refused[/]: the model does not know attn_implementation={error}", highlight=False)
+        return 2
     except (ValueError, NotImplementedError, ImportError, OSError) as error:
         console.print(f"[bold red]refused[/]: {error}", highlight=False)
         return 2

@@ -31,6 +31,8 @@ from .tiny import FIRST_TOKEN
 _PACKAGE = str(Path(__file__).parents[1])
 # Without the exchange the outputs must be this many times worse than the tolerance, or the comparison shows nothing.
 _SENSITIVE = 100.0
+# The same numbers by the same operations, on one process.
+_SAME = 1e-6
 
 
 class _Verdict(Exception):
@@ -89,14 +91,15 @@ class Pair:
         self.host = self._host_model()
         self.vocabulary = self.host.config.get_text_config().vocab_size
         self.references: dict[str, Numbers] = {}
-        self.needs = ProbeResult()
+        self.needs, self.start = ProbeResult(), 0
         self.reference("dense")  # before anything of ours, so that a host that cannot run is not held against us
         self.mesh = SequenceMesh.build(setting.sequence_parallel_size)
         self.model = _ours(lambda: build_model(subject, "ulysses", getattr(torch, dtype)), loads=True)
         self.model.load_state_dict(self.host.state_dict())
         self.needs = _ours(self._check)
         if self.needs.needs_position_ids:
-            self.references.clear()
+            self.start = self._first_position()
+        self.references.clear()
         self.blind = self._blind_error()
         self.wrapped = wrap(self.model, setting.wrapper)
 
@@ -114,7 +117,9 @@ class Pair:
         tokens = num_tokens_of(self.setting.sequence_parallel_size)
         settings = (self.vocabulary, self.setting.data_parallel_size, tokens, first)
         rows = make_rows(kind, self.subject.task, *settings)
-        return rows.with_positions() if self.needs.needs_position_ids else rows
+        if self.needs.needs_position_ids:
+            rows = rows.with_positions(self.start)
+        return rows.without_padding_targets() if self.needs.padding_predicts else rows
 
     def reference(self, kind: str) -> Numbers:
         """The oracle's numbers, computed once."""
@@ -140,6 +145,18 @@ class Pair:
                 problem = _first_line(error)
         _refuse_by_configuration(subject, self.setting)
         raise _Verdict(UNBUILDABLE, problem)
+
+    def _first_position(self) -> int | None:
+        """What the host counts from, if it counts up by one: RoBERTa and its kin from `pad_token_id + 1`."""
+        expected = self.reference("dense").outputs
+        rows = self.rows("dense")
+        padding = getattr(self.host.config.get_text_config(), "pad_token_id", None) or 0
+        for start in (0, padding + 1):
+            explicit = dataclasses.replace(rows.with_positions(start), host_counts=False)
+            outputs = of_one_process(self.host, self.subject.task, explicit).outputs
+            if relative(outputs, expected) <= _SAME:
+                return start
+        return None
 
     def _check(self) -> ProbeResult:
         """What a trainer does before its first step."""
@@ -180,7 +197,7 @@ def _ours(step: Callable, loads: bool = False):
     """Run a step of ours. What we say in a sentence is a refusal; any other error is a defect.
 
     Args:
-        loads (`bool`): the host loads a model on our attention; it may refuse as well.
+        loads (`bool`): the host loads a model on our attention; whatever it raises is its refusal.
     """
     try:
         return step()
@@ -189,9 +206,14 @@ def _ours(step: Callable, loads: bool = False):
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         said = isinstance(error, (NotImplementedError, ValueError, ImportError))
-        from_us = any(frame.filename.startswith(_PACKAGE) for frame in frames[-1:])
-        if said and (from_us or loads):
+        if said and frames[-1].filename.startswith(_PACKAGE):
             raise _Verdict(REFUSED, " ".join(str(error).split())) from error
+        if loads:
+            raise _Verdict(
+                REFUSED,
+                f"transformers cannot load it with attn_implementation='ulysses' ({_first_line(error)}), so it does "
+                "not use the attention interface: set `sequence_parallel_size` to 1.",
+            ) from error
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
         raise _Verdict(WRONG, f"crashed instead of being refused: {_first_line(error)} ({place})") from error
 

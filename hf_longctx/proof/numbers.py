@@ -21,7 +21,8 @@ from .rows import Rows
 from .subject import Setting
 
 
-# A gradient that is nothing but rounding (a key's bias cannot change a softmax) is held to the others' size.
+# A key's bias cannot change a softmax: its gradient is a sum that cancels, and what rounding leaves of it is as large
+# as that of the key's weight. So a gradient is held to the largest of its module, and a module to this of all.
 _NEGLIGIBLE = 1e-3
 
 
@@ -64,13 +65,14 @@ def of_one_process(model: torch.nn.Module, task: str, rows: Rows) -> Numbers:
 
 
 def _whole_rows(model: torch.nn.Module, task: str, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, float]:
+    dropped = ("position_ids",) if rows.host_counts else ()
+    batch = {name: value for name, value in rows.batch.items() if name not in dropped}
     if rows.kind != "packed":
-        outputs, total = _one_batch(model, task, rows.batch, rows)
+        outputs, total = _one_batch(model, task, batch, rows)
         return outputs, total / rows.num_items, _scale(task, outputs, rows, total)
     pieces, total = [], 0.0
     for row, start, stop in rows.documents:
-        document = {name: value[row : row + 1, start:stop] for name, value in rows.batch.items()}
-        del document["position_ids"]  # they count from 0, as without a word
+        document = {name: value[row : row + 1, start:stop] for name, value in batch.items()}
         output, part = _one_batch(model, task, document, rows, (row, start))
         pieces.append(output[0])
         total = total + part
@@ -149,14 +151,17 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _worst_gradient(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest difference, relative to the module's largest entry; and whose it is."""
     largest = max((float(gradient.abs().max()) for gradient in theirs.values()), default=0.0)
+    of_module: dict[str, float] = {}
+    for name, gradient in theirs.items():
+        module = name.rpartition(".")[0]
+        of_module[module] = max(of_module.get(module, 0.0), float(gradient.abs().max()))
     worst, where = 0.0, ""
     for name in sorted(ours.keys() | theirs.keys()):
-        expected = theirs.get(name)
-        actual = ours.get(name)
-        known = expected if expected is not None else actual
+        actual, expected = ours.get(name), theirs.get(name)
         difference = (0 if actual is None else actual) - (0 if expected is None else expected)
-        size = max(float(known.abs().max()) if expected is not None else 0.0, _NEGLIGIBLE * largest, 1e-30)
+        size = max(of_module.get(name.rpartition(".")[0], 0.0), _NEGLIGIBLE * largest, 1e-30)
         error = float(difference.abs().max()) / size
         if not error <= worst or not where:
             worst, where = error, name
@@ -208,7 +213,7 @@ def _upstream(rows: Rows, outputs: torch.Tensor) -> torch.Tensor:
 def _scale(task: str, outputs: torch.Tensor, rows: Rows, total: torch.Tensor) -> float:
     """A random sum may be near 0; its terms are not."""
     if task == "encoder":
-        return float((outputs * _upstream(rows, outputs)).abs().sum()) / rows.num_items
+        return float((outputs.detach() * _upstream(rows, outputs)).abs().sum()) / rows.num_items
     return max(float(total.detach().abs()) / rows.num_items, 1e-30)
 
 

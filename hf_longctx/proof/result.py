@@ -25,8 +25,8 @@ class Errors:
     Args:
         loss (`float`): of the training loss.
         logits (`float`): of the outputs of all real tokens.
-        gradient (`float`): of the worst parameter; its entries are relative to its largest, or to a thousandth of
-            the largest of all parameters, where its own gradient is nothing but rounding.
+        gradient (`float`): of the worst parameter; relative to the largest entry of its module's gradients, or to a
+            thousandth of the largest of all, whichever is more.
         parameter (`str`): its name.
         evaluation (`float`): of the loss in evaluation mode.
     """

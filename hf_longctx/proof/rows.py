@@ -6,6 +6,7 @@ and end where they like, one of them a single token. Labels are random tokens, n
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -28,12 +29,14 @@ class Rows:
             `position_ids` (packed).
         documents (`tuple`): `(row, start, stop)` of every document, for packed rows.
         shifts (`bool`): labels are the next tokens.
+        host_counts (`bool`): one process counts positions itself, as users of the host let it.
     """
 
     kind: str
     batch: dict[str, torch.Tensor]
     documents: tuple[tuple[int, int, int], ...]
     shifts: bool
+    host_counts: bool = True
 
     @property
     def valid(self) -> torch.Tensor:
@@ -52,13 +55,24 @@ class Rows:
         first = group * ROWS_OF_A_GROUP
         return {name: value[first : first + ROWS_OF_A_GROUP] for name, value in self.batch.items()}
 
-    def with_positions(self) -> Rows:
-        """The same rows with `position_ids`, for a model that cannot count them on a share."""
-        if "position_ids" in self.batch:
-            return self
+    def with_positions(self, start: int | None) -> Rows:
+        """The same rows with `position_ids`, for a model that cannot count them on a share.
+
+        Args:
+            start (`int`, *optional*): position that the host gives to a first token. It then counts for itself, save
+                in padded rows, where models differ and the batch decides. `None`: the batch always does.
+        """
         ids = self.batch["input_ids"]
-        positions = torch.arange(ids.shape[1]).expand(len(ids), -1).contiguous()
-        return Rows(self.kind, {**self.batch, "position_ids": positions}, self.documents, self.shifts)
+        counted = torch.arange(ids.shape[1]).expand(len(ids), -1).contiguous()
+        positions = self.batch.get("position_ids", counted) + (start or 0)
+        host_counts = start is not None and self.kind != "padded"
+        return dataclasses.replace(self, batch={**self.batch, "position_ids": positions}, host_counts=host_counts)
+
+    def without_padding_targets(self) -> Rows:
+        """The same rows without the targets that padding would predict."""
+        labels, valid = self.batch["labels"].clone(), self.valid
+        labels[:, 1:].masked_fill_(~valid[:, :-1], IGNORE_INDEX)
+        return dataclasses.replace(self, batch={**self.batch, "labels": labels})
 
 
 def num_tokens_of(sequence_parallel_size: int) -> int:

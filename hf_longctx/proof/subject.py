@@ -95,6 +95,9 @@ class Subject:
         """The tiny model of a configuration, or the model itself where `weights` are given."""
         name = getattr(config, "model_type", "") or type(config).__name__
         chosen = task or task_of(config)
+        config = copy.deepcopy(config)
+        if chosen == "causal-lm" and getattr(config, "is_decoder", None) is False:
+            config.is_decoder = True  # as the host tells who builds one of these encoders to predict the next token
         original = copy.deepcopy(config)
         if weights is not None:
             return cls(name, chosen, without_dropout(config), original, weights)

@@ -37,7 +37,7 @@ _HEAD_SIZE = re.compile(r"(\w+_)?(head_dim|head_size|kv_channels|d_kv|d_head|hea
 _VOCABULARY = re.compile(r"(?!type_)(\w+_)?vocab_size(_\w+)?")
 _EXPERTS = re.compile(r"(moe_)?(n|num)_(local_|routed_)?experts|moe_num_experts|n_routed_experts")
 _EXPERTS_A_TOKEN = re.compile(r"(num_|moe_)?(experts_per_tok(en)?|top_?k(_experts)?)|moe_k|num_selected_experts")
-_ONE = re.compile(r"n_group|topk_group|n_groups?_experts|(n|num)_shared_experts?|moe_num_shared_experts")
+_ONE = re.compile(r"n(um)?(_expert)?_group|topk_group|n_groups?_experts|(n|num)_shared_experts?|moe_num_shared_experts")
 _WINDOWS = re.compile(r"(\w+_)?(sliding_window(_size)?|attention_window|local_attention|chunk_size|window_size)")
 _RANKS = re.compile(r"(\w+_)?lora_rank|\w+_rank")
 _POSITIONS = re.compile(r"(max_position_embeddings|n_positions|n_ctx|max_seq(uence)?_len(gth)?|max_target_positions)")
@@ -63,7 +63,7 @@ def shrink(config: PretrainedConfig, sequence_parallel_size: int = 2) -> Pretrai
         CannotShrink: the host does not take the small sizes, or some size stays large; the field is named.
     """
     values = shrink_values(config.to_dict(), sequence_parallel_size)
-    values.update(HINTS.get(config.model_type, {}))
+    _merge(values, HINTS.get(config.model_type, {}))
     try:
         return type(config).from_dict(values)
     except Exception as error:  # the host validates in its own ways
@@ -100,6 +100,14 @@ def shrink_values(values: Mapping[str, object], size: int) -> dict[str, object]:
     return small
 
 
+def _merge(values: dict, hints: Mapping) -> None:
+    for name, value in hints.items():
+        if isinstance(value, Mapping) and isinstance(values.get(name), dict):
+            _merge(values[name], value)
+        else:
+            values[name] = value
+
+
 class _Facts:
     """What the fields of one configuration share."""
 
@@ -109,6 +117,11 @@ class _Facts:
 
 
 def _shrink_field(name: str, value: object, values: Mapping, facts: _Facts) -> object:
+    if value is None:
+        return {"head_dim": HEAD_SIZE, "num_key_value_heads": facts.heads}.get(name)
+    if name == "per_layer_config" and isinstance(value, Mapping):
+        kept = {facts.kept.index(int(key)): item for key, item in value.items() if int(key) in facts.kept}
+        return {key: {n: _shrink_field(n, v, values, facts) for n, v in item.items()} for key, item in kept.items()}
     if isinstance(value, Mapping):
         if "rope" in name:
             return _shrink_rope(value, facts)
@@ -146,8 +159,8 @@ def _shrink_number(name: str, value: int, values: Mapping, facts: _Facts) -> int
     for pattern, size in sizes:
         if pattern.fullmatch(name):
             return min(value, size)
-    if name == "query_pre_attn_scalar":
-        return HEAD_SIZE
+    if name in ("query_pre_attn_scalar", "rotary_dim"):
+        return min(value, HEAD_SIZE)
     if _POSITIONS.fullmatch(name) and not _scales_positions(values):
         return min(value, 256)
     return value
@@ -167,7 +180,7 @@ def _tiny_head_size(name: str, values: Mapping) -> int:
 def _shrink_list(name: str, value: list | tuple, facts: _Facts) -> list:
     if facts.layers and len(value) == facts.layers:
         value = [value[index] for index in facts.kept]
-        return [min(item, facts.heads) if "head" in name and isinstance(item, int) else item for item in value]
+        return [_shrink_field(name, item, {}, facts) if type(item) is int else item for item in value]
     numbers = value and all(isinstance(item, int) and not isinstance(item, bool) for item in value)
     if numbers and _TOKEN.fullmatch(name):
         return [item if item < FIRST_TOKEN else 2 for item in value][:1]

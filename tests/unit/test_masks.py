@@ -425,6 +425,12 @@ def test_model_that_edits_its_mask_is_refused(name):
     assert "use 'sdpa' or 'eager'" in str(error.value)
 
 
+def test_model_that_hands_its_mask_to_torch_is_refused():
+    mask = mask_of("causal", "left", "ulysses")
+    with pytest.raises(NotImplementedError, match="edits its attention mask itself .`masked_fill`."):
+        torch.zeros(2, 1, 6, 6).masked_fill(mask, 0.0)
+
+
 # Kernels: which one, and what it cannot do
 
 
