@@ -19,6 +19,7 @@ from ..parallel.shard import SequenceShard
 from .deferred import DeferredMask
 from .kernels import choose_kernel, is_flash, plan_for_kernel, refuse_unsupported, run_plain, run_planned
 from .masks import AttentionRule, KernelPlan, packed_documents, plan_row
+from .own_masks import without_padding_mask
 
 
 # Keyword arguments that change the result and that no inner kernel can take on a part of the heads.
@@ -90,6 +91,7 @@ def _attend_documents(
     module, query, key, value, attention_mask, dropout, scaling, is_causal, shard: SequenceShard, kwargs: dict
 ) -> tuple[torch.Tensor, None]:
     """Rows of known documents. Not traced: every batch cuts its rows at other places."""
+    attention_mask, is_causal = without_padding_mask(attention_mask, is_causal, shard, len(query))
     validate_call(module, query, key, attention_mask, shard, kwargs)
     return attend_rows(module, query, key, value, attention_mask, dropout, scaling, is_causal, shard, kwargs), None
 

@@ -22,7 +22,7 @@ from ..trainer.checks import check_model
 from ..trainer.probe import ProbeResult, probe_model
 from .build import build_model, model_on_meta
 from .numbers import Numbers, blind_outputs, compare, of_one_process, on_the_ranks, relative, wrap
-from .result import REFUSED, UNBUILDABLE, WRONG, Errors, RowsResult, judge
+from .result import REFUSED, UNBUILDABLE, WRONG, Errors, RowsResult, judge, tolerance
 from .rows import ROWS_OF_A_GROUP, Rows, make_rows, num_tokens_of
 from .subject import Setting, Subject
 from .tiny import FIRST_TOKEN
@@ -183,8 +183,7 @@ class Pair:
         outputs = _ours(lambda: blind_outputs(self.model, self.subject.task, rows, self.mesh, self.setting))
         first = self.mesh.data_parallel_rank * ROWS_OF_A_GROUP
         error = relative(outputs, expected[first : first + len(outputs)])
-        allowed = rows.batch["input_ids"].numel() * 2.0**-23
-        if error < _SENSITIVE * allowed:
+        if error < _SENSITIVE * tolerance(rows.batch["input_ids"].numel()):
             raise _Verdict(
                 UNBUILDABLE,
                 f"ranks that do not exchange anything differ by {error:.1e} only, so no comparison of this model "

@@ -26,6 +26,7 @@ HINTS: dict[str, dict[str, object]] = {
     "xmod": {"default_language": "en_XX"},
     # Sizes that must fit each other.
     "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "gemma4_text": {"num_kv_shared_layers": 0},
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
     "lilt": {"hidden_size": 96, "channel_shrink_ratio": 2},
@@ -37,6 +38,5 @@ HINTS: dict[str, dict[str, object]] = {
     "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
     "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     "qwen2_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
-    # The host asks for it.
-    "reformer": {"is_decoder": True, "axial_pos_embds": False},
+    "reformer": {"axial_pos_embds": False},
 }

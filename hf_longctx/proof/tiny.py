@@ -37,7 +37,9 @@ _HEAD_SIZE = re.compile(r"(\w+_)?(head_dim|head_size|kv_channels|d_kv|d_head|hea
 _VOCABULARY = re.compile(r"(?!type_)(\w+_)?vocab_size(_\w+)?")
 _EXPERTS = re.compile(r"(moe_)?(n|num)_(local_|routed_)?experts|moe_num_experts|n_routed_experts")
 _EXPERTS_A_TOKEN = re.compile(r"(num_|moe_)?(experts_per_tok(en)?|top_?k(_experts)?)|moe_k|num_selected_experts")
-_ONE = re.compile(r"n(um)?(_expert)?_group|topk_group|n_groups?_experts|(n|num)_shared_experts?|moe_num_shared_experts")
+_ONE = re.compile(
+    r"n(um)?(_expert)?_group|topk_group|n_groups?_experts|(n|num)_shared_experts?|moe_num_shared_experts"
+)
 _WINDOWS = re.compile(r"(\w+_)?(sliding_window(_size)?|attention_window|local_attention|chunk_size|window_size)")
 _RANKS = re.compile(r"(\w+_)?lora_rank|\w+_rank")
 _POSITIONS = re.compile(r"(max_position_embeddings|n_positions|n_ctx|max_seq(uence)?_len(gth)?|max_target_positions)")
