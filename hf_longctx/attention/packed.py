@@ -76,7 +76,9 @@ def packed_attention(
     if sequence_shard is None:
         kernel = choose_kernel("auto", query, kwargs)
         if isinstance(attention_mask, DeferredMask):
-            attention_mask = attention_mask.build(kernel)
+            deferred, attention_mask = attention_mask, attention_mask.build(kernel)
+            if attention_mask is None and is_causal is None and not hasattr(module, "is_causal"):
+                is_causal = deferred.rule().causal  # a kernel that is told nothing takes it for causal
         extras = {**kwargs, "dropout": dropout, "scaling": scaling}
         if is_causal is not None:
             extras["is_causal"] = is_causal

@@ -52,6 +52,7 @@ def _count_parameters(auto, config) -> int:
 def _draw_weights(model: torch.nn.Module) -> None:
     """Larger than the usual initialisation, so that attention is far from uniform and an error shows."""
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * 0.15
-        parameter.copy_((1.0 if parameter.dim() == 1 else 0.0) + noise)
+        is_scale = parameter.dim() == 1 and not name.endswith("bias")
+        parameter.copy_((1.0 if is_scale else 0.0) + noise)

@@ -61,7 +61,8 @@ def _prove_kind(subject: Subject, setting: Setting, kind: str, pairs: dict) -> R
     if result.verdict == WRONG and setting.dtype == "float32":
         # Rounding, or a router's near tie that it decided, is gone in float64; a defect is not.
         try:
-            return _pair_of(subject, setting, "float64", pairs).prove(kind)
+            precise = _pair_of(subject, setting, "float64", pairs)
+            return precise.prove(kind, pairs["float32"].reference(kind))
         except _Verdict as ended:
             return dataclasses.replace(result, sentence=f"{result.sentence} In float64: {ended.sentence}")
     return result
@@ -103,18 +104,20 @@ class Pair:
         self.blind = self._blind_error()
         self.wrapped = wrap(self.model, setting.wrapper)
 
-    def prove(self, kind: str) -> RowsResult:
-        """Numbers of one kind of rows, and the verdict."""
+    def prove(self, kind: str, rounded: Numbers | None = None) -> RowsResult:
+        """Numbers of one kind of rows, and the verdict; `rounded`: the oracle's in less precision."""
         rows, theirs = self.rows(kind), self.reference(kind)
         if kind == "packed":
             _ours(lambda: self._check_documents(rows))
         ours = _ours(lambda: on_the_ranks(self.wrapped, self.subject.task, rows, self.mesh, self.setting, self.needs))
         errors = compare(ours, theirs, self.mesh.data_parallel_rank * ROWS_OF_A_GROUP)
-        return judge(kind, _worst_of_ranks(errors), self.dtype, rows.batch["input_ids"].numel(), self.blind)
+        measured = 0.0 if rounded is None else compare(rounded, theirs, 0).worst
+        num_tokens = rows.batch["input_ids"].numel()
+        return judge(kind, _worst_of_ranks(errors), self.dtype, num_tokens, self.blind, measured)
 
     def rows(self, kind: str) -> Rows:
         first = min(FIRST_TOKEN, self.vocabulary // 2)
-        tokens = num_tokens_of(self.setting.sequence_parallel_size)
+        tokens = num_tokens_of(kind, self.setting.sequence_parallel_size)
         settings = (self.vocabulary, self.setting.data_parallel_size, tokens, first)
         rows = make_rows(kind, self.subject.task, *settings)
         if self.needs.needs_position_ids:

@@ -1,7 +1,8 @@
 """The rows of a proof: short, ugly and random.
 
-`dense`: rows of an odd length. `padded`: one row padded on the left, one on the right. `packed`: documents that begin
-and end where they like, one of them a single token. Labels are random tokens, not the inputs, and many are ignored.
+`dense`: rows of an odd length. `even`: rows that need no padding to be cut, so that no mask is ever made. `padded`:
+one row padded on the left, one on the right. `packed`: documents that begin and end where they like, one of them a
+single token. Labels are random tokens, not the inputs, and many are ignored.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class Rows:
     """Full rows of all groups.
 
     Args:
-        kind (`str`): `"dense"`, `"padded"` or `"packed"`.
+        kind (`str`): `"dense"`, `"even"`, `"padded"` or `"packed"`.
         batch (`dict`): `input_ids` and `labels` of shape `(D * 2, T)`, and `attention_mask` (padded) or
             `position_ids` (packed).
         documents (`tuple`): `(row, start, stop)` of every document, for packed rows.
@@ -75,9 +76,10 @@ class Rows:
         return dataclasses.replace(self, batch={**self.batch, "labels": labels})
 
 
-def num_tokens_of(sequence_parallel_size: int) -> int:
-    """Tokens of a row: odd, with a share for every rank and not the same for all."""
-    return max(_LEAST_TOKENS, 4 * sequence_parallel_size - 1)
+def num_tokens_of(kind: str, sequence_parallel_size: int) -> int:
+    """Tokens of a row: a share for every rank and not the same for all, except for even rows."""
+    shares = max(-(-_LEAST_TOKENS // sequence_parallel_size), 4) * sequence_parallel_size
+    return shares if kind == "even" else shares - 1
 
 
 def make_rows(kind: str, task: str, vocabulary: int, groups: int, num_tokens: int, first_token: int) -> Rows:

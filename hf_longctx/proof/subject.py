@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 TASKS = ("causal-lm", "masked-lm", "encoder")
-KINDS = ("dense", "padded", "packed")
+KINDS = ("dense", "even", "padded", "packed")
 WRAPPERS = ("none", "ddp", "fsdp2")
 DTYPES = ("float32", "float64")
 
@@ -43,7 +43,7 @@ class Setting:
     sequence_parallel_size: int = 2
     data_parallel_size: int = 1
     inner_attention: str = "auto"
-    kinds: tuple[str, ...] = ("dense", "padded")
+    kinds: tuple[str, ...] = KINDS[:3]
     wrapper: str = "none"
     dtype: str = "float32"
 

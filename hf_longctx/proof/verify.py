@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .ranks import Ranks, RanksError
 from .result import WRONG, RowsResult, VerifyResult
-from .subject import TASKS, Setting, Subject, read_config
+from .subject import KINDS, TASKS, Setting, Subject, read_config
 
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def verify(
     Communication: none with the caller's processes; it starts its own.
     """
     began = time.perf_counter()
-    kinds = ("dense", "padded", "packed") if packed else ("dense", "padded")
+    kinds = KINDS if packed else KINDS[:3]
     setting = Setting(sequence_parallel_size, data_parallel_size, inner_attention, kinds, wrapper, dtype)
     if task is not None and task not in TASKS:
         raise ValueError(f"`task` ({task!r}) must be one of {', '.join(TASKS)}, or unset.")

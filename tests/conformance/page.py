@@ -7,12 +7,13 @@ from collections import Counter
 from pathlib import Path
 
 from hf_longctx.proof.result import EXACT, REFUSED, UNBUILDABLE, WRONG
+from hf_longctx.proof.subject import KINDS
 
 
 _ORDER = (WRONG, UNBUILDABLE, REFUSED, EXACT)
 _WORDS = {EXACT: "exact", WRONG: "**wrong**", REFUSED: "refused", UNBUILDABLE: "not buildable"}
 _TASKS = {"causal-lm": "Causal language models", "masked-lm": "Masked language models", "encoder": "Encoders"}
-_KINDS = ("dense", "padded", "packed")
+_KINDS = KINDS
 
 
 def worse(before: list[dict], results: list[dict]) -> list[str]:
@@ -50,12 +51,12 @@ def _page(results: list[dict], versions: dict[str, str]) -> list[str]:
     lines = [
         "# Conformance",
         "",
-        f"Every text model type of transformers {versions['transformers']}, on torch {versions['torch']}. A tiny "
-        "random model of each type was",
-        "shared by two processes and compared with one process on the host's own attention: loss, outputs and **every**",
-        "gradient. Written by `make conformance`, which fails if a type is wrong or gets worse than this page.",
+        f"Every text model type of transformers {versions['transformers']}, on torch {versions['torch']}: "
+        "a tiny random model of each",
+        "was shared by two processes and compared with one process on the host's own attention: loss, outputs and",
+        "**every** gradient. Written by `make conformance`, which fails if a type is wrong or worse than this page.",
         "",
-        "- **exact**: every number equals one process's up to rounding ([verify.md](verify.md) says what that allows).",
+        "- **exact**: all numbers equal one process's up to rounding ([verify.md](verify.md) says what is allowed).",
         "- **refused**: a sentence before the first step says why it cannot be shared. It still trains with",
         "  `sequence_parallel_size` 1.",
         "- **not buildable**: there is no tiny model of it here to compare with, for the reason given.",
@@ -64,12 +65,13 @@ def _page(results: list[dict], versions: dict[str, str]) -> list[str]:
         "configuration has a vocabulary of its own, is no encoder-decoder, and names no other input than text.",
         "",
         "| | models | " + " | ".join(f"{kind} exact" for kind in _KINDS) + " | all exact | refused | not buildable |",
-        "|---|---|---|---|---|---|---|---|",
+        "|" + "---|" * (len(_KINDS) + 5),
     ]
     for task, title in _TASKS.items():
         lines.append(_summary(title, [record for record in results if record["task"] == task]))
     for task, title in _TASKS.items():
-        lines += ["", f"## {title}", "", "| type | dense | padded | packed | why |", "|---|---|---|---|---|"]
+        heads = ("type", *_KINDS, "why")
+        lines += ["", f"## {title}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
         lines += [_row(record) for record in results if record["task"] == task]
     return lines
 

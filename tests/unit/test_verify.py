@@ -100,8 +100,8 @@ def test_models_of_a_subject_are_equal_and_without_dropout():
 
 @pytest.mark.parametrize("task", ["causal-lm", "masked-lm"])
 def test_rows_are_odd_padded_on_both_sides_and_packed_with_a_single_token(task):
-    tokens = num_tokens_of(2)
-    assert tokens % 2 == 1
+    tokens = num_tokens_of("padded", 2)
+    assert tokens % 2 == 1 and num_tokens_of("even", 2) == tokens + 1 and num_tokens_of("even", 8) % 8 == 0
     padded = make_rows("padded", task, 128, 2, tokens, 10)
     mask = padded.valid
     assert not mask[0, 0] and mask[0, -1] and mask[1, 0] and not mask[1, -1] and len(mask) == 4
@@ -135,8 +135,11 @@ def test_any_number_that_is_off_is_wrong(field, value):
     assert ("`b`" in rows.sentence) == (field == "gradient")
 
 
-def test_rounding_is_exact():
+def test_rounding_is_exact_and_so_is_what_the_host_itself_rounds_up_to_a_thousandth():
     assert judge("dense", FINE, "float32", 46).verdict == "exact"
+    for error, measured, verdict in ((1e-4, 1e-4, "exact"), (3e-4, 1e-4, "wrong"), (2e-3, 1.0, "wrong")):
+        off = Errors(**{**vars(FINE), "gradient": error})
+        assert judge("dense", off, "float64", 46, measured=measured).verdict == verdict
 
 
 def test_the_worst_rows_decide_and_the_exit_code_says_so():

@@ -104,8 +104,8 @@ def test_the_command_starts_its_own_processes_and_writes_what_it_found(tmp_path)
     arguments = [COMMAND, "verify", "qwen3", "--json", str(output)]
     done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "exact: 2 kinds of rows" in done.stdout and not any(letter in done.stdout for letter in "\x1b┃│")
+    assert "exact: 3 kinds of rows" in done.stdout and not any(letter in done.stdout for letter in "\x1b┃│")
     written = json.loads(output.read_text())
-    assert written["verdict"] == "exact" and [rows["rows"] for rows in written["rows"]] == ["dense", "padded"]
+    assert written["verdict"] == "exact" and [rows["rows"] for rows in written["rows"]] == ["dense", "even", "padded"]
     assert written["world_size"] == 2 and 0 < written["worst_gradient"] < 6e-6
     assert torch.tensor([rows["blind"] for rows in written["rows"]]).min() > 1e-2
