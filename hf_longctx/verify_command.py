@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from .proof.result import EXACT, EXIT_CODES, REFUSED, UNBUILDABLE, WRONG, RowsResult, VerifyResult
-from .proof.subject import Setting
+from .proof.subject import Setting, validate_task
 from .proof.verify import verify
 
 
@@ -37,6 +37,7 @@ def run_verify(options: argparse.Namespace) -> int:
             wrapper=options.wrapper,
             dtype=options.dtype,
         )
+        validate_task(options.task)
         _validate_writable(options.json)
     except ValueError as error:
         return _end(console, REFUSED, str(error))

@@ -7,6 +7,13 @@ from __future__ import annotations
 
 
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
 
 HINTS: dict[str, dict[str, object]] = {
     # Sizes that the default configuration leaves out and the model needs.
@@ -16,17 +23,11 @@ HINTS: dict[str, dict[str, object]] = {
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
-    "qwen4_exp_text": {
-        "indexer_n_heads": 2,
-        "indexer_kv_heads": 1,
-        "indexer_head_dim": 16,
-        "indexer_budget": 8,
-        "indexer_compress_ratio": 2,
-    },
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "xmod": {"default_language": "en_XX"},
     # Sizes that must fit each other.
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
     "gemma4_text": {"num_kv_shared_layers": 0},
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
     "lilt": {"hidden_size": 96, "channel_shrink_ratio": 2},

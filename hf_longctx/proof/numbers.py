@@ -88,6 +88,8 @@ def _one_batch(
     if task == "encoder":
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         outputs = model(**inputs, **settings)[0]
+        if outputs.shape[:2] != batch["input_ids"].shape:
+            raise ValueError(f"it answers with {tuple(outputs.shape)}, not with one vector a token")
         row, start = corner
         weights = _upstream(rows, outputs)[row:, start:][: outputs.shape[0], : outputs.shape[1]]
         return outputs, (outputs * weights).sum()

@@ -107,6 +107,12 @@ class Subject:
             return cls(name, chosen, None, original, problem=str(error))
 
 
+def validate_task(task: str | None) -> None:
+    """Raise `ValueError` for a task that is none."""
+    if task is not None and task not in TASKS:
+        raise ValueError(f"`task` ({task!r}) must be one of {', '.join(TASKS)}, or unset.")
+
+
 def task_of(config: PretrainedConfig) -> str:
     """What the model is for: as its `architectures` say, else masked before causal language model before encoder.
 
@@ -130,7 +136,7 @@ def task_of(config: PretrainedConfig) -> str:
         return "causal-lm"
     if kind in masked:
         return "masked-lm"
-    if kind in modeling_auto.MODEL_MAPPING_NAMES:
+    if kind in modeling_auto.MODEL_MAPPING_NAMES and hasattr(config.get_text_config(), "vocab_size"):
         return "encoder"
     raise ValueError(
         f"transformers has no text model of type `{kind}`: give a causal or masked language model, or an encoder."

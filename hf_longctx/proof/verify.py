@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from .ranks import Ranks, RanksError
 from .result import WRONG, RowsResult, VerifyResult
-from .subject import KINDS, TASKS, Setting, Subject, read_config
+from .subject import KINDS, Setting, Subject, read_config, validate_task
 
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ def verify(
     began = time.perf_counter()
     kinds = KINDS if packed else KINDS[:3]
     setting = Setting(sequence_parallel_size, data_parallel_size, inner_attention, kinds, wrapper, dtype)
-    if task is not None and task not in TASKS:
-        raise ValueError(f"`task` ({task!r}) must be one of {', '.join(TASKS)}, or unset.")
+    validate_task(task)
     with _config_and_weights(model, full) as (config, weights):
         subject = Subject.of(config, task, sequence_parallel_size, weights)
         with Ranks(setting.world_size, _threads(setting.world_size, full)) as ranks:
