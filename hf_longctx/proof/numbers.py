@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..losses.token_mean import token_mean
 from ..parallel.collectives import gather_sequence
@@ -249,7 +249,7 @@ def wrap(model: torch.nn.Module, wrapper: str) -> torch.nn.Module:
     if wrapper == "fsdp2":
         from torch.distributed.fsdp import fully_shard
 
-        everyone = init_device_mesh("cpu", (dist.get_world_size(),))
+        everyone = DeviceMesh.from_group(dist.group.WORLD, "cpu")
         for module in model.modules():
             if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ()):
                 fully_shard(module, mesh=everyone)

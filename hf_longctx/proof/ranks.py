@@ -23,7 +23,7 @@ from pathlib import Path
 _SERVE = "import sys; from hf_longctx.proof.ranks import serve; serve(*map(int, sys.argv[1:5]), sys.argv[5])"
 _START_SECONDS = 300.0
 # After the first rank has answered, how long the others may take.
-_GRACE_SECONDS = 30.0
+_GRACE_SECONDS = 60.0
 _TICK = 0.2
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 
 EXACT, WRONG, REFUSED, UNBUILDABLE = "exact", "wrong", "refused", "unbuildable"
 EXIT_CODES = {EXACT: 0, WRONG: 1, REFUSED: 2, UNBUILDABLE: 3}
-_WORST_FIRST = (WRONG, UNBUILDABLE, REFUSED, EXACT)
+WORST_FIRST = (WRONG, UNBUILDABLE, REFUSED, EXACT)
 _EPSILON = 2.0**-23
 _MOST = 1e-3
 
@@ -102,7 +102,7 @@ class VerifyResult:
     @property
     def verdict(self) -> str:
         """The worst of all rows: wrong, unbuildable, refused, exact."""
-        return min((rows.verdict for rows in self.rows), key=_WORST_FIRST.index)
+        return min((rows.verdict for rows in self.rows), key=WORST_FIRST.index)
 
     @property
     def exit_code(self) -> int:
@@ -179,7 +179,7 @@ def judge(
     }
     names = [name for name, value in shown.items() if not value <= allowed]
     sentence = (
-        f"{' and '.join(names[:2])} of {rows} rows differ from one process by up to {errors.worst:.1e} of the largest "
+        f"in {rows} rows {', '.join(names)} differ from one process by up to {errors.worst:.1e} of the largest "
         f"entry in {dtype}, where rounding leaves at most {allowed:.1e}: please report it with this table."
     )
     return RowsResult(rows, WRONG, errors, allowed, dtype, blind, sentence)

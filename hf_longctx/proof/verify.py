@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from .ranks import Ranks, RanksError
-from .result import WRONG, RowsResult, VerifyResult
+from .result import EXACT, WORST_FIRST, WRONG, RowsResult, VerifyResult
 from .subject import KINDS, Setting, Subject, read_config, validate_task
 
 
@@ -83,7 +83,7 @@ def run_proof(ranks: Ranks, subject: Subject, setting: Setting, seconds: float) 
         answers = ranks.run(prove, subject, setting, seconds=seconds)
     except RanksError as error:
         known = [answer for answer in error.answers if answer is not None]
-        if known and not all(rows for rows in known[0] if rows.verdict == "exact"):
+        if any(rows.verdict != EXACT for answer in known for rows in answer):
             return merge(known)
         sentence = f"a process failed: {_last_line(error)}"
         return tuple(RowsResult(kind, WRONG, sentence=sentence) for kind in setting.kinds)
@@ -92,8 +92,7 @@ def run_proof(ranks: Ranks, subject: Subject, setting: Setting, seconds: float) 
 
 def merge(answers: list[list[RowsResult]]) -> tuple[RowsResult, ...]:
     """One result for each kind of rows: that of the rank with the worst verdict, the first among equals."""
-    order = (WRONG, "unbuildable", "refused", "exact")
-    return tuple(min(rows, key=lambda result: order.index(result.verdict)) for rows in zip(*answers))
+    return tuple(min(rows, key=lambda result: WORST_FIRST.index(result.verdict)) for rows in zip(*answers))
 
 
 @contextlib.contextmanager

@@ -6,11 +6,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from hf_longctx.proof.result import EXACT, REFUSED, UNBUILDABLE, WRONG
+from hf_longctx.proof.result import EXACT, REFUSED, UNBUILDABLE, WORST_FIRST, WRONG
 from hf_longctx.proof.subject import KINDS
 
 
-_ORDER = (WRONG, UNBUILDABLE, REFUSED, EXACT)
 _WORDS = {EXACT: "exact", WRONG: "**wrong**", REFUSED: "refused", UNBUILDABLE: "not buildable"}
 _TASKS = {"causal-lm": "Causal language models", "masked-lm": "Masked language models", "encoder": "Encoders"}
 _KINDS = KINDS
@@ -23,7 +22,7 @@ def worse(before: list[dict], results: list[dict]) -> list[str]:
     for old in before:
         verdicts = now.get((old["task"], old["type"]))
         for kind, was in _verdicts(old).items() if verdicts else ():
-            if _ORDER.index(verdicts[kind]) < _ORDER.index(was):
+            if WORST_FIRST.index(verdicts[kind]) < WORST_FIRST.index(was):
                 sentences.append(f"{old['type']} ({old['task']}), {kind} rows: was {was}, is {verdicts[kind]}")
     return sentences
 

@@ -32,7 +32,7 @@ from .page import worse, write_pages
 
 ROOT = Path(__file__).parents[2]
 SIZE = 2
-SECONDS_A_TYPE = 120.0
+SECONDS_A_TYPE = 300.0
 
 
 def subjects() -> list[tuple[str, str]]:

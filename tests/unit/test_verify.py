@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,12 @@ import transformers as tf
 from hf_longctx.cli import main
 from hf_longctx.proof.build import build_model
 from hf_longctx.proof.numbers import Numbers, compare
+from hf_longctx.proof.ranks import RanksError
 from hf_longctx.proof.result import Errors, RowsResult, VerifyResult, judge, tolerance
 from hf_longctx.proof.rows import make_rows, num_tokens_of
-from hf_longctx.proof.subject import Setting, Subject, read_config, task_of
+from hf_longctx.proof.subject import KINDS, Setting, Subject, read_config, task_of
 from hf_longctx.proof.tiny import CannotShrink, shrink, validate_tiny
-from hf_longctx.proof.verify import merge, verify
+from hf_longctx.proof.verify import merge, run_proof, verify
 
 from ..conformance.page import worse
 
@@ -163,6 +166,24 @@ def test_the_rank_with_the_worst_verdict_speaks_for_all():
     assert merge([[exact], [refused]]) == (refused,)
 
 
+class OneRankFell:
+    """Ranks of which one fell silent after another had spoken."""
+
+    def __init__(self, *answers) -> None:
+        self.answers = list(answers)
+
+    def run(self, *_, **__):
+        raise RanksError("rank 0: no answer in time\nrank 1: RuntimeError: gone", self.answers)
+
+
+def test_a_rank_that_fell_silent_is_a_defect_unless_another_said_why():
+    exact, refused = judge("dense", FINE, "float32", 46), RowsResult("dense", "refused", sentence="no.")
+    subject, setting = Subject.of(tf.LlamaConfig(), None, 2), Setting(kinds=("dense",))
+    (rows,) = run_proof(OneRankFell(None, [exact]), subject, setting, 1.0)
+    assert rows.verdict == "wrong" and rows.sentence == "a process failed: rank 1: RuntimeError: gone"
+    assert run_proof(OneRankFell(None, [refused]), subject, setting, 1.0) == (refused,)
+
+
 def numbers(**gradients) -> Numbers:
     one = torch.ones(())
     values = {name: torch.tensor(value) for name, value in gradients.items()}
@@ -231,3 +252,17 @@ def test_full_needs_weights():
 
 def test_setting_counts_its_processes():
     assert Setting(2, 3).world_size == 6
+
+
+def test_the_committed_page_has_nothing_wrong_and_every_refusal_has_a_sentence():
+    docs = Path(__file__).parents[2] / "docs"
+    models = json.loads((docs / "conformance.json").read_text())["models"]
+    page = (docs / "conformance.md").read_text()
+    exact = Counter()
+    for model in models:
+        verdicts = {rows["verdict"] for rows in model["rows"]}
+        assert [rows["rows"] for rows in model["rows"]] == list(KINDS) and "wrong" not in verdicts, model
+        assert all(rows["sentence"] for rows in model["rows"] if rows["verdict"] != "exact"), model
+        assert f"| `{model['type']}` |" in page
+        exact[model["task"]] += verdicts == {"exact"}
+    assert exact["causal-lm"] >= 110 and exact["masked-lm"] >= 25 and exact["encoder"] >= 15

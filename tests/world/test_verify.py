@@ -102,7 +102,7 @@ def test_what_trainers_refuse_is_refused_with_their_sentence(world2):
 def test_the_command_starts_its_own_processes_and_writes_what_it_found(tmp_path):
     output = tmp_path / "proof.json"
     arguments = [COMMAND, "verify", "qwen3", "--json", str(output)]
-    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(arguments, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "exact: 3 kinds of rows" in done.stdout and not any(letter in done.stdout for letter in "\x1b┃│")
     written = json.loads(output.read_text())
