@@ -7,6 +7,7 @@ refuse before their first step is refused here by the same code; only what they 
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from .numbers import Numbers, blind_outputs, compare, of_one_process, on_the_ran
 from .result import REFUSED, UNBUILDABLE, WRONG, Errors, RowsResult, judge, tolerance
 from .rows import ROWS_OF_A_GROUP, Rows, make_rows, num_tokens_of
 from .subject import Setting, Subject
-from .tiny import FIRST_TOKEN
+from .tiny import FIRST_TOKEN, CannotShrink
 
 
 _PACKAGE = str(Path(__file__).parents[1])
@@ -284,5 +285,7 @@ def _worst_of_ranks(errors: Errors) -> Errors:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
+    if isinstance(error, CannotShrink):
+        return str(error)
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return text[:300]
+    return re.sub(r"/\S*/site-packages/", "", text)[:300]  # what is said here may be published

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..losses.token_mean import token_mean
 from ..parallel.collectives import gather_sequence
@@ -250,8 +251,8 @@ def wrap(model: torch.nn.Module, wrapper: str) -> torch.nn.Module:
         from torch.distributed.fsdp import fully_shard
 
         everyone = DeviceMesh.from_group(dist.group.WORLD, "cpu")
-        for module in model.modules():
-            if type(module).__name__ in (getattr(model, "_no_split_modules", None) or ()):
-                fully_shard(module, mesh=everyone)
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for layer in layers:  # and whatever is tied across the model stays with its root
+            fully_shard(layer, mesh=everyone)
         fully_shard(model, mesh=everyone)
     return model

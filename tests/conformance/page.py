@@ -37,8 +37,9 @@ def write_pages(folder: Path, results: list[dict], versions: dict[str, str]) -> 
         }
         for record in results
     ]
-    text = json.dumps({"versions": versions, "models": models}, indent=1)
-    (folder / "conformance.json").write_text(text + "\n")
+    lines = ",\n".join(json.dumps(model) for model in models)  # one line a model, so that a change is one line
+    text = f'{{"versions": {json.dumps(versions)}, "models": [\n{lines}\n]}}\n'
+    (folder / "conformance.json").write_text(text)
     (folder / "conformance.md").write_text("\n".join(_page(results, versions)) + "\n")
 
 
