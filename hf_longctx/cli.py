@@ -127,7 +127,8 @@ def _check(options: argparse.Namespace) -> int:
     try:
         split = _split_of(options)
     except KeyError as error:  # a model that looks its attention up in a list of its own
-        console.print(f"[bold red]refused[/]: the model does not know attn_implementation={error}", highlight=False)
+        reason = f"{options.model} looks up attn_implementation={error} in a list of its own and does not find it"
+        console.print(f"[bold red]refused[/]: {reason}: set `sequence_parallel_size` to 1.", highlight=False)
         return 2
     except (ValueError, NotImplementedError, ImportError, OSError) as error:
         console.print(f"[bold red]refused[/]: {error}", highlight=False)
