@@ -1,5 +1,5 @@
 # `make demo` and `make test` do all their own set-up in .venv. `make lint` checks style, `make floor` the oldest
-# host, `make docs` builds the pages as a site.
+# host, `make conformance` every model type of the installed transformers, `make docs` builds the pages as a site.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 # Without an NVIDIA driver this version is taken, of which pip may have a CPU build at hand that spares gigabytes.
 TORCH  := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch==2.13.0")
 
-.PHONY: demo test floor lint refusals docs setup clean
+.PHONY: demo test floor conformance lint refusals docs setup clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,11 @@ demo: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+# Every text model type against one process, on two processes; fails if one is wrong or worse than docs/conformance.json.
+# SWEEP="--resume" goes on where a run ended.
+conformance: setup
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.sweep $(SWEEP)
 
 # The oldest transformers and accelerate that setup.py allows, in an environment of its own.
 floor: $(VENV)-floor/.ready

@@ -29,6 +29,7 @@ _PUBLIC = {
     "explain_attention": ".attention.explain",
     "LongContextTrainer": ".trainer.causal_lm",
     "LongContextSFTTrainer": ".trainer.sft",
+    "verify": ".proof.verify",
 }
 __all__ = sorted(_PUBLIC)
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from .parallel.collectives import gather_sequence  # noqa: F401
     from .parallel.mesh import SequenceMesh  # noqa: F401
     from .parallel.shard import SequenceShard, shard_batch  # noqa: F401
+    from .proof.verify import verify  # noqa: F401
     from .trainer.causal_lm import LongContextTrainer  # noqa: F401
     from .trainer.sft import LongContextSFTTrainer  # noqa: F401
 

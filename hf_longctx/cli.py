@@ -1,5 +1,5 @@
 """`hf-longctx`: look before a run. `env` prints what is installed, `check` says whether and how a model is sharded,
-`pack` what packing would do to a data set, `plan` what fits on which GPUs."""
+`pack` what packing would do to a data set, `plan` what fits on which GPUs, `verify` proves that sharding is exact."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     check.add_argument("--trust_remote_code", action="store_true", help="run the code a hub model brings")
     _add_pack(commands)
     _add_plan(commands)
+    _add_verify(commands)
     options = parser.parse_args(arguments)
     if options.command == "env":
         return _print_environment()
@@ -34,6 +35,10 @@ def main(arguments: list[str] | None = None) -> int:
         from .plan_command import run_plan
 
         return run_plan(options)
+    if options.command == "verify":
+        from .verify_command import run_verify
+
+        return run_verify(options)
     return _check(options)
 
 
@@ -67,6 +72,20 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     plan.add_argument("--measure", action="store_true", help="run one short step here and correct the plan by it")
     plan.add_argument("--output", help="picture to draw, .png or .svg")
     plan.add_argument("--write", help="YAML file to write for recipes/sft.py; never written over")
+
+
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    verify = commands.add_parser("verify", help="prove that a model shared by processes is the model of one process")
+    verify.add_argument("model", help="hub id, folder or model type such as qwen3")
+    verify.add_argument("--sequence_parallel_size", type=int, default=2, help="processes that share one sequence")
+    verify.add_argument("--data_parallel_size", type=int, default=1, help="groups of them")
+    verify.add_argument("--inner_attention", default="auto", help="kernel that `ulysses` runs on its heads")
+    verify.add_argument("--packed", action="store_true", help="packed rows too, against their documents one by one")
+    verify.add_argument("--wrapper", default="none", help="none, ddp or fsdp2: who averages gradients")
+    verify.add_argument("--dtype", default="float32", help="float32 (doubts are settled in float64) or float64")
+    verify.add_argument("--task", help="causal-lm, masked-lm or encoder, for a model type that is several")
+    verify.add_argument("--full", action="store_true", help="the model's own size and weights, not a tiny random one")
+    verify.add_argument("--json", help="file to write the result to")
 
 
 def _print_environment() -> int:
@@ -107,6 +126,10 @@ def _check(options: argparse.Namespace) -> int:
     console = Console(soft_wrap=True)
     try:
         split = _split_of(options)
+    except KeyError as error:  # a model that looks its attention up in a list of its own
+        reason = f"{options.model} looks up attn_implementation={error} in a list of its own and does not find it"
+        console.print(f"[bold red]refused[/]: {reason}: set `sequence_parallel_size` to 1.", highlight=False)
+        return 2
     except (ValueError, NotImplementedError, ImportError, OSError) as error:
         console.print(f"[bold red]refused[/]: {error}", highlight=False)
         return 2

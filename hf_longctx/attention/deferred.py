@@ -94,7 +94,13 @@ class DeferredMask:
 
     __rmul__ = __mul__
 
-    def _refuse(self, name: str) -> None:
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        """Torch asks this of what is no tensor, as in `scores.masked_fill(mask, value)`."""
+        cls._refuse(getattr(function, "__name__", str(function)))
+
+    @staticmethod
+    def _refuse(name: str) -> None:
         raise NotImplementedError(
             f"this model edits its attention mask itself (`{name}`), which attn_implementation='ulysses' or 'packed' "
             "cannot follow: use 'sdpa' or 'eager' for it, without sharding."

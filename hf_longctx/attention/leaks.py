@@ -101,7 +101,7 @@ class _Run:
 
         def capture(module, inputs, output):
             seen.append(output.detach().requires_grad_())
-            return seen[-1]
+            return seen[-1].clone()  # some models scale their embeddings in place, which a leaf forbids
 
         handle = self.model.get_input_embeddings().register_forward_hook(capture)
         try:

@@ -74,6 +74,8 @@ def _collect_facts(mask_function: Callable, facts: dict[str, list[int]]) -> None
     elif maker == "and_masks":
         for part in inside["mask_functions"]:
             _collect_facts(part, facts)
+    elif maker == "or_masks" and (only := _without_empty_blocks(inside["mask_functions"])) is not None:
+        _collect_facts(only, facts)
     elif maker == "remap_positions_for_packed_sequence":
         _collect_facts(inside["mask_function"], facts)
     elif maker == "sliding_window_overlay":
@@ -87,6 +89,17 @@ def _collect_facts(mask_function: Callable, facts: dict[str, list[int]]) -> None
             f"this model masks attention with `{module}.{name or mask_function}`, a rule that "
             "attn_implementation='ulysses' cannot apply to a sharded row: set `sequence_parallel_size` to 1."
         )
+
+
+def _without_empty_blocks(mask_functions: tuple[Callable, ...]) -> Callable | None:
+    """The one function that is left when blocks (of an image) that this batch has none of are dropped, or `None`."""
+    left = []
+    for function in mask_functions:
+        is_block = function.__module__ == masking_utils.__name__ and function.__qualname__.startswith("blockwise_over")
+        ids = inspect.getclosurevars(function).nonlocals["block_sequence_ids"] if is_block else None
+        if ids is None or bool((ids >= 0).any()):
+            left.append(function)
+    return left[0] if len(left) == 1 else None
 
 
 def packed_documents(mask_function: Callable) -> torch.Tensor | None:

@@ -19,6 +19,7 @@ from ..parallel.shard import SequenceShard
 from .deferred import DeferredMask
 from .kernels import choose_kernel, is_flash, plan_for_kernel, refuse_unsupported, run_plain, run_planned
 from .masks import AttentionRule, KernelPlan, packed_documents, plan_row
+from .own_masks import without_padding_mask
 
 
 # Keyword arguments that change the result and that no inner kernel can take on a part of the heads.
@@ -75,7 +76,9 @@ def packed_attention(
     if sequence_shard is None:
         kernel = choose_kernel("auto", query, kwargs)
         if isinstance(attention_mask, DeferredMask):
-            attention_mask = attention_mask.build(kernel)
+            deferred, attention_mask = attention_mask, attention_mask.build(kernel)
+            if attention_mask is None and is_causal is None and not hasattr(module, "is_causal"):
+                is_causal = deferred.rule().causal  # a kernel that is told nothing takes it for causal
         extras = {**kwargs, "dropout": dropout, "scaling": scaling}
         if is_causal is not None:
             extras["is_causal"] = is_causal
@@ -90,6 +93,7 @@ def _attend_documents(
     module, query, key, value, attention_mask, dropout, scaling, is_causal, shard: SequenceShard, kwargs: dict
 ) -> tuple[torch.Tensor, None]:
     """Rows of known documents. Not traced: every batch cuts its rows at other places."""
+    attention_mask, is_causal = without_padding_mask(attention_mask, is_causal, shard, len(query))
     validate_call(module, query, key, attention_mask, shard, kwargs)
     return attend_rows(module, query, key, value, attention_mask, dropout, scaling, is_causal, shard, kwargs), None
 

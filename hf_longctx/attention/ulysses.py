@@ -15,6 +15,7 @@ import torch
 from ..parallel.collectives import heads_to_sequence, sequence_to_heads
 from ..parallel.heads import split_heads
 from ..parallel.shard import SequenceShard
+from .own_masks import without_padding_mask
 from .packed import attend_rows, packed_attention, validate_call
 
 
@@ -79,6 +80,7 @@ def _sharded_attention(
     module, query, key, value, attention_mask, dropout, scaling, is_causal, shard: SequenceShard, kwargs: dict
 ) -> tuple[torch.Tensor, None]:
     """The sharded half of [`ulysses_attention`]. Never traced: a compiler may lose the gradient of a collective."""
+    attention_mask, is_causal = without_padding_mask(attention_mask, is_causal, shard, len(query))
     validate_call(module, query, key, attention_mask, shard, kwargs)
     split = split_heads(query.shape[1], key.shape[1], shard.size)
     if shard.group is None:

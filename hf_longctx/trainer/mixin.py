@@ -116,24 +116,19 @@ class SequenceParallelMixin(SurvivalMixin, ShardedEvaluationMixin):
         inputs = super()._prepare_inputs(inputs)
         shard = inputs.get("sequence_shard")
         if shard is not None and shard.group is None:
-            inputs["sequence_shard"] = self._bind(shard)
+            inputs["sequence_shard"] = self._bind(shard, inputs)
             if self._takes_shifted_labels:
                 inputs["labels"] = inputs["shift_labels"]
         if self._checks_packing and check_packed_batch(self, inputs):
             self._checks_packing = False
         return inputs
 
-    def _bind(self, shard: SequenceShard) -> SequenceShard:
+    def _bind(self, shard: SequenceShard, inputs: dict[str, object]) -> SequenceShard:
         if self._probe is None:
             self._probe = self._run_probe()
-        if self._probe.needs_position_ids and not shard.has_own_positions:
-            raise ValueError(
-                f"the collated batch has no `position_ids`, but `{type(unwrap(self.model)).__name__}` derives them "
-                "from the mask or the token ids, which a rank sees only a part of: add `position_ids` of shape (rows, "
-                "tokens)."
-            )
         # A new object, so that what the layers plan for it is freed with these inputs, not with the loader's batch.
         shard = shard.bind(self.mesh).to(self.args.device)
+        self._probe.validate_batch(self.model, shard, inputs)
         validate_same_rows(shard)
         return shard
 

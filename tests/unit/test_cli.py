@@ -46,6 +46,12 @@ def test_check_refuses_with_the_sentence(tmp_path, capsys):
     assert "exceeds the model's query heads (6)" in capsys.readouterr().out
 
 
+def test_check_refuses_a_model_that_lists_its_attentions_itself(tmp_path, capsys):
+    transformers.FalconConfig(vocab_size=97, hidden_size=48, num_attention_heads=6).save_pretrained(tmp_path)
+    assert main(["check", str(tmp_path)]) == 2
+    assert "looks up attn_implementation='ulysses' in a list of its own" in " ".join(capsys.readouterr().out.split())
+
+
 def test_help_is_cheap_and_a_wrong_command_is_told():
     done = run("chek")
     assert done.returncode == 2 and "invalid choice" in done.stderr

@@ -26,8 +26,9 @@ from hf_longctx.attention.masks import (
     read_rule,
     segment_bounds,
 )
+from hf_longctx.attention.own_masks import without_padding_mask
 from hf_longctx.attention.ulysses import ulysses_attention
-from hf_longctx.parallel.shard import cut_batch
+from hf_longctx.parallel.shard import SequenceShard, cut_batch
 
 
 CPU = torch.device("cpu")
@@ -425,6 +426,12 @@ def test_model_that_edits_its_mask_is_refused(name):
     assert "use 'sdpa' or 'eager'" in str(error.value)
 
 
+def test_model_that_hands_its_mask_to_torch_is_refused():
+    mask = mask_of("causal", "left", "ulysses")
+    with pytest.raises(NotImplementedError, match="edits its attention mask itself .`masked_fill`."):
+        torch.zeros(2, 1, 6, 6).masked_fill(mask, 0.0)
+
+
 # Kernels: which one, and what it cannot do
 
 
@@ -531,3 +538,43 @@ def test_installed_package_is_enough(installed):
     installed("kernels")
     for kernel in ("flash_attention_2", "flash_attention_4", "org/name"):
         kernels.validate_kernel_available(kernel)
+
+
+# Masks that a model made itself, and blocks that a batch has none of
+
+
+def shard_of(segments, rank: int = 0, tokens: int = 7):
+    return SequenceShard(size=2, rank=rank, num_tokens=tokens, local_len=4, segment_ids=segments)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("as_numbers", [True, False])
+def test_a_mask_that_repeats_the_padding_is_left_to_the_shard(rank, as_numbers):
+    segments = torch.zeros(2, 7, dtype=torch.int32)
+    segments[0, :2] = segments[1, 5:] = -1
+    whole = torch.nn.functional.pad(segments, (0, 1), value=-1) == -1
+    hidden = whole[:, rank * 4 : rank * 4 + 4][:, None, None]
+    mask = hidden * torch.finfo(torch.float32).min if as_numbers else ~hidden
+    shard = shard_of(segments, rank)
+    assert without_padding_mask(mask, None, shard, 2) == (None, False)
+    other = mask.roll(1, -1)
+    assert without_padding_mask(other, None, shard, 2)[0] is other
+    if as_numbers:
+        bias = mask + 0.5 * ~hidden
+        assert without_padding_mask(bias, None, shard, 2)[0] is bias
+        square = mask.expand(2, 1, 4, 4)
+        assert without_padding_mask(square, True, shard, 2) == (square, True)
+
+
+def test_a_row_without_padding_has_only_the_pad_segment_hidden():
+    mask = torch.tensor([0.0, 0.0, 0.0, -1e9]).view(1, 1, 1, 4)
+    assert without_padding_mask(mask, None, shard_of(None, rank=1), 2) == (None, False)
+    assert without_padding_mask(mask, None, shard_of(None, rank=0), 2)[0] is mask
+
+
+def test_blocks_of_images_are_read_only_if_the_batch_has_none():
+    none = masking_utils.blockwise_overlay(torch.full((1, 4), -1))
+    some = masking_utils.blockwise_overlay(torch.tensor([[-1, 0, 0, -1]]))
+    assert read_rule(masking_utils.or_masks(CAUSAL, none)) == AttentionRule(causal=True)
+    with pytest.raises(NotImplementedError, match="or_mask"):
+        read_rule(masking_utils.or_masks(CAUSAL, some))

@@ -187,10 +187,12 @@ FLOORS = {
     "": 3,
     "trainer": 3,
     "callbacks": 3,
+    "proof": 3,
     "cli": 3,
     "pack_command": 3,
     "plan_command": 3,
     "plan_report": 3,
+    "verify_command": 3,
     "experimental": 4,
 }
 # Packages that a floor may not import; each list also holds for the floors below.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_longctx
@@ -356,3 +357,23 @@ def test_name_is_registered_by_the_import():
 
     assert hf_longctx.__version__
     assert ALL_ATTENTION_FUNCTIONS["packed"] is packed_attention and "packed" in ALL_MASK_ATTENTION_FUNCTIONS
+
+
+def test_an_encoder_that_does_not_say_is_causal_sees_both_ways_without_a_mask():
+    """Splinter has no `is_causal`, which `sdpa` takes for causal; its own attention is eager."""
+    config = transformers.SplinterConfig(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    ids = torch.randint(3, 97, (2, 9), generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for name in ("eager", "ulysses", "packed"):
+        torch.manual_seed(0)
+        outputs.append(transformers.AutoModel.from_config(config, attn_implementation=name).eval()(ids)[0])
+    for output in outputs[1:]:
+        torch.testing.assert_close(output, outputs[0], rtol=0, atol=1e-5)  # one layer norm after another: entries of 1

@@ -13,7 +13,7 @@ from transformers import AttentionInterface
 from hf_longctx import SequenceMesh, shard_batch
 
 from ..harness import WorldFailure
-from ..models import _BASE, VOCAB, build
+from ..models import _BASE, VOCAB, build, config_of
 from ..training import Rows, pad_right, train
 
 
@@ -100,6 +100,42 @@ def train_a_model_with_a_layer_that_mixes_tokens():
 def test_a_layer_that_mixes_tokens_by_itself_is_found_by_the_probe(world2):
     with pytest.raises(WorldFailure, match="gives other outputs when its rows are sharded"):
         world2.run(train_a_model_with_a_layer_that_mixes_tokens)
+
+
+def train_a_model_with_a_layer_that_needs_whole_rows():
+    model = build("llama", "ulysses")
+    mlp = model.model.layers[1].mlp
+    plain = mlp.forward
+    positions = torch.zeros(7, 1)  # a row of the probe has 7 tokens
+    mlp.forward = lambda x: plain(x) + positions
+    train(2, model=model)
+
+
+def test_an_error_of_the_models_own_code_on_a_share_becomes_a_sentence(world2):
+    with pytest.raises(
+        WorldFailure, match=r"`LlamaForCausalLM` cannot run on a share of a row \(RuntimeError: The size"
+    ):
+        world2.run(train_a_model_with_a_layer_that_needs_whole_rows)
+
+
+def train_on_what_padding_predicts(label_of_the_first):
+    config = config_of("bert")
+    torch.manual_seed(0)
+    model = transformers.BertLMHeadModel._from_config(config, attn_implementation="ulysses")
+
+    def pad_left(rows):
+        batch = {name: value.flip(1) for name, value in pad_right(rows).items()}
+        first = (batch["attention_mask"].cumsum(1) == 1) & (batch["attention_mask"] == 1)
+        batch["labels"] = batch["labels"].masked_fill(first, label_of_the_first)
+        return batch
+
+    return train(2, model=model, trainer_options={"data_collator": pad_left})
+
+
+def test_a_target_of_padding_is_refused_where_kernels_disagree_about_padding(world2):
+    with pytest.raises(WorldFailure, match="padding on the left has a target.*first real token to -100"):
+        world2.run(train_on_what_padding_predicts, 5)
+    world2.run(train_on_what_padding_predicts, -100)
 
 
 def train_recurrent():

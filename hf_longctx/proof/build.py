@@ -1,0 +1,58 @@
+"""The models of a proof: one on the host's own attention, one on ours, with the same weights."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+
+from .subject import Subject
+from .tiny import validate_tiny
+
+
+_AUTO = {"causal-lm": AutoModelForCausalLM, "masked-lm": AutoModelForMaskedLM, "encoder": AutoModel}
+
+
+def build_model(subject: Subject, attention: str | None, dtype: torch.dtype) -> torch.nn.Module:
+    """The model in training mode, without dropout; weights depend on the subject alone.
+
+    Args:
+        attention (`str`, *optional*): `None`: whatever the host chooses for it.
+    """
+    auto, config = _AUTO[subject.task], copy.deepcopy(subject.config)
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    if dtype == torch.float64 and hasattr(config, "_experts_implementation"):
+        chosen["experts_implementation"] = "eager"  # the host's grouped kernels have no such precision
+    torch.manual_seed(0)
+    if subject.weights is not None:
+        model = auto.from_pretrained(subject.weights, config=config, dtype=torch.float32, **chosen)
+    else:
+        validate_tiny(config, _count_parameters(auto, config))
+        model = auto.from_config(config, dtype=torch.float32, **chosen)
+        _draw_weights(model)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return model.to(dtype).train()
+
+
+def model_on_meta(subject: Subject) -> torch.nn.Module:
+    """The model as it was given, on our attention, without memory."""
+    with torch.device("meta"):
+        return _AUTO[subject.task].from_config(copy.deepcopy(subject.original), attn_implementation="ulysses")
+
+
+def _count_parameters(auto, config) -> int:
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in auto.from_config(copy.deepcopy(config)).parameters())
+
+
+@torch.no_grad()
+def _draw_weights(model: torch.nn.Module) -> None:
+    """Larger than the usual initialisation, so that attention is far from uniform and an error shows."""
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32) * 0.15
+        is_scale = parameter.dim() == 1 and not name.endswith("bias")
+        parameter.copy_((1.0 if is_scale else 0.0) + noise)

@@ -1,0 +1,291 @@
+"""What every rank does: build both models, ask the trainers' own checks, compare, and decide.
+
+The order is that of a training run: what the host cannot build is no verdict on us; then whatever the trainers would
+refuse before their first step is refused here by the same code; only what they would train is compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ..attention.leaks import assert_no_cross_document
+from ..config import LongContextConfig
+from ..parallel.mesh import SequenceMesh
+from ..trainer.checks import check_model
+from ..trainer.probe import ProbeResult, probe_model
+from .build import build_model, model_on_meta
+from .numbers import Numbers, blind_outputs, compare, of_one_process, on_the_ranks, relative, wrap
+from .result import REFUSED, UNBUILDABLE, WRONG, Errors, RowsResult, judge, tolerance
+from .rows import ROWS_OF_A_GROUP, Rows, make_rows, num_tokens_of
+from .subject import Setting, Subject
+from .tiny import FIRST_TOKEN, CannotShrink
+
+
+_PACKAGE = str(Path(__file__).parents[1])
+# Without the exchange the outputs must be this many times worse than the tolerance, or the comparison shows nothing.
+_SENSITIVE = 100.0
+# The same numbers by the same operations, on one process.
+_SAME = 1e-6
+
+
+class _Verdict(Exception):
+    """Ends a proof before numbers were compared."""
+
+    def __init__(self, verdict: str, sentence: str) -> None:
+        super().__init__(sentence)
+        self.verdict, self.sentence = verdict, sentence
+
+
+def prove(subject: Subject, setting: Setting) -> list[RowsResult]:
+    """The verdict on each kind of rows. Every rank of a world of `setting.world_size` calls this."""
+    results, pairs = [], {}
+    for kind in setting.kinds:
+        began = time.perf_counter()
+        try:
+            result = _prove_kind(subject, setting, kind, pairs)
+        except _Verdict as ended:
+            result = RowsResult(kind, ended.verdict, dtype=setting.dtype, sentence=ended.sentence)
+        results.append(dataclasses.replace(result, seconds=time.perf_counter() - began))
+    return results
+
+
+def _prove_kind(subject: Subject, setting: Setting, kind: str, pairs: dict) -> RowsResult:
+    pair = _pair_of(subject, setting, setting.dtype, pairs)
+    result = pair.prove(kind)
+    if result.verdict != WRONG or setting.dtype != "float32":
+        return result
+    # Rounding, or a router's near tie that it decided, is gone in float64; a defect is not.
+    precise = None
+    try:
+        precise = _pair_of(subject, setting, "float64", pairs)
+        return precise.prove(kind, pair.reference(kind))
+    except _Verdict as ended:
+        # Some hosts' masks overflow there; then what rounding leaves in float32 is measured on the oracle.
+        measured = 0.0 if precise is None else precise.rounding_of(pair, kind)
+        again = judge(kind, result.errors, "float32", pair.num_tokens(kind), pair.blind, measured)
+        if again.verdict == WRONG:
+            return dataclasses.replace(again, sentence=f"{again.sentence} In float64: {ended}")
+        return again
+
+
+def _pair_of(subject: Subject, setting: Setting, dtype: str, pairs: dict) -> Pair:
+    """Both models in one precision, built once; a failure is kept as well."""
+    if dtype not in pairs:
+        try:
+            pairs[dtype] = Pair(subject, setting, dtype)
+        except _Verdict as ended:
+            pairs[dtype] = ended
+    if isinstance(pairs[dtype], _Verdict):
+        raise pairs[dtype]
+    return pairs[dtype]
+
+
+class Pair:
+    """One model in one process and the same one on all ranks.
+
+    Raises:
+        _Verdict: one process cannot run it.
+    """
+
+    def __init__(self, subject: Subject, setting: Setting, dtype: str) -> None:
+        self.subject, self.setting, self.dtype = subject, setting, dtype
+        self.host = self._host_model()
+        self.vocabulary = self.host.config.get_text_config().vocab_size
+        self.references: dict[str, Numbers] = {}
+        self.needs, self.start = ProbeResult(), 0
+        self.reference("dense")  # before anything of ours, so that a host that cannot run is not held against us
+        self.ended: _Verdict | None = None
+        self.model: torch.nn.Module | None = None
+
+    def prepare(self) -> None:
+        """Build ours and ask the trainers' checks, once; a refusal is kept."""
+        if self.ended is None and self.model is None:
+            try:
+                self._prepare()
+            except _Verdict as ended:
+                self.ended = ended
+        if self.ended is not None:
+            raise self.ended
+
+    def _prepare(self) -> None:
+        subject, setting, dtype = self.subject, self.setting, self.dtype
+        self.mesh = SequenceMesh.build(setting.sequence_parallel_size)
+        self.model = _ours(lambda: build_model(subject, "ulysses", getattr(torch, dtype)), loads=True)
+        self.model.load_state_dict(self.host.state_dict())
+        self.needs = _ours(self._check)
+        if self.needs.needs_position_ids:
+            self.start = self._first_position()
+        self.references.clear()
+        self.blind = self._blind_error()
+        self.wrapped = wrap(self.model, setting.wrapper)
+
+    def prove(self, kind: str, rounded: Numbers | None = None) -> RowsResult:
+        """Numbers of one kind of rows, and the verdict; `rounded`: the oracle's in less precision."""
+        self.prepare()
+        rows, theirs = self.rows(kind), self.reference(kind)
+        if kind == "packed":
+            _ours(lambda: self._check_documents(rows))
+        ours = _ours(lambda: on_the_ranks(self.wrapped, self.subject.task, rows, self.mesh, self.setting, self.needs))
+        errors = compare(ours, theirs, self.mesh.data_parallel_rank * ROWS_OF_A_GROUP)
+        measured = 0.0 if rounded is None else compare(rounded, theirs, 0).worst
+        return judge(kind, _worst_of_ranks(errors), self.dtype, self.num_tokens(kind), self.blind, measured)
+
+    def rounding_of(self, rounded: Pair, kind: str) -> float:
+        """How far the oracle in less precision is from this one; 0 where this one has no numbers."""
+        self.needs, self.start = rounded.needs, rounded.start
+        self.references.clear()
+        try:
+            return compare(rounded.reference(kind), self.reference(kind), 0).worst
+        except _Verdict:
+            return 0.0
+
+    def num_tokens(self, kind: str) -> int:
+        """Of all rows."""
+        return self.rows(kind).batch["input_ids"].numel()
+
+    def rows(self, kind: str) -> Rows:
+        first = min(FIRST_TOKEN, self.vocabulary // 2)
+        tokens = num_tokens_of(kind, self.setting.sequence_parallel_size)
+        settings = (self.vocabulary, self.setting.data_parallel_size, tokens, first)
+        rows = make_rows(kind, self.subject.task, *settings)
+        if self.needs.needs_position_ids:
+            rows = rows.with_positions(self.start)
+        return rows.without_padding_targets() if self.needs.padding_predicts else rows
+
+    def reference(self, kind: str) -> Numbers:
+        """The oracle's numbers, computed once."""
+        if kind not in self.references:
+            try:
+                numbers = of_one_process(self.host, self.subject.task, self.rows(kind))
+            except Exception as error:
+                raise _Verdict(
+                    UNBUILDABLE, f"one process cannot run {kind} rows on it: {_first_line(error)}"
+                ) from error
+            if not numbers.is_finite:
+                raise _Verdict(UNBUILDABLE, f"one process gets numbers that are not finite from {kind} rows")
+            self.references[kind] = numbers
+        return self.references[kind]
+
+    def _host_model(self) -> torch.nn.Module:
+        subject = self.subject
+        problem = subject.problem
+        if subject.config is not None:
+            try:
+                return build_model(subject, None, getattr(torch, self.dtype))
+            except Exception as error:
+                problem = _first_line(error)
+        _refuse_by_configuration(subject, self.setting)
+        raise _Verdict(UNBUILDABLE, problem)
+
+    def _first_position(self) -> int | None:
+        """What the host counts from, if it counts up by one: RoBERTa and its kin from `pad_token_id + 1`."""
+        expected = self.reference("dense").outputs
+        rows = self.rows("dense")
+        padding = getattr(self.host.config.get_text_config(), "pad_token_id", None) or 0
+        for start in (0, padding + 1):
+            explicit = dataclasses.replace(rows.with_positions(start), host_counts=False)
+            outputs = of_one_process(self.host, self.subject.task, explicit).outputs
+            if relative(outputs, expected) <= _SAME:
+                return start
+        return None
+
+    def _check(self) -> ProbeResult:
+        """What a trainer does before its first step."""
+        setting = self.setting
+        config = LongContextConfig(
+            sequence_parallel_size=setting.sequence_parallel_size, inner_attention=setting.inner_attention
+        )
+        check_model(self.model, config)
+        shifts, has_loss = self.subject.task == "causal-lm", self.subject.task != "encoder"
+        return probe_model(self.model, self.mesh, setting.inner_attention, shifts, check_loss=has_loss)
+
+    def _check_documents(self, rows: Rows) -> None:
+        batch = rows.of_group(self.mesh.data_parallel_rank)
+        settings = {"inner_attention": self.setting.inner_attention, "check_gradients": self.setting.wrapper == "none"}
+        try:
+            assert_no_cross_document(self.model, batch, self.mesh, **settings)
+        except AssertionError as error:
+            raise NotImplementedError(f"`{type(self.model).__name__}` cannot train on packed rows: {error}") from error
+
+    def _blind_error(self) -> float | None:
+        if self.setting.sequence_parallel_size == 1:
+            return None
+        rows, expected = self.rows("dense"), self.reference("dense").outputs
+        outputs = _ours(lambda: blind_outputs(self.model, self.subject.task, rows, self.mesh, self.setting))
+        first = self.mesh.data_parallel_rank * ROWS_OF_A_GROUP
+        error = relative(outputs, expected[first : first + len(outputs)])
+        if error < _SENSITIVE * tolerance(rows.batch["input_ids"].numel()):
+            raise _Verdict(
+                UNBUILDABLE,
+                f"ranks that do not exchange anything differ by {error:.1e} only, so no comparison of this model "
+                "shows whether they do",
+            )
+        return error
+
+
+def _ours(step: Callable, loads: bool = False):
+    """Run a step of ours. What we say in a sentence is a refusal; any other error is a defect.
+
+    Args:
+        loads (`bool`): the host loads a model on our attention; whatever it raises is its refusal.
+    """
+    try:
+        return step()
+    except _Verdict:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        said = isinstance(error, (NotImplementedError, ValueError, ImportError))
+        if said and frames[-1].filename.startswith(_PACKAGE):
+            raise _Verdict(REFUSED, " ".join(str(error).split())) from error
+        if loads:
+            raise _Verdict(
+                REFUSED,
+                f"transformers cannot load it with attn_implementation='ulysses' ({_first_line(error)}), so it does "
+                "not use the attention interface: set `sequence_parallel_size` to 1.",
+            ) from error
+        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+        raise _Verdict(WRONG, f"crashed instead of being refused: {_first_line(error)} ({place})") from error
+
+
+def _refuse_by_configuration(subject: Subject, setting: Setting) -> None:
+    """A model that has no tiny version may still be refused by what its own configuration says."""
+    config = LongContextConfig(sequence_parallel_size=setting.sequence_parallel_size)
+    try:
+        model = model_on_meta(subject)
+    except Exception:
+        return
+    try:
+        check_model(model, config)
+    except (NotImplementedError, ValueError) as error:
+        raise _Verdict(REFUSED, " ".join(str(error).split())) from error
+
+
+def _worst_of_ranks(errors: Errors) -> Errors:
+    if not dist.is_initialized():
+        return errors
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, errors)
+    values = {
+        field.name: max((getattr(item, field.name) for item in everyone), key=lambda value: (value != value, value))
+        for field in dataclasses.fields(Errors)
+        if field.name != "parameter"
+    }
+    worst = max(everyone, key=lambda item: (item.gradient != item.gradient, item.gradient))
+    return Errors(**values, parameter=worst.parameter)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    if isinstance(error, CannotShrink):
+        return str(error)
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return re.sub(r"/\S*/site-packages/", "", text)[:300]  # what is said here may be published

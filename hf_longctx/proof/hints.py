@@ -1,0 +1,43 @@
+"""What the names of a configuration's fields do not tell: one line a model type, for its tiny version.
+
+Fields are set as written after everything else was made small.
+"""
+
+from __future__ import annotations
+
+
+_ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+_INDEXER = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+
+HINTS: dict[str, dict[str, object]] = {
+    # Sizes that the default configuration leaves out and the model needs.
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "deepseek_v2": {"num_experts_per_tok": 2},
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "clip_qkv": 8.0}},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
+    "xmod": {"default_language": "en_XX"},
+    # Sizes that must fit each other.
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "gemma4_text": {"num_kv_shared_layers": 0},
+    "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
+    "lilt": {"hidden_size": 96, "channel_shrink_ratio": 2},
+    "mobilebert": {"embedding_size": 64, "true_hidden_size": 64, "intra_bottleneck_size": 64, "use_bottleneck": False},
+    # Rotary sections are pairs of a head's numbers: 8, or 4 and 2 where a half or a quarter of it rotates.
+    "glm4v_moe_text": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
+    "glm4v_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+    "glm_ocr_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+    "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
+    "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+    "qwen2_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+    "reformer": {"axial_pos_embds": False},
+}

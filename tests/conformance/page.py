@@ -1,0 +1,91 @@
+"""`docs/conformance.md` and `docs/conformance.json`: what the sweep found, and whether it got worse."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+from hf_longctx.proof.result import EXACT, REFUSED, UNBUILDABLE, WORST_FIRST, WRONG
+from hf_longctx.proof.subject import KINDS
+
+
+_WORDS = {EXACT: "exact", WRONG: "**wrong**", REFUSED: "refused", UNBUILDABLE: "not buildable"}
+_TASKS = {"causal-lm": "Causal language models", "masked-lm": "Masked language models", "encoder": "Encoders"}
+_KINDS = KINDS
+
+
+def worse(before: list[dict], results: list[dict]) -> list[str]:
+    """What each type lost since the committed page, one sentence each."""
+    now = {(record["task"], record["type"]): _verdicts(record) for record in results}
+    sentences = []
+    for old in before:
+        verdicts = now.get((old["task"], old["type"]))
+        for kind, was in _verdicts(old).items() if verdicts else ():
+            if WORST_FIRST.index(verdicts[kind]) < WORST_FIRST.index(was):
+                sentences.append(f"{old['type']} ({old['task']}), {kind} rows: was {was}, is {verdicts[kind]}")
+    return sentences
+
+
+def write_pages(folder: Path, results: list[dict], versions: dict[str, str]) -> None:
+    """Write both. Numbers that differ from machine to machine stay out, so that equal results are equal files."""
+    models = [
+        {
+            "task": record["task"],
+            "type": record["type"],
+            "rows": [{"rows": r["rows"], "verdict": r["verdict"], "sentence": r["sentence"]} for r in record["rows"]],
+        }
+        for record in results
+    ]
+    lines = ",\n".join(json.dumps(model) for model in models)  # one line a model, so that a change is one line
+    text = f'{{"versions": {json.dumps(versions)}, "models": [\n{lines}\n]}}\n'
+    (folder / "conformance.json").write_text(text)
+    (folder / "conformance.md").write_text("\n".join(_page(results, versions)) + "\n")
+
+
+def _verdicts(record: dict) -> dict[str, str]:
+    return {row["rows"]: row["verdict"] for row in record["rows"]}
+
+
+def _page(results: list[dict], versions: dict[str, str]) -> list[str]:
+    lines = [
+        "# Conformance",
+        "",
+        f"Every text model type of transformers {versions['transformers']}, on torch {versions['torch']}: "
+        "a tiny random model of each",
+        "was shared by two processes and compared with one process on the host's own attention: loss, outputs and",
+        "**every** gradient. Written by `make conformance`, which fails if a type is wrong or worse than this page.",
+        "",
+        "- **exact**: all numbers equal one process's up to rounding ([verify.md](verify.md) says what is allowed).",
+        "- **refused**: a sentence before the first step says why it cannot be shared. It still trains with",
+        "  `sequence_parallel_size` 1.",
+        "- **not buildable**: there is no tiny model of it here to compare with, for the reason given.",
+        "",
+        "Encoders are listed where transformers has no language model head for them: types of its plain mapping whose",
+        "configuration has a vocabulary of its own, is no encoder-decoder, and names no other input than text.",
+        "",
+        "| | models | " + " | ".join(f"{kind} exact" for kind in _KINDS) + " | all exact | refused | not buildable |",
+        "|" + "---|" * (len(_KINDS) + 5),
+    ]
+    for task, title in _TASKS.items():
+        lines.append(_summary(title, [record for record in results if record["task"] == task]))
+    for task, title in _TASKS.items():
+        heads = ("type", *_KINDS, "why")
+        lines += ["", f"## {title}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
+        lines += [_row(record) for record in results if record["task"] == task]
+    return lines
+
+
+def _summary(title: str, records: list[dict]) -> str:
+    verdicts = [_verdicts(record) for record in records]
+    exact = [sum(v[kind] == EXACT for v in verdicts) for kind in _KINDS]
+    counts = Counter("all" if set(v.values()) == {EXACT} else v["dense"] for v in verdicts)
+    cells = (title, len(records), *exact, counts["all"], counts[REFUSED], counts[UNBUILDABLE])
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def _row(record: dict) -> str:
+    cells = [_WORDS[verdict] for verdict in _verdicts(record).values()]
+    reasons = list(dict.fromkeys(row["sentence"] for row in record["rows"] if row["sentence"]))
+    why = " ".join(reasons).replace("|", "\\|")
+    return f"| `{record['type']}` | {' | '.join(cells)} | {why} |"

@@ -1,0 +1,165 @@
+"""Every text model type of the installed transformers against one process: `make conformance`.
+
+A tiny random model of each type is shared by two processes that exchange over gloo, and compared with the host's own
+attention in one: loss, outputs and every gradient, on dense, padded and packed rows. Processes live on from type to
+type. Each result is appended to a file at once, so that `--resume` goes on where a run ended.
+
+The exit code is 1 if any type is wrong, or worse than `docs/conformance.json` says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import queue
+import sys
+import threading
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from hf_longctx.proof.ranks import Ranks
+from hf_longctx.proof.result import UNBUILDABLE, WRONG
+from hf_longctx.proof.subject import KINDS, Setting, Subject
+from hf_longctx.proof.verify import run_proof
+
+from .page import worse, write_pages
+
+
+ROOT = Path(__file__).parents[2]
+SIZE = 2
+SECONDS_A_TYPE = 300.0
+
+
+def subjects() -> list[tuple[str, str]]:
+    """`(task, model type)` of everything that is swept.
+
+    Every causal and every masked language model, and those encoders that have no language model head: types of the
+    host's plain mapping in neither of the two, whose configuration has a vocabulary of its own and describes no
+    encoder-decoder and no other input than text.
+    """
+    causal, masked = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    rest = [name for name in modeling_auto.MODEL_MAPPING_NAMES if name not in causal and name not in masked]
+    tasks = {"causal-lm": list(causal), "masked-lm": list(masked), "encoder": [n for n in rest if _reads_text(n)]}
+    return [(task, name) for task, names in tasks.items() for name in names]
+
+
+def _reads_text(name: str) -> bool:
+    try:
+        values = CONFIG_MAPPING[name]().to_dict()
+    except Exception:
+        return False
+    others = ("vision", "image", "audio", "speech", "conv_", "patch", "feat_", "bbox", "mel", "coordinate")
+    return (
+        isinstance(values.get("vocab_size"), int)
+        and not values.get("is_encoder_decoder")
+        and not any(mark in field for field in values for mark in others)
+    )
+
+
+def prove(ranks: Ranks, task: str, name: str) -> dict:
+    """The record of one type."""
+    began = time.perf_counter()
+    try:
+        subject = Subject.of(CONFIG_MAPPING[name](), task, SIZE)
+    except Exception as error:
+        rows = [{"rows": kind, "verdict": UNBUILDABLE, "sentence": f"no configuration: {error}"} for kind in KINDS]
+    else:
+        found = run_proof(ranks, subject, Setting(SIZE, kinds=KINDS), SECONDS_A_TYPE)
+        rows = [_record_of(result) for result in found]
+    return {"task": task, "type": name, "rows": rows, "seconds": round(time.perf_counter() - began, 2)}
+
+
+def _record_of(result) -> dict:
+    record = {"rows": result.rows, "verdict": result.verdict, "sentence": result.sentence}
+    if result.errors is not None:
+        record |= {"error": result.errors.worst, "parameter": result.errors.parameter, "dtype": result.dtype}
+    return record
+
+
+def sweep(wanted: list[tuple[str, str]], records: Path, workers: int, done: list[dict]) -> list[dict]:
+    """Prove all that is wanted and append each result to `records`."""
+    waiting: queue.Queue = queue.Queue()
+    for item in wanted:
+        waiting.put(item)
+    lock, results = threading.Lock(), list(done)
+    records.parent.mkdir(parents=True, exist_ok=True)
+
+    def work() -> None:
+        with Ranks(SIZE) as ranks:
+            while True:
+                try:
+                    task, name = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                record = prove(ranks, task, name)
+                with lock:
+                    results.append(record)
+                    with records.open("a") as file:
+                        file.write(json.dumps(record) + "\n")
+                    verdicts = " ".join(f"{row['verdict']:<11}" for row in record["rows"])
+                    print(f"{len(results):>4} {task:<10} {name:<28} {verdicts} {record['seconds']:6.1f} s", flush=True)
+
+    threads = [threading.Thread(target=work) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Sweep, write the pages, and say what is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--types", nargs="*", help="only these model types; the pages are not written")
+    parser.add_argument("--resume", action="store_true", help="keep what the records already have for these versions")
+    parser.add_argument("--redo", nargs="*", default=(), help="with --resume: verdicts or types to prove again")
+    parser.add_argument("--records", type=Path, default=ROOT / "runs" / "conformance.jsonl")
+    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // SIZE))
+    parser.add_argument("--pages", type=Path, default=ROOT / "docs", help="folder of conformance.md and .json")
+    options = parser.parse_args(arguments)
+    began = time.perf_counter()
+    versions = {"versions": {name: version(name) for name in ("torch", "transformers")}}
+    every = subjects()
+    wanted = [item for item in every if not options.types or item[1] in options.types]
+    done = _read(options.records, versions, options.redo) if options.resume else []
+    done = [record for record in done if (record["task"], record["type"]) in wanted]
+    _rewrite(options.records, versions, done)
+    known = {(record["task"], record["type"]) for record in done}
+    results = sweep([item for item in wanted if item not in known], options.records, options.workers, done)
+    results.sort(key=lambda record: every.index((record["task"], record["type"])))
+    committed = options.pages / "conformance.json"
+    before = json.loads(committed.read_text())["models"] if committed.exists() else []
+    problems = [f"{r['type']} ({r['task']}) is wrong" for r in results if WRONG in {x["verdict"] for x in r["rows"]}]
+    problems += worse(before, results)
+    print(f"{len(results)} models in {time.perf_counter() - began:.0f} s")
+    for problem in problems:
+        print(f"FAILED: {problem}")
+    if not options.types:
+        write_pages(options.pages, results, versions["versions"])
+    return 1 if problems else 0
+
+
+def _read(records: Path, versions: dict, redo: list[str]) -> list[dict]:
+    """Records of these versions; the last one of a type counts."""
+    if not records.exists():
+        return []
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    if not lines or lines[0] != versions:
+        return []
+    last = {(record["task"], record["type"]): record for record in lines[1:]}
+    again = set(redo)
+    return [r for r in last.values() if not again & {r["type"], *(row["verdict"] for row in r["rows"])}]
+
+
+def _rewrite(records: Path, versions: dict, done: list[dict]) -> None:
+    records.parent.mkdir(parents=True, exist_ok=True)
+    records.write_text("".join(json.dumps(line) + "\n" for line in (versions, *done)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
