@@ -67,10 +67,12 @@ def report_fault(error: BaseException, step: int) -> None:
 
 
 def _lost_worker(error: BaseException) -> bool:
-    """Whether the data loader lost a worker: it says so, or was in the middle of receiving what the worker sent."""
+    """Whether the data loader lost a worker: torch says so, wherever the signal meets this process, unless the loader
+    was in the middle of receiving what the worker sent."""
+    if "DataLoader worker" in str(error):
+        return True
     files = (Path(frame.filename).name for frame in traceback.extract_tb(error.__traceback__))
-    lost = isinstance(error, (ConnectionError, EOFError)) or "DataLoader worker" in str(error)
-    return lost and "dataloader.py" in files
+    return isinstance(error, (ConnectionError, EOFError)) and "dataloader.py" in files
 
 
 class HangWatch(TrainerCallback):
