@@ -126,7 +126,8 @@ def test_dead_data_worker_ends_the_run_and_is_named():
     """Torch says so itself, unless it was just receiving a batch: then it has a broken connection to tell of."""
     ended, lines, *_ = watched(1, lambda: None, rows=DiesWith(), dataloader_num_workers=1, max_steps=8)
     assert "DataLoader worker" in ended or "Connection" in ended or "EOFError" in ended
-    assert any(line.startswith("the run stops after step ") and "a data worker died" in line for line in lines)
+    told = [line for line in lines if line.startswith("the run stops after step ")]
+    assert len(told) == 1 and "a data worker died" in told[0], (ended, lines)
 
 
 def sleep_here(size, seconds):
