@@ -18,9 +18,9 @@ READING = """\
 - *step only*: the same error for what is left without the states, that is activations, logits and buffers. It is the
   harder figure, and large in percent where there is little left.
 - *fullest*: the part of the step in which the plan is fullest; `backward -1` is that of the last layer.
-- Measured is the largest resident set of a process of its own, less what it held before there was a model. So it holds
-  what a plan does not: pages that the allocator rounds up, what kernels allocate for themselves, and the code of
-  libraries that is read in late.
+- Measured is the largest resident set of a process of its own, less what it held before there was a model. A plan
+  counts tensors; whatever else a process takes in a step (buffers inside kernels, rounding of the allocator, code that
+  is read in late) is measured and not planned.
 """
 WHEN_NOT = """\
 - **Attention with `T x T` weights** (softcap or sinks without a flash kernel, attention dropout on a CPU): the plan is
