@@ -197,7 +197,7 @@ LATER_HEAD = """
 ## After the first step has begun
 
 Mistakes that only show when a backward runs a second time or in another order than its forward, or when something is
-undone.
+undone; numbers that are not finite; a checkpoint that cannot be written.
 """
 
 
@@ -232,7 +232,7 @@ def _link_to(tests: list[str]) -> str:
 
 
 def read_rows(page: str) -> list[str]:
-    """The shortened sentences in the first column of troubleshooting.md; a host's own are left out."""
+    """The shortened sentences in the first column of troubleshooting.md, without those of a host or of the log."""
     cells = re.findall(r"^\| (.+?) \| ", page, re.MULTILINE)
     spans = [re.findall(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", cell) for cell in cells if not cell.endswith(")")]
     return [text for found in spans for _, text in found]

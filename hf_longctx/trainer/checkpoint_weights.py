@@ -43,7 +43,7 @@ def check_weights(model: torch.nn.Module | None, path: Path) -> None:
         _compare(path / name, _read_header(path / name), _expected_adapter(model) if is_adapter else _expected(model))
     elif index.is_file():
         found = {}
-        for part in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())):
+        for part in sorted(set(read_json(index).get("weight_map", {}).values())):
             found |= _read_header(path / part)
         _compare(index, found, _expected(model))
     elif not any(path.glob("pytorch_model*.bin")) and not any(path.glob(f"*/{_ADAPTER}")):
@@ -53,11 +53,22 @@ def check_weights(model: torch.nn.Module | None, path: Path) -> None:
         )
 
 
+def read_json(path: Path) -> dict[str, object]:
+    """The object in a file of JSON; `ValueError`, with the file's name, if it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{path}` cannot be read ({error}): resume from another checkpoint.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"`{path}` holds no JSON object: resume from another checkpoint.")
+    return content
+
+
 def _check_kind(model: torch.nn.Module, path: Path) -> None:
     config = getattr(unwrap(model), "config", None)
     if config is None or not path.is_file():
         return
-    saved = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    saved = read_json(path).get("model_type")
     if saved != config.model_type:
         raise ValueError(
             f"`{path}` describes a model of type {saved!r}, and this run trains {config.model_type!r}: resume from a "

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ..callbacks.replicas import has_dropout
-from .checkpoint_weights import check_weights
+from .checkpoint_weights import check_weights, read_json
 from .packing import packs_rows
 
 
@@ -136,12 +136,16 @@ def choose_checkpoint(trainer, wanted: str | bool | None) -> str | None:
             check_checkpoint(trainer, Path(wanted))
     except ValueError as error:
         fault = str(error)
-    faults = [(rank, text) for rank, text in enumerate(_gather(trainer, fault)) if text is not None]
-    if faults:
-        rank, text = faults[0]
-        alone = f" (seen by rank {rank})" if len(faults) < trainer.args.world_size else ""
-        raise ValueError(text + alone)
+    _refuse_everywhere(_gather(trainer, fault))
     return wanted
+
+
+def _refuse_everywhere(faults: list[str | None]) -> None:
+    """Raise on all ranks what the first rank with a fault has seen; `faults` has an entry a rank."""
+    seen = [(rank, sentence) for rank, sentence in enumerate(faults) if sentence is not None]
+    if seen:
+        rank, sentence = seen[0]
+        raise ValueError(sentence if len(seen) == len(faults) else f"{sentence} (seen by rank {rank})")
 
 
 def check_checkpoint(trainer, folder: Path) -> None:
@@ -175,13 +179,7 @@ def check_whole(folder: Path) -> None:
             "earlier one; with `resume_from_checkpoint=True` the newest whole one is taken."
         )
     state = folder / "trainer_state.json"
-    try:
-        step = json.loads(state.read_text(encoding="utf-8")).get("global_step")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ValueError(
-            f"`{state}` cannot be read ({_first_line(error)}): resume from another checkpoint."
-        ) from error
-    if not isinstance(step, int):
+    if not isinstance(read_json(state).get("global_step"), int):
         raise ValueError(f"`{state}` has no `global_step`: resume from another checkpoint.")
     for path in (path for pattern in _TORCH_FILES for path in folder.glob(pattern)):
         if not zipfile.is_zipfile(path):
@@ -215,10 +213,7 @@ def _check_rows(trainer, folder: Path) -> None:
     path = folder / RUN_FILE
     if trainer.args.ignore_data_skip or not path.is_file():
         return
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"`{path}` cannot be read ({error}): resume from another checkpoint.") from error
+    saved = read_json(path)
     if saved.get("draws_rows") and trainer.args.process_index == 0:
         logger.warning(
             f"the collator or data set of the run that saved `{folder}` draws random numbers: training goes on with "

@@ -107,24 +107,23 @@ class SurvivalMixin:
             forget_gradients(model)
 
     def _refuse_step(self, fault: dict) -> None:
-        policy = self.long_context.on_nonfinite
-        sentence = f"step {self.state.global_step + 1} is not finite: {fault['sentence']}"
+        policy, step, cause = self.long_context.on_nonfinite, self.state.global_step + 1, fault["sentence"]
         if policy == "raise":
             raise RuntimeError(
-                f"{sentence}. No weight was changed by it: look at these rows, lower `learning_rate`, or set "
-                "`on_nonfinite` to 'skip' or 'stop'."
+                f"step {step} is not finite: {cause}. No weight was changed by it: look at these rows, lower "
+                "`learning_rate`, or set `on_nonfinite` to 'skip' or 'stop'."
             )
         if fault["ruined"] is not None:
             raise RuntimeError(
-                f"{sentence}. No later step can be finite, so `on_nonfinite` ({policy!r}) has nothing to save: resume "
-                "from an earlier checkpoint."
+                f"step {step} is not finite: {cause}. No later step can be finite, so `on_nonfinite` ({policy!r}) has "
+                "nothing to save: resume from an earlier checkpoint."
             )
         self._num_skipped_steps += 1
         if policy == "stop":
             self.control.should_training_stop = self.control.should_save = True
         if self.is_world_process_zero():
             done = "the run is saved and ends" if policy == "stop" else f"skipped, {self._num_skipped_steps} so far"
-            logger.warning(f"{sentence}: {done}; the optimizer did not take the step")
+            logger.warning(f"step {step} is not finite: {cause}: {done}; the optimizer did not take the step")
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self._num_skipped_steps and "loss" in logs:

@@ -98,7 +98,7 @@ def measure(settings: dict) -> dict:
     held = sum(x.numel() * x.element_size() for x in (output, *gradients.values()))
     error = 0.0
     if os.path.exists(settings["reference"]):
-        expected = torch.load(settings["reference"], mmap=True)
+        expected = torch.load(settings["reference"], mmap=True, weights_only=True)
         error = max(((g - expected[n]).norm() / expected[n].norm()).item() for n, g in gradients.items())
     else:
         torch.save(gradients, settings["reference"])

@@ -100,7 +100,7 @@ def test_check_that_proves_nothing_says_so():
 
 
 def test_pooled_head_and_rows_of_one_document_are_refused():
-    with pytest.raises(ValueError, match="not with one vector a token"):
+    with pytest.raises(ValueError, match="not with one vector a token: check the model without its pooled head"):
         assert_no_cross_document(Toy("pooled"), BATCH)
     with pytest.raises(ValueError, match="no row with two documents"):
         assert_no_cross_document(Toy(), PackingCollator()(documents_of((9,))))

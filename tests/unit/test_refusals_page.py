@@ -119,11 +119,13 @@ def test_a_filled_in_value_may_be_several_words():
 def test_sentences_are_read_from_every_way_of_writing_them(tmp_path):
     (tmp_path / "room.py").write_text(
         "class Odd(ValueError): pass\n"
+        "class _Answer(Exception): pass\n"
         "def f(x):\n    raise ValueError(f'`x` ({x!r}) must be ' 'even.')\n"
         "def why(x):\n    return f'no {x.y} here'\n"
         "def g(x):\n    raise Odd(why(x))\n"
         "def h(x):\n    text = 'a' if x else 'b'\n    raise RuntimeError(text + f' c {len(x)}')\n"
         "def k():\n    raise KeyError('not ours')\n"
+        "def l():\n    raise _Answer('caught where it is raised')\n"
     )
     found = [(refusal.function, refusal.error, refusal.shown) for refusal in find_refusals(tmp_path)]
     assert found == [

@@ -77,6 +77,7 @@ def test_nan_in_forward_names_layer_rank_row_and_token_on_every_rank(worlds, wor
     assert f"on rank 1: micro-batch 0, forward, {where}" in sentence
     token = int(sentence.split("on rank 1: ")[1].split("from token ")[1].split()[0])
     assert token == 2 if size == 1 else token > 2
+    assert "No weight was changed by it: look at these rows, lower `learning_rate`" in sentence
     assert all(len(result[3]) == 2 for result in results), "somebody began a third step"
 
 
@@ -121,7 +122,7 @@ def test_a_fault_that_does_not_come_again_is_said_to_come_and_go():
 def test_ruined_weight_is_named_and_cannot_be_skipped():
     sentence = poison(1, "weight", "skip", rank=0)[0]
     assert "the weight `model.norm.weight` itself is not finite on rank 0" in sentence
-    assert "No later step can be finite" in sentence
+    assert "No later step can be finite, so `on_nonfinite` ('skip') has nothing to save" in sentence
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -70,7 +70,8 @@ def test_drift_of_one_rank_raises_on_all_with_its_name(world2, what):
     results = world2.run(disturb, 2, what, 1, {"context": {"check_replicas": 2}})
     assert results[0] == results[1]
     sentence, last_step = results[0]
-    assert FOUND[what] in sentence and "after step 2:" in sentence, sentence
+    assert "ranks that must hold the same numbers differ after step 2: " + FOUND[what] in sentence
+    assert "look for code that runs on one rank only" in sentence
     assert last_step == 1, "no rank began a third step"
     if what == "optimizer":
         assert "7.0 on rank 1" in sentence
