@@ -17,7 +17,8 @@ READING = """\
 - *step GB*: the most memory that a process held during a whole training step, less what it held before: gradients,
   activations, logits, temporaries. With several ranks, that of the fullest.
 - *KB a token*: by how much it grows with each token of the row, from the two longest rows.
-- *longest row*: where that line meets {budget:g} GB. It is calculated, not run.
+- *longest row*: where that line meets {budget:g} GB. It is calculated, not run; far beyond the rows that were run it
+  is an order of magnitude.
 - *CPU time*: processor seconds of all ranks together, relative to the first rung at the same length: what a rung
   costs in work.
 - *others*: the share of the cores that other programs used during the step.
@@ -148,7 +149,8 @@ def draw_chart(result: dict, path: Path) -> None:
     left.set_title("GB that a step takes in the fullest process", fontsize=10)
     right.set_yticks(range(len(result["rungs"])), [rung["label"] for rung in result["rungs"]])
     right.invert_yaxis()
-    right.margins(x=0.15)
+    right.set_xticks([])
+    right.margins(x=0.2)
     right.set_title(f"longest row in {budget:g} GB, from the lines on the left", fontsize=10)
     for panel in (left, right):
         panel.spines[["top", "right"]].set_visible(False)

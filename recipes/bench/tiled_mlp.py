@@ -118,7 +118,7 @@ def run_once(variant: tuple, args: argparse.Namespace, folder: Path) -> dict:
         name: getattr(args, name) for name in ("tokens", "tile_size", "hidden", "intermediate", "device", "cores")
     }
     settings |= {"tiled": variant[1], "checkpointed": variant[2], "reference": str(folder / "gradients.pt")}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.cores), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.cores)}
     command = [sys.executable, __file__, "--worker", json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
