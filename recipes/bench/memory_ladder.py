@@ -25,9 +25,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from memory_ladder_report import print_table, summarize, write_report
+from memory_ladder_report import cells, headers, summarize, write_report
+from page import describe_machine, print_table
 from rich.console import Console
-from ulysses_report import describe_machine
 
 
 WORKER = Path(__file__).with_name("memory_ladder_worker.py")
@@ -138,7 +138,7 @@ def main(arguments: list[str] | None = None) -> None:
         "rows": rows,
     }
     summarize(result)
-    print_table(result, console)
+    print_table(result, headers(result), (cells(result, rung) for rung in result["rungs"]), console)
     if args.output:
         write_report(result, args.output)
 

@@ -5,12 +5,9 @@ Every number on the page comes from the run; the prose around it states only wha
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
-from ulysses_report import QUIET
+from page import QUIET, device_of, markdown_table, write_page
 
 
 READING = """\
@@ -72,32 +69,18 @@ def cells(result: dict, rung: dict) -> list[str]:
     ]
 
 
-def print_table(result: dict, console: Console) -> None:
-    """Versions, command and numbers, for the terminal."""
-    for facts in ("versions", "machine"):
-        console.print(" · ".join(f"{name} {value}" for name, value in result[facts].items()), highlight=False)
-    console.print(result["command"], highlight=False)
-    table = Table(*headers(result))
-    for rung in result["rungs"]:
-        table.add_row(*cells(result, rung))
-    console.print(table)
-
-
 def write_report(result: dict, path: Path) -> None:
     """Write `path` (Markdown), and the raw JSON and the picture beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     draw_chart(result, path.with_suffix(".png"))
     settings = result["settings"]
-    table = [headers(result), ["---"] * len(headers(result)), *(cells(result, rung) for rung in result["rungs"])]
     lines = [
-        f"# The memory ladder on {'a CPU' if settings['device'] == 'cpu' else 'CUDA'}",
+        f"# The memory ladder on {device_of(result)}",
         "",
         f"A Llama with random weights: {settings['layers']} layers, hidden size {settings['hidden']}, MLP "
         f"{settings['intermediate']}, {settings['vocab']:,} words, {settings['dtype']}, AdamW, one row a step, on the "
         "rungs of `LongContextConfig(memory=...)`.",
         "",
-        *(f"| {' | '.join(line)} |" for line in table),
+        markdown_table(headers(result), (cells(result, rung) for rung in result["rungs"])),
         "",
         *busy_note(result),
         f"![memory of a step over the length of the row]({path.with_suffix('.png').name})",
@@ -105,16 +88,8 @@ def write_report(result: dict, path: Path) -> None:
         "## How to read it",
         "",
         READING.format(budget=settings["budget"]),
-        "## How it was measured",
-        "",
-        "```",
-        result["command"],
-        "```",
-        "",
-        *(f"- {name}: {value}" for name, value in {**result["machine"], **result["versions"]}.items()),
-        f"- every run: [{path.with_suffix('.json').name}]({path.with_suffix('.json').name})",
     ]
-    path.write_text("\n".join(lines) + "\n")
+    write_page(path, result, lines)
 
 
 def busy_note(result: dict) -> list[str]:

@@ -35,10 +35,10 @@ from pathlib import Path
 
 import torch
 from packing_batches import CHECKED_LENGTHS, COLLATORS, MIXES, count_tokens, draw_lengths, make_documents
-from packing_report import print_table, summarize, write_report
+from packing_report import HEADERS, cells, failures, quietness, summarize, write_report
 from packing_worker import ANSWER
+from page import describe_machine, print_table
 from rich.console import Console
-from ulysses_report import describe_machine
 
 
 WORKER = Path(__file__).with_name("packing_worker.py")
@@ -307,7 +307,7 @@ def main(arguments: list[str] | None = None) -> None:
         "cases": cases,
         "rows": rows,
     }
-    print_table(result, console)
+    print_table(result, HEADERS, map(cells, result["rows"]), console, [*failures(result), quietness(result)])
     if args.output:
         write_report(result, args.output)
 

@@ -6,13 +6,10 @@ needs matplotlib.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
-from rich.table import Table
-from ulysses_report import QUIET
+from page import QUIET, device_of, markdown_table, write_page
 
 
 HEADERS = (
@@ -155,36 +152,19 @@ def quietness(result: dict) -> str:
     )
 
 
-def print_table(result: dict, console: Console) -> None:
-    """Versions, command and numbers, for the terminal."""
-    console.print(" · ".join(f"{name} {version}" for name, version in result["versions"].items()))
-    console.print(" · ".join(f"{name}: {value}" for name, value in result["machine"].items()))
-    console.print(result["command"])
-    table = Table()
-    for header in HEADERS:
-        table.add_column(header, overflow="fold")
-    for row in result["rows"]:
-        table.add_row(*cells(row))
-    console.print(table)
-    for line in [*failures(result), quietness(result)]:
-        console.print(line)
-
-
 def write_report(result: dict, path: Path) -> None:
     """Write `path` (Markdown), and the raw JSON and the chart beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     draw_chart(result, path.with_suffix(".png"))
     settings = result["settings"]
     measured = [row for row in result["rows"] if not row["failed"]]
     lines = [
-        f"# Packing on {'a CPU' if settings['device'] == 'cpu' else 'CUDA'}: real tokens per second",
+        f"# Packing on {device_of(result)}: real tokens per second",
         "",
         DOCUMENTS.format(longest=min(2048, settings["row_tokens"]), **settings),
         "",
         *describe_models(result),
         "",
-        markdown_table(result),
+        markdown_table(HEADERS, map(cells, result["rows"])),
         "",
         quietness(result),
         "",
@@ -198,17 +178,8 @@ def write_report(result: dict, path: Path) -> None:
         "## When not to use it",
         "",
         WHEN_NOT,
-        "## How it was measured",
-        "",
-        "```",
-        result["command"],
-        "```",
-        "",
-        *(f"- {name}: {value}" for name, value in {**result["machine"], **result["versions"]}.items()),
-        f"- every run, and the length of every document: [{path.with_suffix('.json').name}]"
-        f"({path.with_suffix('.json').name})",
     ]
-    path.write_text("\n".join(lines).replace("\n\n\n", "\n\n") + "\n")
+    write_page(path, result, lines, raw="every run, and the length of every document")
 
 
 def describe_models(result: dict) -> list[str]:
@@ -228,11 +199,6 @@ def describe_models(result: dict) -> list[str]:
             f"key/value heads of {shape['head_dim']}, {shape['vocab_size']:,} words.{note}"
         )
     return list(dict.fromkeys(lines))
-
-
-def markdown_table(result: dict) -> str:
-    rows = [HEADERS, ["---"] * len(HEADERS), *(cells(row) for row in result["rows"])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def draw_chart(result: dict, path: Path) -> None:

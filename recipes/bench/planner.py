@@ -23,9 +23,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from planner_report import console, describe, print_table, write_report
+from page import describe_machine, print_table
+from planner_report import HEADERS, cells, describe, summary, write_report
+from rich.console import Console
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
-from ulysses_report import describe_machine
 
 from hf_longctx.memory.ledger import Planner
 from hf_longctx.memory.measure import can_measure, free_bytes, measure_in_process
@@ -33,6 +34,7 @@ from hf_longctx.memory.presets import PRESETS
 from hf_longctx.memory.settings import Settings
 
 
+console = Console(width=max(Console().width, 120))
 RUNGS = [name for name, preset in PRESETS.items() if not preset.offload]
 # Of the loss and of the MLPs: short beside a row, so that tiles are what is measured.
 TILE_TOKENS = 128
@@ -120,7 +122,7 @@ def main(arguments: list[str] | None = None) -> None:
                 )
         if args.output:
             write_report(result, args.output)  # after every shape, so that a run that is stopped has something to show
-    print_table(result)
+    print_table(result, HEADERS, map(cells, result["rows"]), console, [summary(result)])
 
 
 if __name__ == "__main__":

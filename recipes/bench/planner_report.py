@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from page import markdown_table, write_page
 from transformers import PretrainedConfig
 
 
-console = Console(width=max(Console().width, 120))
 HEADERS = ("shape", "tokens", "memory", "fullest", "states MiB", "planned MiB", "measured MiB", "error", "step only")
 READING = """\
 - *states*: weights, gradients and AdamW's two moments, which any formula gets right. *planned*, *measured*: the
@@ -69,25 +66,8 @@ def summary(result: dict) -> str:
     )
 
 
-def print_table(result: dict) -> None:
-    """Versions, command and numbers, for the terminal."""
-    console.print(" · ".join(f"{name} {version}" for name, version in result["versions"].items()))
-    console.print(" · ".join(f"{name}: {value}" for name, value in result["machine"].items()))
-    console.print(result["command"])
-    table = Table()
-    for index, header in enumerate(HEADERS):
-        table.add_column(header, justify="left" if index in (0, 2, 3) else "right", overflow="fold")
-    for row in result["rows"]:
-        table.add_row(*cells(row))
-    console.print(table)
-    console.print(summary(result))
-
-
 def write_report(result: dict, path: Path) -> None:
     """Write `path` (Markdown), and the raw JSON beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-    table = [HEADERS, ["---"] * len(HEADERS), *(cells(row) for row in result["rows"])]
     settings = result["settings"]
     lines = [
         "# The memory planner on a CPU: planned and measured peak of a training step",
@@ -97,7 +77,7 @@ def write_report(result: dict, path: Path) -> None:
         "",
         *(f"- *{name}*: {words}" for name, words in result["shapes"].items()),
         "",
-        *(f"| {' | '.join(row)} |" for row in table),
+        markdown_table(HEADERS, map(cells, result["rows"])),
         "",
         summary(result),
         "",
@@ -107,13 +87,5 @@ def write_report(result: dict, path: Path) -> None:
         "## When not to trust a plan",
         "",
         WHEN_NOT,
-        "## How it was measured",
-        "",
-        "```",
-        result["command"],
-        "```",
-        "",
-        *(f"- {name}: {value}" for name, value in {**result["machine"], **result["versions"]}.items()),
-        f"- numbers: [{path.with_suffix('.json').name}]({path.with_suffix('.json').name})",
     ]
-    path.write_text("\n".join(lines) + "\n")
+    write_page(path, result, lines, raw="numbers")

@@ -33,9 +33,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from page import describe_machine, print_table
 from rich.console import Console
-from tiled_loss_report import print_table, summarize, write_report
-from ulysses_report import describe_machine
+from tiled_loss_report import HEADERS, cells, quietness, summarize, write_report
 
 
 WORKER = Path(__file__).with_name("tiled_loss_worker.py")
@@ -196,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
         "check_tokens": CHECK_TOKENS,
         "rows": rows,
     }
-    print_table(result, console)
+    print_table(result, HEADERS, map(cells, result["rows"]), console, [quietness(result)])
     if args.output:
         write_report(result, args.output)
 

@@ -6,15 +6,12 @@ needs matplotlib.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
-from rich.table import Table
+from page import QUIET, device_of, markdown_table, write_page
 
 
-QUIET = 0.05  # the share of the cores that others may use before a ratio of 5 % says nothing
 HEADERS = ("tokens", "contender", "s", "tokens/s", "CPU s", "time", "CPU time", "step GB", "above GB", "others")
 
 READING = """\
@@ -103,38 +100,23 @@ def checks(result: dict) -> list[str]:
     ]
 
 
-def print_table(result: dict, console: Console) -> None:
-    """Versions, command and numbers, for the terminal."""
-    console.print(" · ".join(f"{name} {version}" for name, version in result["versions"].items()))
-    console.print(" · ".join(f"{name}: {value}" for name, value in result["machine"].items()))
-    console.print(result["command"])
-    table = Table()
-    for header in HEADERS:
-        table.add_column(header, overflow="fold")
-    for row in result["rows"]:
-        table.add_row(*cells(row))
-    console.print(table)
-    console.print(quietness(result))
-
-
 def write_report(result: dict, path: Path) -> None:
     """Write `path` (Markdown), and the raw JSON and the chart beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     draw_chart(result, path.with_suffix(".png"))
     settings = result["settings"]
     rounds = sorted({(row["tokens"], len(row["runs"])) for row in result["rows"] if not row["failed"]})
     lines = [
-        f"# The tiled loss on {'a CPU' if settings['device'] == 'cpu' else 'CUDA'}: time and memory",
+        f"# The tiled loss on {device_of(result)}: time and memory",
         "",
         f"One row of random hidden states of size {settings['width']:,}, {settings['vocab']:,} words, "
         f"{settings['dtype']}, {settings['ignored']:.0%} of the labels ignored; hidden states and weights are "
         "trained.",
         "",
-        markdown_table(result),
+        markdown_table(HEADERS, map(cells, result["rows"])),
         "",
         quietness(result),
         "",
+        *(line for note in result.get("notes", ()) for line in (note, "")),
         *checks(result),
         "",
         f"![seconds and memory]({path.with_suffix('.png').name})",
@@ -145,25 +127,13 @@ def write_report(result: dict, path: Path) -> None:
         "## When not to use it",
         "",
         WHEN_NOT,
-        "## How it was measured",
-        "",
-        "```",
-        result["command"],
-        "```",
-        "",
-        *(f"- {name}: {value}" for name, value in {**result["machine"], **result["versions"]}.items()),
-        f"- every run: [{path.with_suffix('.json').name}]({path.with_suffix('.json').name})",
     ]
-    path.write_text("\n".join(lines).replace("\n\n\n", "\n\n") + "\n")
-
-
-def markdown_table(result: dict) -> str:
-    rows = [HEADERS, ["---"] * len(HEADERS), *(cells(row) for row in result["rows"])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    write_page(path, result, lines)
 
 
 def draw_chart(result: dict, path: Path) -> None:
-    """Two panels over the length of the row: microseconds a token, and GB beyond what must be held."""
+    """Two panels over the length of the row: microseconds a token (on a CPU those of the processor, which other
+    programs disturb less), and GB beyond what must be held."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -171,8 +141,11 @@ def draw_chart(result: dict, path: Path) -> None:
 
     rows = [row for row in result["rows"] if not row["failed"]]
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    clock, title = ("seconds", "microseconds a token")
+    if result["settings"]["device"] == "cpu":
+        clock, title = ("cpu_seconds", "microseconds of all cores a token")
     panels = (
-        (lambda row: 1e6 * row["seconds"] / row["tokens"], "microseconds a token"),
+        (lambda row: 1e6 * row[clock] / row["tokens"], title),
         (lambda row: row["above_gb"], "GB beyond hidden states, weights and their gradients"),
     )
     for panel, (value_of, title) in zip(axes, panels):

@@ -23,11 +23,10 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from page import QUIET, describe_machine, device_of, markdown_table, print_table, write_page
 from rich.console import Console
-from rich.table import Table
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
-from ulysses_report import QUIET, describe_machine
 from ulysses_worker import Meter
 
 from hf_longctx.memory.tiled_mlp import tile_mlp
@@ -156,17 +155,15 @@ def cells(row: dict) -> list[str]:
 
 def write_report(result: dict, path: Path) -> None:
     """Write `path` (Markdown) and the raw JSON beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     settings, rows = result["settings"], result["rows"]
     busy = settings["device"] == "cpu" and max(row["other_load"] for row in rows) > QUIET
     lines = [
-        f"# An MLP in tiles on {'a CPU' if settings['device'] == 'cpu' else 'CUDA'}",
+        f"# An MLP in tiles on {device_of(result)}",
         "",
         f"Forward and backward of one gated MLP, hidden size {settings['hidden']}, width {settings['intermediate']}, "
         f"on a row of {settings['tokens']:,} tokens in tiles of {settings['tile_size']:,}, float32.",
         "",
-        *(f"| {' | '.join(line)} |" for line in (HEADERS, ["---"] * len(HEADERS), *map(cells, rows))),
+        markdown_table(HEADERS, map(cells, rows)),
         "",
         *(["The machine was busy (last column): seconds say little, memory is not touched.", ""] if busy else []),
         "- *time*, *CPU time*, *cut*: ratios to the whole MLP with the same checkpointing.",
@@ -175,13 +172,8 @@ def write_report(result: dict, path: Path) -> None:
         "- A whole MLP does three units of work (forward, and two products a weight in backward), tiles four. Beside",
         "  checkpointing both do four.",
         "",
-        "```",
-        result["command"],
-        "```",
-        "",
-        *(f"- {name}: {value}" for name, value in {**result["machine"], **result["versions"]}.items()),
     ]
-    path.write_text("\n".join(lines) + "\n")
+    write_page(path, result, lines)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -207,10 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
         "settings": {key: value for key, value in vars(args).items() if key not in ("output", "worker")},
         "rows": rows,
     }
-    table = Table(*HEADERS)
-    for row in rows:
-        table.add_row(*cells(row))
-    console.print(table)
+    print_table(result, HEADERS, map(cells, rows), console)
     if args.output:
         write_report(result, args.output)
 

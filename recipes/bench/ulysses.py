@@ -33,8 +33,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+from page import describe_machine, print_table
 from rich.console import Console
-from ulysses_report import describe_machine, print_table, summarize, write_report
+from ulysses_report import HEADERS, cells, failures, quietness, summarize, write_report
 
 
 WORKER = Path(__file__).with_name("ulysses_worker.py")
@@ -265,7 +266,8 @@ def main(arguments: list[str] | None = None) -> None:
         "settings": {k: v for k, v in vars(args).items() if k not in ("peer_python", "output")},
         "rows": [{k: v for k, v in row.items() if k != "python"} for row in rows],
     }
-    print_table(result, console)
+    notes = [*failures(result), quietness(result)]
+    print_table(result, HEADERS, map(cells, result["rows"]), console, notes)
     if peer is None and args.ranks > 1:
         console.print(f"No row for {PEER}: pass `--peer_python`; `--help` says how to make its environment.")
     if args.output:

@@ -6,17 +6,12 @@ needs matplotlib.
 
 from __future__ import annotations
 
-import json
-import os
-import platform
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
-from rich.table import Table
+from page import QUIET, device_of, markdown_table, write_page
 
 
-QUIET = 0.05  # the share of the cores that others may use before a ratio of 5 % says nothing
 HEADERS = (
     "row",
     "contender",
@@ -61,22 +56,6 @@ WHEN_NOT = """\
 - **Short rows.** What every rank does whole (weight gradients, starting kernels, waiting for the slowest) does not
   shrink with its share of the row; measure your own length before you decide.
 """
-
-
-def describe_machine(rows: list[dict]) -> dict[str, str]:
-    """Cores, memory and device of this machine, without its name."""
-    model, memory = platform.machine(), None
-    if os.path.exists("/proc/cpuinfo"):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), model)
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
-    devices = {run["device_name"] for row in rows for run in row["runs"]} - {"CPU"}
-    return {
-        "processor": f"{model}, {os.cpu_count()} cores",
-        "memory": "unknown" if memory is None else f"{memory:.0f} GB",
-        "device": ", ".join(sorted(devices)) or "none, on the CPU",
-        "system": f"{platform.system()}, Python {platform.python_version()}",
-    }
 
 
 def summarize(rows: list[dict], cores: int) -> None:
@@ -153,38 +132,21 @@ def quietness(result: dict) -> str:
     )
 
 
-def print_table(result: dict, console: Console) -> None:
-    """Versions, command and numbers, for the terminal."""
-    console.print(" · ".join(f"{name} {version}" for name, version in result["versions"].items()))
-    console.print(" · ".join(f"{name}: {value}" for name, value in result["machine"].items()))
-    console.print(result["command"])
-    table = Table()
-    for header in HEADERS:
-        table.add_column(header, overflow="fold")
-    for row in result["rows"]:
-        table.add_row(*cells(row))
-    console.print(table)
-    for line in [*failures(result), quietness(result)]:
-        console.print(line)
-
-
 def write_report(result: dict, path: Path) -> None:
     """Write `path` (Markdown), and the raw JSON and the chart beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     draw_chart(result, path.with_suffix(".png"))
     settings = result["settings"]
     measured = [row for row in result["rows"] if not row["failed"]]
     rounds = max(len(row["runs"]) for row in measured)
     mean_seconds = max(row["gradient_mean_seconds"] for row in measured)
     lines = [
-        f"# Ulysses on {'a CPU' if settings['device'] == 'cpu' else 'CUDA'}: time and memory of one step",
+        f"# Ulysses on {device_of(result)}: time and memory of one step",
         "",
         f"A Llama with random weights: {settings['layers']} layers, hidden size {settings['hidden']}, MLP "
         f"{settings['intermediate']}, heads of {settings['head_size']}, {settings['vocab']:,} words, tied embeddings, "
         f"{settings['dtype']}, one row a step. *9/3 heads* means 9 query and 3 key/value heads.",
         "",
-        markdown_table(result),
+        markdown_table(HEADERS, map(cells, result["rows"])),
         "",
         quietness(result),
         "",
@@ -198,21 +160,8 @@ def write_report(result: dict, path: Path) -> None:
         "## When not to use it",
         "",
         WHEN_NOT,
-        "## How it was measured",
-        "",
-        "```",
-        result["command"],
-        "```",
-        "",
-        *(f"- {name}: {value}" for name, value in {**result["machine"], **result["versions"]}.items()),
-        f"- every run: [{path.with_suffix('.json').name}]({path.with_suffix('.json').name})",
     ]
-    path.write_text("\n".join(lines).replace("\n\n\n", "\n\n") + "\n")
-
-
-def markdown_table(result: dict) -> str:
-    rows = [HEADERS, ["---"] * len(HEADERS), *(cells(row) for row in result["rows"])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    write_page(path, result, lines)
 
 
 def draw_chart(result: dict, path: Path) -> None:
