@@ -232,7 +232,7 @@ def _link_to(tests: list[str]) -> str:
 
 
 def read_rows(page: str) -> list[str]:
-    """The shortened sentences in the first column of troubleshooting.md, without those of a host or of the log."""
+    """The shortened sentences in the first column of troubleshooting.md, without a host's, the log's and verdicts."""
     cells = re.findall(r"^\| (.+?) \| ", page, re.MULTILINE)
     spans = [re.findall(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", cell) for cell in cells if not cell.endswith(")")]
     return [text for found in spans for _, text in found]

@@ -20,7 +20,11 @@ CHECKS = {"attention/leaks.py"}
 # Functions that only run after the first step has begun. What any other raises is told before it.
 LATER = {"backward", "remove", "write_checkpoint", "_refuse_step"}
 # No sentence of its own: it says the sentence of another error, or keeps a protocol of Python.
-PASSED_ON = {("attention/deferred.py", "__getattr__"), ("trainer/checkpoints.py", "_refuse_everywhere")}
+PASSED_ON = {
+    ("attention/deferred.py", "__getattr__"),
+    ("proof/ranks.py", "_collect"),
+    ("trainer/checkpoints.py", "_refuse_everywhere"),
+}
 # Never an error to a user: a caller logs it and goes on.
 LOGGED = {("trainer/planned.py", "_plan")}
 HOLE = "\0"  # where a sentence is filled in, or a test leaves open what stands there

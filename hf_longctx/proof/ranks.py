@@ -8,7 +8,6 @@ Price: importing torch and transformers once a rank.
 from __future__ import annotations
 
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -79,7 +78,7 @@ class Ranks:
 
         Args:
             function (`Callable`): importable in a fresh interpreter.
-            args: and what it returns: anything that pickles.
+            args: and what it returns: anything that a pipe of `multiprocessing` carries, but no tensors.
             seconds (`float`): time limit. Time in which this process itself was stopped does not count.
 
         Returns:
@@ -92,9 +91,8 @@ class Ranks:
         if not self._ready:
             self._collect(_START_SECONDS, starting=True)
             self._ready = True
-        message = pickle.dumps((function, args))
         for pipe in self._pipes:
-            pipe.send_bytes(message)
+            pipe.send((function, args))
         return self._collect(seconds)
 
     def close(self) -> None:
@@ -117,7 +115,7 @@ class Ranks:
                 rank = self._pipes.index(pipe)
                 del waiting[rank]
                 try:
-                    ok, value = pickle.loads(pipe.recv_bytes())
+                    ok, value = pipe.recv()
                 except (EOFError, ConnectionError):
                     ok, value = False, f"the process ended (exit code {self._processes[rank].wait()})"
                 if ok:
@@ -154,15 +152,15 @@ def serve(descriptor: int, rank: int, size: int, threads: int, store: str) -> No
         answer = (True, None)
     except BaseException:
         answer = (False, traceback.format_exc())
-    pipe.send_bytes(pickle.dumps(answer))
+    pipe.send(answer)
     while answer[0]:
         try:
-            function, args = pickle.loads(pipe.recv_bytes())
+            function, args = pipe.recv()
         except (EOFError, ConnectionError):
             return
         try:
             answer = (True, function(*args))
         except BaseException:
-            pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
+            pipe.send((False, traceback.format_exc()))
             continue
-        pipe.send_bytes(pickle.dumps(answer))
+        pipe.send(answer)

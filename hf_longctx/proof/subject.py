@@ -23,6 +23,7 @@ TASKS = ("causal-lm", "masked-lm", "encoder")
 KINDS = ("dense", "even", "padded", "packed")
 WRAPPERS = ("none", "ddp", "fsdp2")
 DTYPES = ("float32", "float64")
+_UNREADABLE = (OSError, ValueError, KeyError)  # what the host raises for a configuration
 
 
 @dataclass(frozen=True)
@@ -156,27 +157,28 @@ def read_config(model: str) -> PretrainedConfig:
     if path.exists():
         if path.is_dir() and not (path / "config.json").is_file():
             raise ValueError(f"the folder `{model}` has no config.json: give a folder that `save_pretrained` wrote.")
-        return _load(AutoConfig, str(path), f"`{model}` cannot be read")
+        try:
+            return AutoConfig.from_pretrained(str(path))
+        except _UNREADABLE as error:
+            raise ValueError(f"`{model}` cannot be read ({_reason(error)}): check the file.") from error
     if model in CONFIG_MAPPING_NAMES:
         return CONFIG_MAPPING[model]()
     known = list(CONFIG_MAPPING_NAMES)
     nearest = _nearest(model, known)
     if os.sep not in model and "/" not in model and difflib.get_close_matches(model, known, 1, cutoff=0.8):
         raise ValueError(f"`{model}` is neither a folder nor a model type: did you mean {nearest}?")
-    return _load(
-        AutoConfig,
-        model,
-        f"`{model}` is neither a folder nor a model type, and the Hub did not give its configuration",
-        f"check the name and the connection, or verify its model type without them, such as {nearest}",
-    )
-
-
-def _load(auto, model: str, problem: str, remedy: str = "check the file") -> PretrainedConfig:
     try:
-        return auto.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(f"{problem} ({reason}): {remedy}.") from error
+        return AutoConfig.from_pretrained(model)
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"`{model}` is neither a folder nor a model type, and the Hub did not give its configuration "
+            f"({_reason(error)}): check the name and the connection, or verify its model type without them, such as "
+            f"{nearest}."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def _nearest(model: str, known: list[str]) -> str:

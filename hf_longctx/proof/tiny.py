@@ -71,8 +71,10 @@ def shrink(config: PretrainedConfig, sequence_parallel_size: int = 2) -> Pretrai
     except Exception as error:  # the host validates in its own ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         field = next((name for name in values if re.search(rf"\b{re.escape(name)}\b", str(error))), None)
-        where = f"at `{field}`" if field else f"({type(error).__name__})"
-        raise CannotShrink(f"`{config.model_type}` cannot be made tiny {where}: {reason}") from error
+        if field is None:
+            name = type(error).__name__
+            raise CannotShrink(f"`{config.model_type}` cannot be made tiny ({name}): {reason}") from error
+        raise CannotShrink(f"`{config.model_type}` cannot be made tiny at `{field}`: {reason}") from error
 
 
 def validate_tiny(config: PretrainedConfig, num_parameters: int) -> None:
