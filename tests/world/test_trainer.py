@@ -109,8 +109,12 @@ def test_bf16_autocast(world2):
     compare(world2, 2, tolerance=3e-2, bf16=True)
 
 
+# A world's processes would spawn theirs, each importing everything anew; a user's fork them.
+ONE_WORKER = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "fork"}
+
+
 def test_data_workers(world2):
-    compare(world2, 2, dataloader_num_workers=1)
+    compare(world2, 2, **ONE_WORKER)
 
 
 def test_iterable_dataset(world4):
@@ -154,10 +158,10 @@ def masking_collator(rows):
     return batch
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [{}, ONE_WORKER], ids=["no_worker", "one_worker"])
 def test_ranks_of_a_group_draw_the_same_rows_from_a_random_collator(world2, workers):
     """Every batch's checksum is compared inside the trainer, so a run that ends has drawn the same rows."""
-    options = {"trainer_options": {"data_collator": masking_collator}, "dataloader_num_workers": workers}
+    options = {"trainer_options": {"data_collator": masking_collator}, **workers}
     results = world2.run(run_here, 2, options)
     for actual in results[1:]:
         assert_same_trajectory(actual, results[0])
