@@ -164,6 +164,19 @@ def test_transformers_gives_sigterm_back_and_steps_after_training_step():
     assert order == sorted(order), "transformers changed the order of `Trainer._run_epoch`"
 
 
+def test_transformers_checkpoints_by_arguments_and_methods_that_we_set():
+    names = [
+        name
+        for name in ("activation_checkpointing", "gradient_checkpointing")
+        if hasattr(transformers.TrainingArguments, name)
+    ]
+    assert names and all(hasattr(transformers.TrainingArguments, f"{name}_kwargs") for name in names)
+    model = transformers.PreTrainedModel
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    assert {"every_n_layers", "offload"} <= set(parameters(enable))
+    assert hasattr(model, "get_output_embeddings") and hasattr(model, "base_model_prefix")
+
+
 def test_torch_has_a_default_store_and_optimizers_leave_parameters_without_gradient():
     from torch.distributed import distributed_c10d
 
