@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Pretrain
 
 from ..losses.tiled_forward import tile_loss
 from .settings import Settings
-from .simulate import MAKE_OPTIMIZER, backward
+from .simulate import MAKE_OPTIMIZER, backward, enable_checkpointing
 from .tiled_mlp import tile_mlp
 
 
@@ -93,8 +93,8 @@ def _train(config: PretrainedConfig, settings: Settings, device: str, meter: _Me
             config, dtype=settings.weights_dtype, attn_implementation="packed"
         ).train()
     if settings.checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False}, every_n_layers=settings.every_n_layers, offload=settings.offload)
+        choice = {"every_n_layers": settings.every_n_layers, "offload": settings.offload}
+        enable_checkpointing(model, {"use_reentrant": False}, **choice)
     if settings.loss_tile_size is not None:
         tile_loss(model, settings.loss_tile_size)
     if settings.mlp_tile_size is not None:

@@ -94,9 +94,7 @@ def prepare(model: torch.nn.Module, settings: Settings, tracker: StorageTracker)
     if settings.checkpointing:
         # Random states are of some bytes, and a fake generator has none.
         kwargs = {"use_reentrant": False, "preserve_rng_state": False}
-        # The host's older name for the same.
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable(kwargs, every_n_layers=settings.every_n_layers)
+        enable_checkpointing(model, kwargs, every_n_layers=settings.every_n_layers)
         if settings.offload:
             for module in model.modules():
                 if hasattr(module, "_gradient_checkpointing_func"):
@@ -105,6 +103,12 @@ def prepare(model: torch.nn.Module, settings: Settings, tracker: StorageTracker)
         tile_loss(model, settings.loss_tile_size)
     if settings.mlp_tile_size is not None:
         tile_mlp(model, settings.mlp_tile_size)
+
+
+def enable_checkpointing(model: torch.nn.Module, kwargs: dict[str, object], **choice: object) -> None:
+    """The host's own checkpointing, under the name that its version has for it."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable(kwargs, **choice)
 
 
 @contextlib.contextmanager
