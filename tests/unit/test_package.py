@@ -141,8 +141,8 @@ def test_hook_survives_a_caller_that_only_looks_for_the_module(new_module):
 # Public names
 
 
-def test_public_names_are_at_most_fifteen_and_sorted():
-    assert 0 < len(hf_longctx.__all__) <= 15
+def test_public_names_are_at_most_twenty_and_sorted():
+    assert 0 < len(hf_longctx.__all__) <= 20
     assert hf_longctx.__all__ == sorted(set(hf_longctx.__all__))
     assert set(hf_longctx.__all__) <= set(dir(hf_longctx))
 
@@ -187,6 +187,7 @@ FLOORS = {
     "": 3,
     "trainer": 3,
     "callbacks": 3,
+    "embedding": 3,
     "proof": 3,
     "cli": 3,
     "pack_command": 3,
