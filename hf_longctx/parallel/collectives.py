@@ -96,6 +96,23 @@ def gather_sequence(local: torch.Tensor, group: dist.ProcessGroup | None, dim: i
     return torch.cat(parts, dim=dim)
 
 
+def sum_over_sequence(partial: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Add up what every rank of a group found in its own tokens, such as the sum of a document's hidden states.
+
+    Args:
+        partial (`torch.Tensor`): my part, of the same shape on every rank.
+        group (`ProcessGroup`): the `sp` axis, or `None` for one process.
+
+    Returns:
+        `torch.Tensor`: the sum, the same on every rank.
+
+    Communication: one all-reduce forward, one backward.
+    Gradient: the sum of the ranks' gradients, no scaling. Every rank computes the same loss from the sum, and wrappers
+        average over ranks, so the two factors of `P` cancel.
+    """
+    return partial if group is None else _SumOverSequence.apply(partial, group)
+
+
 def gather_integers(value: int, group: dist.ProcessGroup | None) -> list[int]:
     """Every rank's `value`, in rank order. Communication: one all-gather of 8 bytes. Gradient: none."""
     if group is None:
@@ -122,6 +139,22 @@ def _exchange(
     with contextlib.nullcontext() if stopwatch is None else stopwatch.measure(buffer.device):
         dist.all_to_all_single(received, buffer, receive_sizes, send_sizes, group=group)
     return list(received.split(receive_sizes))
+
+
+class _SumOverSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, partial, group):
+        ctx.group = group
+        total = partial.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=ctx.group)
+        return total, None
 
 
 class _SequenceToHeads(torch.autograd.Function):

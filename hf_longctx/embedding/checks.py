@@ -1,0 +1,99 @@
+"""What cannot be embedded without padding, or on several processes, said before the first step."""
+
+from __future__ import annotations
+
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router, Transformer
+from sentence_transformers.sentence_transformer.modules import CNN, LSTM, WordWeights
+from transformers.utils.generic import is_flash_attention_requested
+
+from ..attention.kernels import validate_kernel_available
+from ..attention.registry import ATTENTION_FUNCTIONS
+from ..parallel.heads import validate_head_count
+
+
+def check_packable(model: object) -> list[Transformer]:
+    """The transformers of a sentence-transformer that can run without padding, or the reason why it cannot."""
+    if not isinstance(model, SentenceTransformer):
+        raise TypeError(
+            f"`model` is a `{type(model).__name__}`, but packing is for a `SentenceTransformer`: load it with "
+            "`SentenceTransformer(name, model_kwargs={'attn_implementation': 'packed'})`."
+        )
+    inner = [model[0], *model[0].modules()] if isinstance(model[0], Router) else [model[0]]
+    transformers = [module for module in inner if isinstance(module, Transformer)]
+    if not transformers:
+        raise NotImplementedError(
+            f"`model[0]` is a `{type(model[0]).__name__}`, which runs no transformers model, so there is no padding "
+            "to remove: train it with sentence-transformers' own trainer."
+        )
+    for module in transformers:
+        _check_transformer(module)
+    return transformers
+
+
+def _check_transformer(module: Transformer) -> None:
+    name, attention = type(module.model).__name__, getattr(module.config, "_attn_implementation", None)
+    if attention not in ATTENTION_FUNCTIONS:
+        raise ValueError(
+            f"`{name}` runs attn_implementation={attention!r}, which would let the texts of a flat row see each other:"
+            " load the model with `SentenceTransformer(name, model_kwargs={'attn_implementation': 'packed'})`, or "
+            "'ulysses' for several processes a row."
+        )
+    if module.unpad_inputs is False:
+        raise ValueError(
+            f"`unpad_inputs` is False, so `{name}` was asked to pad: set `model[0].unpad_inputs = None` first, or "
+            "leave the model padded."
+        )
+    methods = {params["method"] for params in module.modality_config.values()}
+    if module.transformer_task != "feature-extraction" or "text" not in module.modality_config:
+        raise NotImplementedError(
+            f"`{name}` is loaded for the task '{module.transformer_task}' with {', '.join(module.modality_config)}: "
+            "only text embeddings can be packed; leave the model padded."
+        )
+    if module.backend != "torch" or methods != {"forward"}:
+        raise NotImplementedError(
+            f"`{name}` runs on the backend '{module.backend}' through {', '.join(sorted(methods))}: packing needs the "
+            "torch model's own `forward`; leave the model padded."
+        )
+    if not module.model.is_backend_compatible():
+        raise NotImplementedError(
+            f"`{name}` does not call transformers' attention interface, so no kernel of ours is asked to keep texts "
+            "apart: load it with attn_implementation='eager' and leave it padded."
+        )
+
+
+def refuse_leak(module: Transformer) -> None:
+    """Raise `ValueError` if a flat row meets a kernel that does not know where texts end."""
+    attention = getattr(module.config, "_attn_implementation", None)
+    if attention in ATTENTION_FUNCTIONS or is_flash_attention_requested(requested_attention_implementation=attention):
+        return
+    raise ValueError(
+        f"several texts in one row reached attn_implementation={attention!r}, which lets them see each other: call "
+        "`model[0].model.set_attn_implementation('packed')`, or pad with `model[0].unpad_inputs = False`."
+    )
+
+
+def check_shardable(model: SentenceTransformer, size: int, inner_attention: str) -> None:
+    """Refuse a model whose rows cannot be shared by `size` processes."""
+    validate_kernel_available(inner_attention)
+    for module in model.modules():
+        if isinstance(module, Transformer):
+            _check_shared_transformer(module, size)
+        elif isinstance(module, (CNN, LSTM, WordWeights)):
+            raise NotImplementedError(
+                f"`{type(module).__name__}` reads the vectors of whole rows of tokens, which no rank holds with "
+                f"`sequence_parallel_size` ({size}): use `Pooling`, or set `sequence_parallel_size` to 1."
+            )
+
+
+def _check_shared_transformer(module: Transformer, size: int) -> None:
+    name = type(module.model).__name__
+    attention = module.config._attn_implementation
+    if attention != "ulysses":
+        raise ValueError(
+            f"`{name}` runs attn_implementation={attention!r}, which works on whole rows, with "
+            f"`sequence_parallel_size` ({size}): load it with `model_kwargs={{'attn_implementation': 'ulysses'}}`."
+        )
+    heads = getattr(module.config.get_text_config(), "num_attention_heads", None)
+    if isinstance(heads, int):
+        validate_head_count(heads, size)

@@ -1,0 +1,212 @@
+"""Packed sentence-transformers equal padded ones: embeddings, losses, every gradient; and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+
+
+pytest.importorskip("sentence_transformers")
+
+from sentence_transformers.sentence_transformer import losses  # noqa: E402
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator  # noqa: E402
+
+from hf_longctx.embedding.packing import is_packed, pack_embeddings  # noqa: E402
+
+from ..embedding import columns, embedder, gradients_of, texts  # noqa: E402
+
+
+MODELS = ("bert", "roberta", "modernbert", "llama", "qwen3", "llama both ways")
+MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
+QUERIES, DOCUMENTS = (5, 1, 9, 3), (17, 4, 2, 30)
+# Both run in float64; what is left is the order of sums.
+TOLERANCE = 1e-9
+
+
+def assert_same_gradients(expected, actual, tolerance: float = TOLERANCE) -> None:
+    largest = max(float(grad.abs().max()) for grad in expected.values())
+    assert largest > 0
+    for name, grad in expected.items():
+        assert float((actual[name] - grad).abs().max()) <= tolerance * largest, name
+
+
+def loss_of(kind: str, model):
+    kinds = {
+        "mnrl": lambda: losses.MultipleNegativesRankingLoss(model),
+        "cached": lambda: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=3),
+        "cached by tokens": lambda: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_num_tokens=20),
+        "cosent": lambda: losses.CoSENTLoss(model),
+        "matryoshka": lambda: losses.MatryoshkaLoss(
+            model, losses.MultipleNegativesRankingLoss(model), matryoshka_dims=[48, 16]
+        ),
+        "cached matryoshka": lambda: losses.MatryoshkaLoss(
+            model, losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2), matryoshka_dims=[48, 16]
+        ),
+    }
+    return kinds[kind]()
+
+
+def step(model, kind: str):
+    """Loss and gradients of one batch of ragged pairs."""
+    model.eval()
+    labels = torch.tensor([0.1, 0.9, 0.4, 0.7], dtype=torch.float64) if kind == "cosent" else None
+    loss = loss_of(kind, model)(columns(model, QUERIES, DOCUMENTS), labels)
+    loss.backward()
+    return loss.detach(), gradients_of(model)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MODELS)
+def test_packed_embeddings_and_gradients_equal_padded_ones(name, mode):
+    expected_loss, expected = step(embedder(name, "sdpa", mode), "mnrl")
+    model = pack_embeddings(embedder(name, "packed", mode))
+    assert "attention_mask" not in columns(model, QUERIES)[0]
+    loss, actual = step(model, "mnrl")
+    assert torch.allclose(loss, expected_loss, rtol=TOLERANCE)
+    assert_same_gradients(expected, actual)
+
+
+KINDS = ("cached", "cached by tokens", "cosent", "matryoshka", "cached matryoshka")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", MODELS[:4])
+def test_every_loss_of_the_host_takes_packed_rows(name, kind):
+    expected_loss, expected = step(embedder(name, "sdpa"), kind)
+    loss, actual = step(pack_embeddings(embedder(name, "ulysses")), kind)
+    assert torch.allclose(loss, expected_loss, rtol=TOLERANCE)
+    assert_same_gradients(expected, actual)
+
+
+@pytest.mark.parametrize("include_prompt", [True, False])
+def test_encoding_equals_the_padded_model_with_prompts_and_two_poolings(include_prompt):
+    settings = {"pooling": ("mean", "cls", "max", "lasttoken"), "normalize": True, "include_prompt": include_prompt}
+    padded = embedder("roberta", "sdpa", **settings)
+    packed = pack_embeddings(embedder("roberta", "packed", **settings))
+    inputs = texts((5, 1, 40, 12, 3, 7))
+    for prompt in (None, "w1 w2 "):
+        expected = padded.encode(inputs, prompt=prompt, batch_size=4, convert_to_tensor=True)
+        actual = packed.encode(inputs, prompt=prompt, batch_size=4, convert_to_tensor=True)
+        assert torch.allclose(actual, expected, atol=TOLERANCE)
+
+
+def test_pairs_of_texts_keep_their_token_types():
+    pairs = [["w1 w2 w3", "w4 w5"], ["w6", "w7 w8 w9"]]
+    tokens = {"text": {"return_token_type_ids": True}}
+    padded, packed = embedder("bert"), pack_embeddings(embedder("bert", "packed"))
+    for model in (padded, packed):
+        model[0].tokenizer.backend_tokenizer.post_processor = _pair_types()
+        model[0].tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    expected = padded.encode(pairs, convert_to_tensor=True, processing_kwargs=tokens)
+    assert "token_type_ids" in packed.preprocess(pairs, processing_kwargs=tokens)
+    assert torch.allclose(packed.encode(pairs, convert_to_tensor=True, processing_kwargs=tokens), expected)
+
+
+def _pair_types():
+    from tokenizers.processors import TemplateProcessing
+
+    return TemplateProcessing(single="$A", pair="$A:0 $B:1", special_tokens=[])
+
+
+def test_token_embeddings_are_handed_out_text_by_text():
+    padded, packed = embedder("modernbert"), pack_embeddings(embedder("modernbert", "packed"))
+    inputs = texts((5, 1, 9))
+    expected = padded.encode(inputs, output_value="token_embeddings")
+    actual = packed.encode(inputs, output_value="token_embeddings")
+    assert [len(rows) for rows in actual] == [5, 1, 9]
+    assert all(torch.allclose(a, b, atol=TOLERANCE) for a, b in zip(actual, expected))
+    assert is_packed(packed)
+
+
+def test_evaluators_use_the_packed_path(monkeypatch):
+    packed = pack_embeddings(embedder("bert", "packed"))
+    left, right, scores = texts((5, 9, 3, 7)), texts((6, 2, 8, 4), 50), [0.1, 0.9, 0.3, 0.5]
+    seen = []
+    collator = packed[0].data_collator
+    monkeypatch.setattr(packed[0], "data_collator", lambda rows: seen.append(len(rows)) or collator(rows))
+    result = EmbeddingSimilarityEvaluator(left, right, scores)(packed)
+    expected = EmbeddingSimilarityEvaluator(left, right, scores)(embedder("bert"))
+    assert seen == [4, 4]
+    assert result == pytest.approx(expected)
+
+
+def test_what_is_saved_is_a_vanilla_checkpoint(tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    packed = pack_embeddings(embedder("bert", "packed", dtype=torch.float32))
+    packed.save(str(tmp_path / "packed"))
+    embedder("bert", dtype=torch.float32).save(str(tmp_path / "padded"))
+    files = {file.name for file in (tmp_path / "padded").rglob("*") if file.is_file()}
+    assert {file.name for file in (tmp_path / "packed").rglob("*") if file.is_file()} == files
+    for name in ("modules.json", "sentence_bert_config.json", "config.json"):
+        assert (tmp_path / "packed" / name).read_text() == (tmp_path / "padded" / name).read_text()
+    again = SentenceTransformer(str(tmp_path / "packed"), device="cpu")
+    assert again[0].config._attn_implementation == "sdpa"
+    inputs = texts((5, 1, 9))
+    assert torch.allclose(
+        again.encode(inputs, convert_to_tensor=True), packed.encode(inputs, convert_to_tensor=True), atol=1e-6
+    )
+
+
+def test_copies_and_pickles_embed_alike():
+    packed = pack_embeddings(embedder("bert", "packed"))
+    inputs = texts((5, 1, 9))
+    expected = packed.encode(inputs, convert_to_tensor=True)
+    for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.allclose(other.encode(inputs, convert_to_tensor=True), expected, atol=1e-14)
+
+
+def test_padding_can_be_switched_on_again():
+    packed = pack_embeddings(embedder("bert", "packed"))
+    packed[0].unpad_inputs = False
+    assert not is_packed(packed)
+    assert "attention_mask" in columns(packed, QUERIES)[0]
+    with pytest.raises(ValueError, match="`unpad_inputs` is False"):
+        pack_embeddings(packed)
+
+
+# Refusals
+
+
+def test_a_model_that_is_no_sentence_transformer_is_refused():
+    with pytest.raises(TypeError, match="packing is for a `SentenceTransformer`"):
+        pack_embeddings(embedder("bert")[0])
+
+
+def test_a_kernel_that_would_leak_is_refused_before_and_after_packing():
+    with pytest.raises(ValueError, match="would let the texts of a flat row see each other"):
+        pack_embeddings(embedder("bert", "sdpa"))
+    packed = pack_embeddings(embedder("bert", "packed"))
+    packed[0].model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="lets them see each other"):
+        packed.encode(texts((3, 4)))
+
+
+def test_a_text_without_tokens_is_refused_by_number():
+    packed = pack_embeddings(embedder("bert", "packed"))
+    with pytest.raises(ValueError, match="text 1 of a batch of 3 has no token, and 0 more"):
+        packed.preprocess(["w1 w2", "", "w3"])
+
+
+def test_a_model_that_reads_across_texts_is_refused_by_the_proof():
+    model = embedder("bert", "packed")
+    inner, own = model[0].model, type(model[0].model).forward
+
+    def leaking(**kwargs):
+        output = own(inner, **kwargs)
+        output.last_hidden_state = output.last_hidden_state + output.last_hidden_state.mean(dim=1, keepdim=True)
+        return output
+
+    inner.forward = leaking
+    with pytest.raises(NotImplementedError, match="embeds texts packed in one row otherwise than alone"):
+        pack_embeddings(model)
+
+
+def test_wrong_positions_are_refused_by_the_proof(monkeypatch):
+    model = embedder("roberta", "packed")
+    monkeypatch.setattr(model[0], "_infer_flatten_position_offset", lambda: 0)
+    with pytest.raises(NotImplementedError, match="counts positions itself"):
+        pack_embeddings(model)
