@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 
 import torch
@@ -56,7 +58,7 @@ def pack_embeddings(
         mesh ([`SequenceMesh`], *optional*): with `sequence_parallel_size` above 1, every forward becomes collective:
             the ranks of a group must embed the same texts in the same order, until the function is called again
             without a mesh.
-        inner_attention (`str`, *optional*, defaults to `"auto"`): the kernel of shared rows; see [`LongContextConfig`].
+        inner_attention (`str`, *optional*, defaults to `"auto"`): the kernel of shared rows.
         prove (`bool`, *optional*, defaults to `True`): embed three short rows packed and alone, and refuse the model
             if they differ.
 
@@ -81,15 +83,36 @@ def pack_embeddings(
         if module.model_forward_params is not None:
             module.model_forward_params |= _PASSED_KEYS
         module.can_flatten_inputs = True
-        _cover(module, _transformer_forward(type(module)), layout)
+        # The covers are named `forward` and `encode`, as what they cover, so that the model can be pickled.
+        module.forward = MethodType(_transformer_forward(type(module)), module)
     for module in model.modules():
         if isinstance(module, Pooling):
-            _cover(module, _pooling_forward(type(module)), layout)
+            module.forward = MethodType(_pooling_forward(type(module)), module)
     model.encode = MethodType(_encode(type(model)), model)
-    setattr(model, _LAYOUT, layout)
+    _lay_out(model, layout)
     if prove:
         prove_packing(model, transformers, shared=layout.mesh is not None)
     return model
+
+
+@contextmanager
+def shared_rows(model: SentenceTransformer, mesh: SequenceMesh, inner_attention: str = "auto") -> Iterator[None]:
+    """A block in which the ranks of a group share the rows of a packed model; before and after, each holds its own.
+
+    A trainer's steps run in it, so that `model.encode` of one process after training waits for nobody.
+    """
+    before = vars(model)[_LAYOUT]
+    _lay_out(model, RowLayout(mesh, inner_attention))
+    try:
+        yield
+    finally:
+        _lay_out(model, before)
+
+
+def _lay_out(model: SentenceTransformer, layout: RowLayout) -> None:
+    for module in model.modules():
+        if module is model or isinstance(module, (Transformer, Pooling)):
+            setattr(module, _LAYOUT, layout)
 
 
 def is_packed(model: torch.nn.Module) -> bool:
@@ -97,12 +120,6 @@ def is_packed(model: torch.nn.Module) -> bool:
     return _LAYOUT in vars(model) and all(
         module.can_flatten_inputs for module in model.modules() if isinstance(module, Transformer)
     )
-
-
-def _cover(module: torch.nn.Module, forward, layout: RowLayout) -> None:
-    """Put `forward` over the class's own on this instance. Its name is `forward`, so that modules can be pickled."""
-    module.forward = MethodType(forward, module)
-    setattr(module, _LAYOUT, layout)
 
 
 def _transformer_forward(kind: type):

@@ -8,12 +8,16 @@ Source: Late Chunking, https://huggingface.co/papers/2409.04701.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 
 from ..parallel.pooling import Spans
 
 
 NO_SPAN = -1
+SPANS_SUFFIX = "_spans"
+_WITH_OFFSETS = {"text": {"return_offsets_mapping": True}}
 
 
 def spans_of_rows(span_ids: torch.Tensor, bounds: torch.Tensor) -> Spans:
@@ -25,3 +29,111 @@ def spans_of_rows(span_ids: torch.Tensor, bounds: torch.Tensor) -> Spans:
     starts, ends = edges[:-1], edges[1:]
     kept = span_ids[starts] != NO_SPAN
     return Spans(starts[kept], ends[kept], starts[kept])
+
+
+def mark_spans(
+    preprocess: Callable,
+    documents: Sequence[str],
+    spans: Sequence[Sequence[tuple[int, int]]],
+    input_ids: torch.Tensor,
+    prompt: str | None = None,
+) -> torch.Tensor:
+    """The span of every token of a flat row of documents.
+
+    Args:
+        preprocess (`Callable`): `model.preprocess` of a packed model.
+        documents (`Sequence[str]`): the texts.
+        spans (`Sequence`): for each document its `(start, end)` pairs of characters, in order, without overlap.
+        input_ids (`torch.Tensor` of shape `(1, T)`): what `preprocess` made of the documents.
+        prompt (`str`, *optional*): what stands in front of each document.
+
+    Returns:
+        `torch.Tensor` of shape `(1, T)`: the number of the token's span within its document, -1 for none. A token
+        belongs to the span in which its first character lies.
+
+    Raises:
+        ValueError: spans that overlap, are empty, or have no token because the document was cut off before them.
+        NotImplementedError: the model pads, or rewrites its texts by a chat template.
+    """
+    features = preprocess(list(documents), prompt=prompt, processing_kwargs=_WITH_OFFSETS)
+    if features.get("modality") != "text" or "cu_seq_lens_q" not in features or "offset_mapping" not in features:
+        raise NotImplementedError(
+            "spans need a packed model with a fast tokenizer and no chat template, so that characters can be traced "
+            "to tokens: call `hf_longctx.pack_embeddings(model)`, or leave spans out."
+        )
+    if not torch.equal(features["input_ids"], input_ids.cpu()):
+        raise NotImplementedError("the tokenizer made other tokens of the same documents: spans need a steady one.")
+    shift = len(prompt) if prompt else 0
+    marks = torch.full((input_ids.shape[1],), NO_SPAN)
+    bounds = features["cu_seq_lens_q"].tolist()
+    for document, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        offsets = features["offset_mapping"][start:end] - shift
+        _mark_document(marks[start:end], offsets, spans[document], document, len(documents[document]))
+    return marks[None]
+
+
+def _mark_document(marks: torch.Tensor, offsets: torch.Tensor, spans, document: int, num_characters: int) -> None:
+    first, last = offsets.unbind(1)
+    real = last > first
+    before = 0
+    for number, (start, end) in enumerate(spans):
+        where = f"span {number} [{start}, {end}) of document {document} ({num_characters} characters)"
+        if not before <= start < end <= num_characters:
+            raise ValueError(
+                f"{where} must lie inside the document and behind the span before it (which ends at {before}): sort "
+                "spans, and cut where they overlap."
+            )
+        inside = real & (first >= start) & (first < end)
+        if not bool(inside.any()):
+            kept = int(last.max()) if len(last) else 0
+            raise ValueError(
+                f"{where} has no token: the tokenizer keeps {kept} characters; raise `model.max_seq_length`, or leave "
+                "such spans out."
+            )
+        marks[inside] = number
+        before = end
+    if len(spans) == 0:
+        raise ValueError(f"document {document} has no span: give it at least one, such as all of it.")
+
+
+def encode_spans(
+    model,
+    documents: Sequence[str],
+    spans: Sequence[Sequence[tuple[int, int]]],
+    *,
+    prompt: str | None = None,
+    batch_size: int = 8,
+) -> list[torch.Tensor]:
+    """Embed each document once and return a vector for each of its spans.
+
+    Args:
+        model (`SentenceTransformer`): packed by [`pack_embeddings`].
+        documents (`Sequence[str]`): whole texts.
+        spans (`Sequence`): for each document its `(start, end)` pairs of characters, in order, without overlap.
+        prompt (`str`, *optional*): put in front of each document; never part of a span.
+        batch_size (`int`, *optional*, defaults to 8): documents in one row.
+
+    Returns:
+        `list[torch.Tensor]` of shape `(spans of the document, D)`, with everything that follows pooling in the model.
+
+    Raises:
+        ValueError: see [`mark_spans`], or lists of different length.
+
+    Communication: that of the model's forward; a group that shares rows must call it together.
+    """
+    if len(documents) != len(spans):
+        raise ValueError(f"there are {len(documents)} documents but `spans` of {len(spans)}: give each document a list.")
+    vectors = []
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            for begin in range(0, len(documents), batch_size):
+                some, theirs = documents[begin : begin + batch_size], spans[begin : begin + batch_size]
+                features = model.preprocess(list(some), prompt=prompt)
+                features["span_ids"] = mark_spans(model.preprocess, some, theirs, features["input_ids"], prompt)
+                features = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in features.items()}
+                vectors.extend(model(features)["sentence_embedding"].split([len(each) for each in theirs]))
+    finally:
+        model.train(was_training)
+    return vectors

@@ -11,12 +11,12 @@ import torch
 
 pytest.importorskip("sentence_transformers")
 
-from sentence_transformers.sentence_transformer import losses  # noqa: E402
-from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator  # noqa: E402
+from sentence_transformers.sentence_transformer import losses
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
-from hf_longctx.embedding.packing import is_packed, pack_embeddings  # noqa: E402
+from hf_longctx.embedding.packing import is_packed, pack_embeddings
 
-from ..embedding import columns, embedder, gradients_of, texts  # noqa: E402
+from ..embedding import columns, embedder, gradients_of, texts
 
 
 MODELS = ("bert", "roberta", "modernbert", "llama", "qwen3", "llama both ways")

@@ -10,13 +10,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 pytest.importorskip("sentence_transformers")
 
-from sentence_transformers.sentence_transformer import losses  # noqa: E402
+from sentence_transformers.sentence_transformer import losses
 
-from hf_longctx import SequenceMesh  # noqa: E402
-from hf_longctx.embedding.packing import pack_embeddings  # noqa: E402
+from hf_longctx import SequenceMesh
+from hf_longctx.embedding.packing import pack_embeddings
 
-from ..embedding import columns, embedder, gradients_of, texts  # noqa: E402
-from ..unit.test_embedding import DOCUMENTS, MODES, QUERIES, TOLERANCE, assert_same_gradients  # noqa: E402
+from ..embedding import columns, embedder, gradients_of, texts
+from ..unit.test_embedding import DOCUMENTS, MODES, QUERIES, TOLERANCE, assert_same_gradients
 
 
 LONG = (3, 70, 1, 20)  # the second document has a part on every rank

@@ -1,0 +1,70 @@
+"""Data loaders of an embedding run: the same source on every rank, the same rows on the ranks of a group."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from sentence_transformers.base.sampler import DefaultBatchSampler  # noqa: F401
+from sentence_transformers.base.training_args import BatchSamplers, MultiDatasetBatchSamplers
+from torch.utils.data import DataLoader
+
+from ..data.source_loader import build_source_loader
+from .loaders import _deal_to_groups
+
+
+def describe_streams(dataset):
+    """`dataset` with the columns of every stream known, as the host needs to know them."""
+    if isinstance(dataset, Mapping):
+        described = {name: describe_streams(each) for name, each in dataset.items()}
+        return (IterableDatasetDict if _has_stream(dataset) else DatasetDict)(described)
+    if isinstance(dataset, IterableDataset) and dataset.column_names is None:
+        return dataset._resolve_features()
+    return dataset
+
+
+def build_training_loader(trainer) -> DataLoader | None:
+    """The loader of our own sources, of the host's batches dealt to groups, or `None` for the host's own."""
+    dataset, args, mesh = trainer.train_dataset, trainer.args, trainer.mesh
+    if isinstance(dataset, Mapping) and _host_order(trainer) is None:
+        loader = build_source_loader(
+            dataset,
+            mesh,
+            batch_size=args.train_batch_size,
+            collate_fn=trainer.data_collator,
+            seed=args.seed if args.data_seed is None else args.data_seed,
+            config=trainer.long_context,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+        )
+        return _deal_to_groups(trainer, loader, 1)
+    if mesh.sequence_parallel_size == 1 and not isinstance(dataset, IterableDataset):
+        return None
+    trainer.accelerator.even_batches = False
+    loader = trainer._build_dataloader(dataset, args.train_batch_size, dataset_kind="train")
+    return _deal_to_groups(trainer, loader, mesh.data_parallel_size)
+
+
+def build_evaluation_loader(trainer, dataset) -> DataLoader:
+    """The host's evaluation batches, dealt to groups."""
+    if isinstance(dataset, str):
+        dataset = trainer.eval_dataset[dataset]
+    trainer.accelerator.even_batches = True
+    loader = trainer._build_dataloader(dataset, trainer.args.eval_batch_size, dataset_kind="eval")
+    return _deal_to_groups(trainer, loader, trainer.mesh.data_parallel_size)
+
+
+def _host_order(trainer) -> str | None:
+    """The name of the argument with which the user asked for an order of the host's, if any."""
+    args = trainer.args
+    if args.batch_sampler != BatchSamplers.BATCH_SAMPLER:
+        return "batch_sampler"
+    if args.multi_dataset_batch_sampler != MultiDatasetBatchSamplers.PROPORTIONAL:
+        return "multi_dataset_batch_sampler"
+    return None
+
+
+def _has_stream(dataset: Mapping[str, Dataset]) -> bool:
+    return any(isinstance(each, IterableDataset) for each in dataset.values())
