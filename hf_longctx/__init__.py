@@ -29,6 +29,9 @@ _PUBLIC = {
     "explain_attention": ".attention.explain",
     "LongContextTrainer": ".trainer.causal_lm",
     "LongContextSFTTrainer": ".trainer.sft",
+    "LongContextSentenceTransformerTrainer": ".trainer.embedding",
+    "encode_spans": ".embedding.spans",
+    "pack_embeddings": ".embedding.packing",
     "verify": ".proof.verify",
 }
 __all__ = sorted(_PUBLIC)
@@ -41,11 +44,14 @@ if TYPE_CHECKING:
     from .data.packed import PackedDataset  # noqa: F401
     from .data.packing_collator import PackingCollator  # noqa: F401
     from .data.token_budget import TokenBudgetSampler  # noqa: F401
+    from .embedding.packing import pack_embeddings  # noqa: F401
+    from .embedding.spans import encode_spans  # noqa: F401
     from .parallel.collectives import gather_sequence  # noqa: F401
     from .parallel.mesh import SequenceMesh  # noqa: F401
     from .parallel.shard import SequenceShard, shard_batch  # noqa: F401
     from .proof.verify import verify  # noqa: F401
     from .trainer.causal_lm import LongContextTrainer  # noqa: F401
+    from .trainer.embedding import LongContextSentenceTransformerTrainer  # noqa: F401
     from .trainer.sft import LongContextSFTTrainer  # noqa: F401
 
 

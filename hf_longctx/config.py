@@ -32,6 +32,7 @@ def validate_sequence_parallel_size(size: object) -> None:
 
 
 NONFINITE_POLICIES = ("raise", "skip", "stop", "off")
+OVERLONG_POLICIES = ("warn", "error", "truncate")
 MEMORY_PRESETS = ("off", "loss", "mlp", "checkpoint", "max", "auto")
 
 
@@ -121,6 +122,9 @@ class LongContextConfig:
         check_replicas (`int`, *optional*, defaults to 100):
             Optimizer steps between two comparisons of what ranks must agree on, parameters and optimizer state bit for
             bit; the run stops on all ranks if they differ. 0 turns it off.
+        overlong_texts (`str`, *optional*, defaults to `"warn"`):
+            What happens when texts of embedding training are longer than `model.max_seq_length`: `"warn"` says before
+            the first step how many texts and tokens would be cut off, `"error"` refuses, `"truncate"` says nothing.
         on_nonfinite (`str`, *optional*, defaults to `"raise"`):
             What happens to a step whose loss or gradient is not finite on any rank; the optimizer never takes it.
             `"raise"` names layer, rank and rows; `"skip"` says the same in a warning, goes on and logs
@@ -182,6 +186,11 @@ class LongContextConfig:
         metadata={"help": "Optimizer steps between two checks that all ranks hold the same weights; 0: never."},
     )
 
+    overlong_texts: str = field(
+        default="warn",
+        metadata={"help": "What happens to texts over `max_seq_length`: " + ", ".join(OVERLONG_POLICIES) + "."},
+    )
+
     on_nonfinite: str = field(
         default="raise",
         metadata={"help": "What happens to a step that is not finite: " + ", ".join(NONFINITE_POLICIES) + "."},
@@ -216,6 +225,10 @@ class LongContextConfig:
         for name in ("loss_tile_size", "mlp_tile_size", "planned_tokens"):
             validate_tokens(name, getattr(self, name))
         validate_interval("check_replicas", self.check_replicas)
+        if self.overlong_texts not in OVERLONG_POLICIES:
+            raise ValueError(
+                f"`overlong_texts` ({self.overlong_texts!r}) must be one of {', '.join(OVERLONG_POLICIES)}."
+            )
         if self.on_nonfinite not in NONFINITE_POLICIES:
             raise ValueError(f"`on_nonfinite` ({self.on_nonfinite!r}) must be one of {', '.join(NONFINITE_POLICIES)}.")
         self._validate_sources()

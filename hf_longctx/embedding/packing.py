@@ -19,13 +19,19 @@ from contextlib import contextmanager
 from types import MethodType
 
 import torch
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
 
 from ..parallel.mesh import SequenceMesh
 from ..parallel.pooling import Spans, pool_spans
 from ..parallel.shard import cut_batch, validate_same_rows
+
+
+try:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+except ImportError as error:
+    raise ImportError("`pack_embeddings` needs sentence-transformers: `pip install hf-longctx[embedding]`.") from error
+
 from .checks import check_packable, check_shardable, refuse_leak
 from .proof import prove_packing
 from .rows import POOLING_KEYS, FlatCollator

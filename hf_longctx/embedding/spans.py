@@ -122,7 +122,9 @@ def encode_spans(
     Communication: that of the model's forward; a group that shares rows must call it together.
     """
     if len(documents) != len(spans):
-        raise ValueError(f"there are {len(documents)} documents but `spans` of {len(spans)}: give each document a list.")
+        raise ValueError(
+            f"there are {len(documents)} documents but `spans` of {len(spans)}: give each document a list."
+        )
     vectors = []
     was_training = model.training
     model.eval()

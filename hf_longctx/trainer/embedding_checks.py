@@ -22,8 +22,7 @@ def check_embedding_run(given: Mapping[str, object], config: LongContextConfig) 
         if value != default:
             raise NotImplementedError(
                 f"`{name}` ({value!r}) is for language models: an embedding run saves memory with "
-                "`gradient_checkpointing=True` and the `mini_batch_num_tokens` of its loss; leave it at {default!r}."
-                .replace("{default!r}", repr(default))
+                f"`gradient_checkpointing=True` and the `mini_batch_num_tokens` of its loss; leave it at {default!r}."
             )
     dataset = given.get("train_dataset")
     if isinstance(dataset, Mapping):
@@ -43,7 +42,7 @@ def report_truncation(trainer) -> None:
     """
     policy, model = trainer.long_context.overlong_texts, trainer.model
     limit, tokenizer = model.max_seq_length, model.tokenizer
-    if policy == "truncate" or limit is None or limit > 10**9 or not hasattr(tokenizer, "__call__"):
+    if policy == "truncate" or limit is None or limit > 10**9 or not callable(tokenizer):
         return
     if trainer.train_dataset is None or not trainer.is_world_process_zero() and policy != "error":
         return

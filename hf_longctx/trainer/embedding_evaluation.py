@@ -39,7 +39,5 @@ def evaluate_everywhere(trainer, host_loop: Callable, *args, metric_key_prefix: 
     scores = [scores if isinstance(scores, dict) else {"evaluator": scores}]
     dist.broadcast_object_list(scores)
     prefix = f"{metric_key_prefix}_"
-    output.metrics.update(
-        {key if key.startswith(prefix) else prefix + key: value for key, value in scores[0].items()}
-    )
+    output.metrics.update({key if key.startswith(prefix) else prefix + key: value for key, value in scores[0].items()})
     return output
