@@ -324,7 +324,7 @@ def test_sources_that_share_texts_are_kept_apart_within_a_batch():
 @pytest.mark.parametrize(
     ("rows", "texts", "sentence"),
     [
-        (40, 3, "source `x` cannot fill 4 rows of global batch 0: all of its other rows share a text"),
+        (40, 3, "source `x` cannot fill 4 rows of global batch 0: whatever is left of it shares a text"),
         (3000, 3, "source `x` has put off 1025 rows whose texts were in the batch already"),
     ],
 )
