@@ -30,6 +30,7 @@ _PUBLIC = {
     "LongContextTrainer": ".trainer.causal_lm",
     "LongContextSFTTrainer": ".trainer.sft",
     "LongContextSentenceTransformerTrainer": ".trainer.embedding",
+    "SpanRankingLoss": ".embedding.span_loss",
     "encode_spans": ".embedding.spans",
     "pack_embeddings": ".embedding.packing",
     "verify": ".proof.verify",
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .data.packing_collator import PackingCollator  # noqa: F401
     from .data.token_budget import TokenBudgetSampler  # noqa: F401
     from .embedding.packing import pack_embeddings  # noqa: F401
+    from .embedding.span_loss import SpanRankingLoss  # noqa: F401
     from .embedding.spans import encode_spans  # noqa: F401
     from .parallel.collectives import gather_sequence  # noqa: F401
     from .parallel.mesh import SequenceMesh  # noqa: F401

@@ -32,6 +32,17 @@ def validate_sequence_parallel_size(size: object) -> None:
 
 
 NONFINITE_POLICIES = ("raise", "skip", "stop", "off")
+# What decides which rows of several sources make a batch.
+SOURCE_FIELDS = (
+    "source_weights",
+    "source_temperature",
+    "source_caps",
+    "sources_per_batch",
+    "swap_probability",
+    "deduplicate",
+    "balance_by",
+    "tokens_per_rank",
+)
 OVERLONG_POLICIES = ("warn", "error", "truncate")
 MEMORY_PRESETS = ("off", "loss", "mlp", "checkpoint", "max", "auto")
 

@@ -11,7 +11,12 @@ from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
-from hf_longctx import LongContextConfig, LongContextSentenceTransformerTrainer, TiledMultipleNegativesRankingLoss
+from hf_longctx import (
+    LongContextConfig,
+    LongContextSentenceTransformerTrainer,
+    SpanRankingLoss,
+    TiledMultipleNegativesRankingLoss,
+)
 
 from .embedding import embedder, texts
 from .training import reset_host
@@ -30,6 +35,18 @@ def data_of(name: str):
         return pairs()
     if name == "triplets":
         return pairs(negatives=1)
+    if name == "spans":
+        rows = pairs()
+        documents = rows["positive"]
+        spans = [[(0, 2), (3, len(text))] if len(text) > 4 else [(0, len(text))] for text in documents]
+        return Dataset.from_dict(
+            {
+                "query": rows["anchor"],
+                "document": documents,
+                "document_spans": spans,
+                "label": [len(each) - 1 for each in spans],
+            }
+        )
     if name == "stream":
         return pairs().to_iterable_dataset()
     sources = {"short": pairs(12, 1), "long": pairs(30, 2)}
@@ -47,6 +64,7 @@ def loss_of(name: str, model):
         "matryoshka": lambda: losses.MatryoshkaLoss(
             model, TiledMultipleNegativesRankingLoss(model, mini_batch_size=2), matryoshka_dims=[48, 16]
         ),
+        "spans": lambda: SpanRankingLoss(model, mini_batch_size=3),
         "mnrl": lambda: losses.MultipleNegativesRankingLoss(model),
         "gathering": lambda: losses.MultipleNegativesRankingLoss(model, gather_across_devices=True),
     }

@@ -26,6 +26,9 @@ def check_weights(model: torch.nn.Module | None, path: Path) -> None:
     if model is None:
         _read_header(path)
         return
+    if isinstance(model, torch.nn.Sequential):
+        _check_modules(model, path)
+        return
     _check_kind(model, path / "config.json")
     is_adapter = hasattr(model, "peft_config")
     sharded = path / "pytorch_model_fsdp_0"
@@ -51,6 +54,26 @@ def check_weights(model: torch.nn.Module | None, path: Path) -> None:
         raise ValueError(
             f"`{path / name}` is missing, and the run trains {kind}: resume from a checkpoint that this run saved."
         )
+
+
+def _check_modules(model: torch.nn.Sequential, path: Path) -> None:
+    """The same for a sentence-transformer, whose modules have a folder each, named in `modules.json`."""
+    listed = path / "modules.json"
+    try:
+        folders = [path / entry["path"] for entry in json.loads(listed.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"`{listed}` cannot be read ({error}): resume from another checkpoint.") from error
+    modules = list(model.children())
+    if len(folders) != len(modules):
+        raise ValueError(
+            f"`{listed}` lists {len(folders)} modules, and this run trains {len(modules)}: resume from a checkpoint of "
+            "the same model."
+        )
+    for module, folder in zip(modules, folders):
+        if hasattr(getattr(module, "model", None), "config"):
+            check_weights(module.model, folder)
+        elif module.state_dict():
+            _compare(folder / _WHOLE, _read_header(folder / _WHOLE), _expected(module))
 
 
 def read_json(path: Path) -> dict[str, object]:

@@ -11,12 +11,13 @@ import json
 import logging
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch.distributed as dist
 
 from ..callbacks.replicas import has_dropout
+from ..config import SOURCE_FIELDS
 from .checkpoint_weights import check_weights, read_json
 from .packing import packs_rows
 
@@ -77,16 +78,18 @@ def run_facts(trainer) -> dict[str, object]:
     args, groups = trainer.args, trainer.mesh.data_parallel_size
     rows = args.train_batch_size * groups
     strategy = getattr(args, "train_sampling_strategy", "random")
-    is_sized = hasattr(trainer.train_dataset, "__len__")
+    num_rows, sources = _count_rows(trainer)
+    is_sized = num_rows is not None
     packs = packs_rows(trainer)
-    loader = trainer.callback_handler.train_dataloader if is_sized else None
+    loader = trainer.callback_handler.train_dataloader if is_sized and sources is None else None
     return {
         "world_size": args.world_size,
         "sequence_parallel_size": trainer.mesh.sequence_parallel_size,
         "split": [args.train_batch_size, groups, args.gradient_accumulation_steps],
         "epoch_rows": None if loader is None else len(loader.dataset),
         "rows_per_optimizer_step": rows * args.gradient_accumulation_steps,
-        "num_rows": len(trainer.train_dataset) if is_sized else None,
+        "num_rows": num_rows,
+        "sources": sources,
         "draws_rows": trainer._draws_rows,
         "seed": args.seed if args.data_seed is None else args.data_seed,
         "train_sampling_strategy": strategy,
@@ -98,6 +101,16 @@ def run_facts(trainer) -> dict[str, object]:
         else None,
         "stream_shards": groups if packs and 1 < groups <= getattr(trainer.train_dataset, "num_shards", 0) else None,
     }
+
+
+def _count_rows(trainer) -> tuple[int | None, dict[str, object] | None]:
+    """The rows of the data set, and what decides how often each of several sources is drawn."""
+    dataset, config = trainer.train_dataset, trainer.long_context
+    if not isinstance(dataset, Mapping):
+        return len(dataset) if hasattr(dataset, "__len__") else None, None
+    rows = {name: len(source) if hasattr(source, "__len__") else None for name, source in dataset.items()}
+    sources = {name: getattr(config, name) for name in SOURCE_FIELDS} | {"rows": rows}
+    return None if None in rows.values() else sum(rows.values()), sources
 
 
 def choose_checkpoint(trainer, wanted: str | bool | None) -> str | None:

@@ -19,6 +19,7 @@ except ImportError as error:
 
 from ..embedding.loss import bind_losses, check_losses
 from ..embedding.packing import pack_embeddings, shared_rows
+from .embedding_checkpoint import load_loss, save_loss
 from .embedding_checks import check_embedding_run, report_truncation
 from .embedding_collator import EmbeddingCollator
 from .embedding_evaluation import evaluate_everywhere
@@ -109,6 +110,14 @@ class LongContextSentenceTransformerTrainer(SurvivalMixin, SentenceTransformerTr
             return super().evaluation_loop(*args, **kwargs)
         with self._shared_rows():
             return evaluate_everywhere(self, super().evaluation_loop, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_loss(self, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        load_loss(self, checkpoint)
 
     def _shared_rows(self):
         return shared_rows(self.model, self.mesh, self.long_context.inner_attention)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
-from sentence_transformers.base.sampler import DefaultBatchSampler  # noqa: F401
 from sentence_transformers.base.training_args import BatchSamplers, MultiDatasetBatchSamplers
 from torch.utils.data import DataLoader
 
@@ -26,7 +25,14 @@ def describe_streams(dataset):
 def build_training_loader(trainer) -> DataLoader | None:
     """The loader of our own sources, of the host's batches dealt to groups, or `None` for the host's own."""
     dataset, args, mesh = trainer.train_dataset, trainer.args, trainer.mesh
-    if isinstance(dataset, Mapping) and _host_order(trainer) is None:
+    order = _host_order(args)
+    if isinstance(dataset, Mapping) and order is not None and mesh.data_parallel_size > 1:
+        raise ValueError(
+            f"`{order}` ({getattr(args, order)!r}) lets each of {mesh.data_parallel_size} groups draw from another "
+            "source in the same step, so negatives would mix sources: leave it unset, and say how often sources are "
+            "drawn with `source_weights`."
+        )
+    if isinstance(dataset, Mapping) and order is None:
         loader = build_source_loader(
             dataset,
             mesh,
@@ -56,9 +62,8 @@ def build_evaluation_loader(trainer, dataset) -> DataLoader:
     return _deal_to_groups(trainer, loader, trainer.mesh.data_parallel_size)
 
 
-def _host_order(trainer) -> str | None:
+def _host_order(args) -> str | None:
     """The name of the argument with which the user asked for an order of the host's, if any."""
-    args = trainer.args
     if args.batch_sampler != BatchSamplers.BATCH_SAMPLER:
         return "batch_sampler"
     if args.multi_dataset_batch_sampler != MultiDatasetBatchSamplers.PROPORTIONAL:

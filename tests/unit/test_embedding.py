@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ pytest.importorskip("sentence_transformers")
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
+from hf_longctx import encode_spans
 from hf_longctx.embedding.packing import is_packed, pack_embeddings
+from hf_longctx.embedding.spans import mark_spans
 
 from ..embedding import columns, embedder, gradients_of, texts
 
@@ -210,3 +213,123 @@ def test_wrong_positions_are_refused_by_the_proof(monkeypatch):
     monkeypatch.setattr(model[0], "_infer_flatten_position_offset", lambda: 0)
     with pytest.raises(NotImplementedError, match="counts positions itself"):
         pack_embeddings(model)
+
+
+# Late chunking
+
+
+DOCS = texts((12, 5, 30), 7)
+
+
+def whole_words(text: str, *numbers: tuple[int, int]) -> list[tuple[int, int]]:
+    """Character spans of the words from one number up to another."""
+    starts, at = [], 0
+    for word in text.split(" "):
+        starts.append((at, at + len(word)))
+        at += len(word) + 1
+    return [(starts[first][0], starts[last - 1][1]) for first, last in numbers]
+
+
+WORDS = [[(0, 4), (4, 12)], [(1, 3)], [(0, 1), (10, 20), (20, 30)]]
+SPANS = [whole_words(text, *numbers) for text, numbers in zip(DOCS, WORDS)]
+
+
+@pytest.mark.parametrize("mode", ["mean", "max", "cls", "lasttoken"])
+@pytest.mark.parametrize("prompt", [None, "w1 w2 "])
+def test_spans_pool_the_tokens_of_a_whole_document(mode, prompt):
+    padded = embedder("modernbert", "sdpa", mode)
+    tokens = padded.encode(DOCS, output_value="token_embeddings", prompt=prompt)
+    before = 2 if prompt else 0
+    pooled = {
+        "mean": lambda x: x.mean(0),
+        "max": lambda x: x.amax(0),
+        "cls": lambda x: x[0],
+        "lasttoken": lambda x: x[-1],
+    }
+    packed = pack_embeddings(embedder("modernbert", "packed", mode))
+    actual = encode_spans(packed, DOCS, SPANS, prompt=prompt, batch_size=2)
+    assert [len(vectors) for vectors in actual] == [2, 1, 3]
+    for vectors, states, words in zip(actual, tokens, WORDS):
+        expected = [pooled[mode](states[before + first : before + last]) for first, last in words]
+        assert torch.allclose(vectors, torch.stack(expected), atol=TOLERANCE)
+
+
+def test_a_span_that_is_the_document_is_its_embedding():
+    packed = pack_embeddings(embedder("bert", "packed"))
+    spans = [[(0, len(text))] for text in DOCS]
+    expected = packed.encode(DOCS, convert_to_tensor=True)
+    assert torch.allclose(torch.cat(encode_spans(packed, DOCS, spans)), expected, atol=TOLERANCE)
+    assert packed.encode(DOCS[0], convert_to_tensor=True).shape == (48,)
+
+
+BAD_SPANS = {
+    "must lie inside the document and behind the span before it (which ends at 9)": [[(0, 9), (5, 12)], [(0, 1)]],
+    "(2 characters) must lie inside the document": [[(0, 2)], [(1, 5)]],
+    "document 1 has no span: give it at least one": [[(0, 2)], []],
+    "there are 2 documents but `spans` of 1: give each document a list": [[(0, 2)]],
+}
+
+
+@pytest.mark.parametrize(("message", "spans"), BAD_SPANS.items())
+def test_bad_spans_are_refused(message, spans):
+    packed = pack_embeddings(embedder("bert", "packed"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        encode_spans(packed, ["w1 w2 w3 w4 w5", "w6"], spans)
+
+
+def test_a_span_behind_the_last_kept_token_is_refused():
+    packed = pack_embeddings(embedder("bert", "packed"))
+    packed.max_seq_length = 3
+    with pytest.raises(
+        ValueError, match=r"has no token: the tokenizer keeps 8 characters; raise `model.max_seq_length`"
+    ):
+        encode_spans(packed, ["w1 w2 w3 w4 w5"], [[(0, 2), (9, 14)]])
+
+
+def test_spans_of_a_padded_model_are_refused():
+    with pytest.raises(NotImplementedError, match="spans need a packed model with a fast tokenizer"):
+        encode_spans(embedder("bert"), ["w1 w2"], [[(0, 2)]])
+
+
+def test_an_unsteady_tokenizer_is_refused():
+    packed = pack_embeddings(embedder("bert", "packed"))
+    others = packed.preprocess(["w3 w4"])["input_ids"]
+    with pytest.raises(NotImplementedError, match="the tokenizer made other tokens of the same documents"):
+        mark_spans(packed.preprocess, ["w1 w2"], [[(0, 2)]], others)
+
+
+# Refusals of models
+
+
+def changed(change):
+    model = embedder("bert", "packed")
+    change(model)
+    return model
+
+
+def static_model():
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+
+    static = StaticEmbedding(embedder("bert")[0].tokenizer.backend_tokenizer, embedding_dim=8)
+    return SentenceTransformer(modules=[static], device="cpu")
+
+
+REFUSED = {
+    "is a `StaticEmbedding`, which runs no transformers model, so there is no padding to remove": static_model,
+    "is loaded for the task 'fill-mask' with text: only text embeddings can be packed": lambda: changed(
+        lambda model: setattr(model[0], "transformer_task", "fill-mask")
+    ),
+    "runs on the backend 'onnx' through forward: packing needs the torch model's own `forward`": lambda: changed(
+        lambda model: setattr(model[0], "backend", "onnx")
+    ),
+    "does not call transformers' attention interface, so no kernel of ours is asked": lambda: changed(
+        lambda model: setattr(model[0].model, "is_backend_compatible", lambda: False)
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "build"), REFUSED.items())
+def test_models_that_cannot_be_packed_are_refused(message, build):
+    with pytest.raises(NotImplementedError, match=re.escape(message)):
+        pack_embeddings(build())

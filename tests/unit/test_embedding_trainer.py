@@ -1,0 +1,164 @@
+"""The embedding trainer on one process: the host's run without padding, resumed, and its refusals."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+import pytest
+import torch
+
+
+pytest.importorskip("sentence_transformers")
+
+from datasets import Dataset
+from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.base.training_args import BatchSamplers
+from sentence_transformers.sentence_transformer import losses
+
+from hf_longctx import LongContextConfig
+from hf_longctx.trainer.embedding_collator import refuse_empty_texts
+
+from ..embedding import embedder
+from ..embedding_training import arguments, assert_same_run, build_trainer, evaluator, loss_of, pairs, run
+from ..training import reset_host
+
+
+TOLERANCE = 1e-8  # float64 throughout
+
+
+def host_run(folder: str) -> dict:
+    """The stock trainer, padded, with the stock loss."""
+    reset_host()
+    model = embedder("bert", "sdpa")
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments(folder),
+        train_dataset=pairs(),
+        eval_dataset=pairs(8, 9),
+        evaluator=evaluator(),
+        loss=losses.MultipleNegativesRankingLoss(model),
+    )
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    weights = {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+    scores = trainer.evaluate()
+    return {
+        "losses": [entry["loss"] for entry in logs],
+        "norms": [entry["grad_norm"] for entry in logs],
+        "weights": weights,
+        "scores": scores,
+    }
+
+
+def test_a_run_equals_the_hosts_padded_one_with_its_evaluation(tmp_path):
+    expected = host_run(str(tmp_path))
+    actual = run(loss="tiled", attention="packed", evaluates=True)
+    assert_same_run(expected, actual, TOLERANCE)
+    names = [name for name in expected["scores"] if "cosine" in name or name == "eval_loss"]
+    assert len(names) >= 3
+    assert {name: actual["scores"][name] for name in names} == pytest.approx(
+        {name: expected["scores"][name] for name in names}, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "config"),
+    [("pairs", {}), ("sources", {"swap_probability": 0.5}), ("streams", {"source_weights": {"short": 1, "long": 2}})],
+)
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(tmp_path, data, config):
+    settings = {"data": data, "loss": "learnable", "config": config, "attention": "packed", "optim": "adamw_torch"}
+    expected = run(**settings, max_steps=4, learning_rate=1e-3)
+    first = run(**settings, max_steps=4, learning_rate=1e-3, save_strategy="steps", save_steps=2, folder=str(tmp_path))
+    resumed = run(**settings, max_steps=4, learning_rate=1e-3, folder=str(tmp_path), resume=f"{tmp_path}/checkpoint-2")
+    assert first["losses"] == expected["losses"]
+    assert resumed["losses"][-2:] == expected["losses"][-2:]
+    for name, value in expected["weights"].items():
+        assert torch.equal(resumed["weights"][name], value), name
+
+
+def test_mixed_precision_accumulation_and_checkpointing_run():
+    common = {"attention": "packed", "loss": "tiled cached", "max_steps": 2, "gradient_accumulation_steps": 2}
+    plain = run(**common)
+    recomputed = run(**common, gradient_checkpointing=True)
+    assert_same_run(plain, recomputed, TOLERANCE)
+    half = run(**common, bf16=True)
+    assert half["losses"] == pytest.approx(plain["losses"], rel=0.1)  # 8 bits of mantissa
+
+
+def test_a_vanilla_model_comes_out(tmp_path):
+    from sentence_transformers import SentenceTransformer
+
+    trainer = build_trainer(attention="packed", max_steps=1)
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    again = SentenceTransformer(str(tmp_path), device="cpu")
+    expected = trainer.model.encode(["w1 w2", "w3"], convert_to_tensor=True)
+    assert torch.allclose(again.encode(["w1 w2", "w3"], convert_to_tensor=True), expected, atol=TOLERANCE)
+    assert "hf_longctx" not in (tmp_path / "modules.json").read_text()
+
+
+def test_texts_that_would_be_cut_off_are_counted_before_training(caplog):
+    def build(policy: str):
+        reset_host()
+        model = embedder("bert", "packed")
+        model.max_seq_length = 10
+        return build_from(model, policy)
+
+    def build_from(model, policy):
+        from hf_longctx import LongContextSentenceTransformerTrainer
+
+        return LongContextSentenceTransformerTrainer(
+            model=model,
+            args=arguments("unused_folder"),
+            train_dataset=Dataset.from_dict({"a": ["w1 " * 30, "w1"], "b": ["w2", "w3 w4"]}),
+            loss=loss_of("tiled", model),
+            long_context=LongContextConfig(overlong_texts=policy),
+        )
+
+    with caplog.at_level(logging.WARNING, "hf_longctx"):
+        build("truncate")
+        assert not [record for record in caplog.records if "cut off" in record.message]
+        build("warn")
+    message = next(record.message for record in caplog.records if "cut off" in record.message)
+    assert "1 of 4 texts looked at are longer than `model.max_seq_length` (10), and 58.8% of all tokens" in message
+    with pytest.raises(ValueError, match="split the texts, or set `overlong_texts` to 'truncate'"):
+        build("error")
+
+
+def test_an_empty_text_is_refused_by_row_and_column():
+    rows = [{"a": "w1", "b": "w2"}, {"a": "w3 w4", "b": "  "}]
+    message = "the text of column `b` in row 1 of a batch of 2 is empty (beside it: 'w3 w4')"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        refuse_empty_texts(rows)
+
+
+REFUSED = {
+    "`memory` ('checkpoint') is for language models: an embedding run saves memory with": (
+        NotImplementedError,
+        {"config": {"memory": "checkpoint"}},
+    ),
+    "`source_temperature` (2.0) speaks of sources by name, but `train_dataset` is one `Dataset`": (
+        ValueError,
+        {"config": {"source_temperature": 2.0}},
+    ),
+    "would let the texts of a flat row see each other": (ValueError, {"attention": "sdpa"}),
+}
+
+
+@pytest.mark.parametrize(("message", "case"), REFUSED.items())
+def test_runs_that_cannot_be_are_refused_before_they_start(message, case):
+    error, settings = case
+    with pytest.raises(error, match=re.escape(message)):
+        build_trainer(**settings)
+
+
+def test_an_unknown_policy_for_long_texts_is_refused():
+    with pytest.raises(ValueError, match=re.escape("`overlong_texts` ('cut') must be one of warn, error, truncate")):
+        LongContextConfig(overlong_texts="cut")
+
+
+def test_an_order_of_the_host_is_kept_on_one_group():
+    trainer = build_trainer(data="sources", attention="packed", batch_sampler=BatchSamplers.NO_DUPLICATES)
+    trainer.train()
+    assert len(trainer.state.log_history) >= 3
