@@ -29,6 +29,7 @@ _PUBLIC = {
     "explain_attention": ".attention.explain",
     "LongContextTrainer": ".trainer.causal_lm",
     "LongContextSFTTrainer": ".trainer.sft",
+    "TiledMultipleNegativesRankingLoss": ".embedding.loss",
     "verify": ".proof.verify",
 }
 __all__ = sorted(_PUBLIC)
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .data.packed import PackedDataset  # noqa: F401
     from .data.packing_collator import PackingCollator  # noqa: F401
     from .data.token_budget import TokenBudgetSampler  # noqa: F401
+    from .embedding.loss import TiledMultipleNegativesRankingLoss  # noqa: F401
     from .parallel.collectives import gather_sequence  # noqa: F401
     from .parallel.mesh import SequenceMesh  # noqa: F401
     from .parallel.shard import SequenceShard, shard_batch  # noqa: F401
