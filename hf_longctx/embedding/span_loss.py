@@ -1,7 +1,7 @@
 """`SpanRankingLoss`: find the span that answers a query among all spans of all documents.
 
-Documents are embedded whole, so every span's vector knows what stands around it (late chunking), and the other spans of
-the same document are the hardest negatives there are. Price: queries times spans scores at once; both are few where
+Documents are embedded whole, so every span's vector knows what stands around it (late chunking), and the other spans
+of the same document are the hardest negatives there are. Price: queries times spans scores at once; both are few where
 documents are long.
 """
 

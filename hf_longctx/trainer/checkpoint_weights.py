@@ -66,8 +66,8 @@ def _check_modules(model: torch.nn.Sequential, path: Path) -> None:
     modules = list(model.children())
     if len(folders) != len(modules):
         raise ValueError(
-            f"`{listed}` lists {len(folders)} modules, and this run trains {len(modules)}: resume from a checkpoint of "
-            "the same model."
+            f"`{listed}` lists {len(folders)} modules, and this run trains {len(modules)}: resume from a checkpoint "
+            "of the same model."
         )
     for module, folder in zip(modules, folders):
         if hasattr(getattr(module, "model", None), "config"):
