@@ -1,7 +1,7 @@
 """The batches of all ranks: taken from the sources as the plan says, then dealt.
 
-Every rank makes the whole batch and keeps its part, because what is put off depends on the rows of all ranks. Texts are
-cheap beside a training step, and they are read here only where texts or lengths decide.
+Every rank makes the whole batch and keeps its part, because what is put off depends on the rows of all ranks. Texts
+are cheap beside a training step, and they are read here only where texts or lengths decide.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from .shuffled import ShuffledRange
 
 LABEL_COLUMNS = ("label", "labels", "score", "scores")
 NAME_COLUMN = "dataset_name"
-_READ_AHEAD, _NUMBERS_AHEAD = 256, 2048
+_READ_AHEAD, _NUMBERS_AHEAD = 256, 1024
 _MOST_PUT_OFF = 1024  # or 16 times what was taken
 
 
