@@ -58,7 +58,8 @@ def build_source_loader(
     ```
 
     Every row carries the column `dataset_name` where there are several sources and one a batch. Under `accelerate`,
-    prepare it with `num_processes=1`; `skip_first_batches`, `set_epoch` and workers work as for any loader.
+    prepare it with `num_processes=1` and `dispatch_batches=False`; `skip_first_batches`, `set_epoch` and workers work
+    as for any loader.
 
     Args:
         datasets (`Mapping[str, Dataset]`):
