@@ -40,7 +40,9 @@ def test_the_loader_survives_accelerate_and_goes_on_after_skipped_batches():
 
     def prepared():
         (loader,) = loaders(TWO)
-        return accelerate.data_loader.prepare_data_loader(loader, num_processes=1, process_index=0)
+        return accelerate.data_loader.prepare_data_loader(
+            loader, num_processes=1, process_index=0, dispatch_batches=False
+        )
 
     straight = prepared()
     epochs = []
@@ -148,7 +150,9 @@ def test_a_stream_goes_on_after_skipped_batches():
     def prepared():
         sources = streams(x=pairs("x", 60), y=pairs("y", 30))
         (loader, _) = loaders(sources, ranks=2, source_weights=WEIGHTS)
-        return accelerate.data_loader.prepare_data_loader(loader, num_processes=1, process_index=0)
+        return accelerate.data_loader.prepare_data_loader(
+            loader, num_processes=1, process_index=0, dispatch_batches=False
+        )
 
     straight = list(islice(prepared(), 20))
     assert list(islice(accelerate.skip_first_batches(prepared(), 7), 13)) == straight[7:]
