@@ -7,12 +7,13 @@ import os
 import pytest
 import torch
 
-from .harness import World
+from .harness import Imports, World
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _WORLDS: dict[int, World] = {}
+_IMPORTS = Imports()
 
 
 def world_of(size: int) -> World:
@@ -38,6 +39,7 @@ def worlds():
 @pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+    _IMPORTS.freeze()
 
 
 def pytest_sessionfinish(session, exitstatus) -> None:
