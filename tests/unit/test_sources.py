@@ -16,6 +16,7 @@ from hf_longctx.data.global_batches import GlobalBatches
 from hf_longctx.data.packing import packing_cost
 from hf_longctx.data.shuffled import WRITTEN_DOWN, ShuffledRange
 from hf_longctx.data.source_loader import build_source_loader
+from hf_longctx.data.source_rows import Candidate
 from hf_longctx.data.sources import SourcePlan, load_source_weights
 from tests.sources import TWO, as_rows, draw, flat, loaders, name_of, number_of, pairs
 
@@ -308,6 +309,16 @@ def test_no_two_rows_of_a_global_batch_share_a_text_and_none_is_lost(rows, share
         assert len(texts) == len(set(texts))
         counts.update(number_of(row) for row in flat(batch))
     assert set(counts) == set(range(rows)) and max(counts.values()) - min(counts.values()) <= 2
+
+
+def test_what_was_put_off_and_not_looked_at_waits_behind_what_is_put_off_again():
+    source = loaders({"x": pairs("x", 6)}, batch_size=2)[0].batch_sampler.reader.batches().sources["x"]
+    first, second, third, fourth = [Candidate("x", number, (number,)) for number in (3, 1, 5, 2)]
+    source.late = [first, second, third, fourth]
+    source.begin()
+    assert source.take({first.keys[0]}) == second
+    source.end()
+    assert source.late == [first, third, fourth]
 
 
 def test_without_deduplication_a_batch_holds_a_text_twice():
