@@ -98,16 +98,9 @@ def gather_sequence(local: torch.Tensor, group: dist.ProcessGroup | None, dim: i
 
 
 def sum_over_sequence(partial: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
-    """Add up what every rank of a group found in its own tokens, such as the sum of a document's hidden states.
+    """Add up what every rank found in its own tokens (one shape on all), such as sums of documents' hidden states.
 
-    Args:
-        partial (`torch.Tensor`): my part, of the same shape on every rank.
-        group (`ProcessGroup`): the `sp` axis, or `None` for one process.
-
-    Returns:
-        `torch.Tensor`: the sum, the same on every rank.
-
-    Communication: one all-reduce forward, one backward.
+    Communication: one all-reduce forward, one backward; none where `group`, the `sp` axis, is `None`.
     Gradient: the sum of the ranks' gradients, no scaling. Every rank computes the same loss from the sum, and wrappers
         average over ranks, so the two factors of `P` cancel.
     """

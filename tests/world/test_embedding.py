@@ -139,9 +139,9 @@ def refusals():
 def test_refusals_under_shared_rows(world2):
     first, second = world2.run(refusals)
     assert first == second
-    kernel, module, tokens, padded, count = first
-    assert "runs attn_implementation='packed', which works on whole rows" in kernel
-    assert "`LSTM` reads the vectors of whole rows of tokens" in module
-    assert "`output_value` ('token_embeddings') asks for the vector of every token" in tokens
-    assert "a padded batch (" in padded and "shared by 2 processes" in padded
+    kernel_message, module_message, tokens_message, padded_message, count = first
+    assert "runs attn_implementation='packed', which works on whole rows, with `sequence_par" in kernel_message
+    assert "`LSTM` reads the vectors of whole rows of tokens, which no rank holds with" in module_message
+    assert "`output_value` ('token_embeddings') asks for the vector of every token, but" in tokens_message
+    assert "reached a model whose rows are shared by 2 processes: query expansion, images" in padded_message
     assert count == 2
