@@ -59,10 +59,7 @@ def check_weights(model: torch.nn.Module | None, path: Path) -> None:
 def _check_modules(model: torch.nn.Sequential, path: Path) -> None:
     """The same for a sentence-transformer, whose modules have a folder each, named in `modules.json`."""
     listed = path / "modules.json"
-    try:
-        folders = [path / entry["path"] for entry in json.loads(listed.read_text(encoding="utf-8"))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"`{listed}` cannot be read ({error}): resume from another checkpoint.") from error
+    folders = [path / entry["path"] for entry in read_json(listed, list)]
     modules = list(model.children())
     if len(folders) != len(modules):
         raise ValueError(
@@ -76,14 +73,15 @@ def _check_modules(model: torch.nn.Sequential, path: Path) -> None:
             _compare(folder / _WHOLE, _read_header(folder / _WHOLE), _expected(module))
 
 
-def read_json(path: Path) -> dict[str, object]:
-    """The object in a file of JSON; `ValueError`, with the file's name, if it holds none."""
+def read_json(path: Path, kind: type = dict):
+    """The object in a file of JSON, or the list; `ValueError`, with the file's name, if it holds none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"`{path}` cannot be read ({error}): resume from another checkpoint.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"`{path}` holds no JSON object: resume from another checkpoint.")
+    if not isinstance(content, kind):
+        name = "object" if kind is dict else "list"
+        raise ValueError(f"`{path}` holds no JSON {name}: resume from another checkpoint.")
     return content
 
 

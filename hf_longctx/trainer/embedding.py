@@ -116,8 +116,8 @@ class LongContextSentenceTransformerTrainer(SurvivalMixin, SentenceTransformerTr
         save_loss(self, output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
         load_loss(self, checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
 
     def _shared_rows(self):
         return shared_rows(self.model, self.mesh, self.long_context.inner_attention)

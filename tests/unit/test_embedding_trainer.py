@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -99,30 +97,6 @@ def test_resuming_with_another_loss_or_other_modules_is_refused(tmp_path):
     (folder / "model.safetensors").write_bytes(b"cut off")
     with pytest.raises(ValueError, match="is missing, cut off or damaged"):
         check_weights(embedder("bert"), folder)
-
-
-EXTRA = {
-    "`pack_embeddings` needs sentence-transformers": "pack_embeddings",
-    "`SpanRankingLoss` needs sentence-transformers": "SpanRankingLoss",
-    "`LongContextSentenceTransformerTrainer` needs sentence-transformers": "LongContextSentenceTransformerTrainer",
-    "`TiledMultipleNegativesRankingLoss` needs sentence-transformers": "TiledMultipleNegativesRankingLoss",
-}
-LACKING = """
-import sys
-sys.modules["sentence_transformers"] = None
-import hf_longctx
-for name in sys.argv[1:]:
-    try:
-        getattr(hf_longctx, name)
-    except ImportError as error:
-        print(error)
-"""
-
-
-def test_without_the_extra_each_name_says_what_to_install():
-    command = [sys.executable, "-c", LACKING, *EXTRA.values()]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert [message + ": `pip install hf-longctx[embedding]`." for message in EXTRA] == printed
 
 
 def test_mixed_precision_accumulation_and_checkpointing_run():

@@ -203,3 +203,47 @@ def test_torch_has_a_default_store_and_optimizers_leave_parameters_without_gradi
     weight.grad = None
     optimizer.step()
     assert torch.equal(weight, before) and all(torch.equal(optimizer.state[weight][k], v) for k, v in state.items())
+
+
+def test_sentence_transformers_flattens_by_attributes_that_we_set():
+    modules = pytest.importorskip("sentence_transformers.base.modules")
+    source = inspect.getsource(modules.Transformer.preprocess)
+    assert "self.data_collator(" in source and "self._flatten_position_offset" in source
+    assert "self.can_flatten_inputs" in inspect.getsource(modules.Transformer._should_flatten_inputs)
+    assert "self.model_forward_params" in inspect.getsource(modules.Transformer.forward)
+    assert parameters(modules.Transformer._infer_flatten_position_offset) == ["self"]
+
+
+def test_sentence_transformers_pooling_encode_and_gradient_cache():
+    pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.losses import gradcache
+    from sentence_transformers.sentence_transformer.modules import Pooling
+
+    source = inspect.getsource(Pooling.forward)
+    assert all(name in source for name in ("token_embeddings", "cu_seq_lens_q", "prompt_length", "include_prompt"))
+    assert "output_value" in parameters(SentenceTransformer.encode)
+    assert "total_tokens" in inspect.getsource(gradcache._create_minibatch)
+    assert parameters(gradcache._minibatch_ranges) == ["sentence_feature", "mini_batch_size", "mini_batch_num_tokens"]
+    hook = ["grad_output", "sentence_features", "loss_obj", "cache", "random_states", "ranges"]
+    assert parameters(gradcache._backward_hook) == hook
+
+
+def test_sentence_transformers_trainer_seams():
+    pytest.importorskip("sentence_transformers")
+    from sentence_transformers import SentenceTransformerTrainer
+    from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
+
+    loader = parameters(SentenceTransformerTrainer._build_dataloader)
+    assert loader == ["self", "dataset", "batch_size", "dataset_kind"]
+    assert "self.evaluator" in inspect.getsource(SentenceTransformerTrainer.evaluation_loop)
+    assert parameters(SentenceTransformerDataCollator._resolve_prompts) == ["self", "batch"]
+    assert parameters(SentenceTransformerDataCollator._get_prompt_for_column) == ["self", "prompts", "column_name"]
+    assert "_save_optimizer_and_scheduler(" in inspect.getsource(Trainer._save_checkpoint)
+
+
+def test_fsdp2_modules_have_the_state_that_gradient_caching_reads():
+    from torch.distributed.fsdp import FSDPModule
+
+    assert callable(FSDPModule._get_fsdp_state)
+    assert callable(FSDPModule.set_requires_gradient_sync)

@@ -34,8 +34,16 @@ ARGUMENTS = [
     ({"use_liger_kernel": True}, NotImplementedError, "use_liger_kernel.*leave it off"),
     ({"auto_find_batch_size": True}, NotImplementedError, "auto_find_batch_size.*set the batch size"),
     ({"train_sampling_strategy": "batch_rebalance"}, NotImplementedError, "batch_rebalance.*same rows.*use 'random'"),
-    ({"accelerator_config": {"split_batches": True}}, ValueError, "split_batches.*leave it unset"),
-    ({"accelerator_config": {"dispatch_batches": True}}, ValueError, "dispatch_batches.*leave it unset"),
+    (
+        {"accelerator_config": {"split_batches": True}},
+        ValueError,
+        "split_batches.*pieces of one batch to all processes.*unset",
+    ),
+    (
+        {"accelerator_config": {"dispatch_batches": True}},
+        ValueError,
+        "dispatch_batches.*pieces of one batch to all processes.*unset",
+    ),
 ]
 
 
