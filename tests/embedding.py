@@ -10,7 +10,7 @@ import torch
 import transformers as tf
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Normalize, Transformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
 from .models import config_of
@@ -25,6 +25,8 @@ def embedder_config(name: str):
         kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         settings = {key: settings[key] for key in (*kept, "hidden_dropout_prob", "attention_probs_dropout_prob")}
         config = tf.RobertaConfig(**settings, max_position_embeddings=258, pad_token_id=0, type_vocab_size=1)
+    elif kind == "eurobert":
+        config = tf.EuroBertConfig(**config_of("llama").to_diff_dict() | {"pad_token_id": 0})
     else:
         config = config_of(kind)
     if name != kind:
@@ -61,7 +63,11 @@ def embedder(
     """A sentence-transformer on the CPU; `attention="sdpa"` is the host's padded one."""
     module = Transformer(_folder(name), model_kwargs={"attn_implementation": attention, "dtype": dtype})
     modules = [module, Pooling(module.get_embedding_dimension(), pooling, include_prompt=include_prompt)]
-    return SentenceTransformer(modules=[*modules, *([Normalize()] if normalize else [])], device="cpu")
+    if normalize:  # and all that may follow pooling
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            modules += [Dense(modules[-1].get_embedding_dimension(), 24).to(dtype), Normalize()]
+    return SentenceTransformer(modules=modules, device="cpu")
 
 
 def texts(lengths: tuple[int, ...], seed: int = 0) -> list[str]:

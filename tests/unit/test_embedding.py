@@ -15,14 +15,14 @@ pytest.importorskip("sentence_transformers")
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
-from hf_longctx import encode_spans
+from hf_longctx import TiledMultipleNegativesRankingLoss, encode_spans
 from hf_longctx.embedding.packing import is_packed, pack_embeddings
 from hf_longctx.embedding.spans import mark_spans
 
 from ..embedding import columns, embedder, gradients_of, texts
 
 
-MODELS = ("bert", "roberta", "modernbert", "llama", "qwen3", "llama both ways")
+MODELS = ("bert", "roberta", "modernbert", "llama", "qwen3", "llama both ways", "eurobert")
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 QUERIES, DOCUMENTS = (5, 1, 9, 3), (17, 4, 2, 30)
 # Both run in float64; what is left is the order of sums.
@@ -43,11 +43,13 @@ def loss_of(kind: str, model):
         "cached by tokens": lambda: losses.CachedMultipleNegativesRankingLoss(model, mini_batch_num_tokens=20),
         "cosent": lambda: losses.CoSENTLoss(model),
         "matryoshka": lambda: losses.MatryoshkaLoss(
-            model, losses.MultipleNegativesRankingLoss(model), matryoshka_dims=[48, 16]
+            model, losses.MultipleNegativesRankingLoss(model), matryoshka_dims=[288, 100]
         ),
         "cached matryoshka": lambda: losses.MatryoshkaLoss(
-            model, losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2), matryoshka_dims=[48, 16]
+            model, losses.CachedMultipleNegativesRankingLoss(model, mini_batch_size=2), matryoshka_dims=[288, 100]
         ),
+        "ours": lambda: TiledMultipleNegativesRankingLoss(model, mini_batch_num_tokens=20, loss_tile_size=3),
+        "stock for ours": lambda: losses.MultipleNegativesRankingLoss(model),
     }
     return kinds[kind]()
 
@@ -72,14 +74,14 @@ def test_packed_embeddings_and_gradients_equal_padded_ones(name, mode):
     assert_same_gradients(expected, actual)
 
 
-KINDS = ("cached", "cached by tokens", "cosent", "matryoshka", "cached matryoshka")
+KINDS = ("cached", "cached by tokens", "cosent", "matryoshka", "cached matryoshka", "ours")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", MODELS[:4])
-def test_every_loss_of_the_host_takes_packed_rows(name, kind):
-    expected_loss, expected = step(embedder(name, "sdpa"), kind)
-    loss, actual = step(pack_embeddings(embedder(name, "ulysses")), kind)
+def test_every_loss_takes_packed_rows_pooled_in_every_mode(name, kind):
+    expected_loss, expected = step(embedder(name, "sdpa", MODES), "stock for ours" if kind == "ours" else kind)
+    loss, actual = step(pack_embeddings(embedder(name, "ulysses", MODES)), kind)
     assert torch.allclose(loss, expected_loss, rtol=TOLERANCE)
     assert_same_gradients(expected, actual)
 

@@ -13,16 +13,19 @@ pytest.importorskip("sentence_transformers")
 
 from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.base.losses.gradcache import _create_minibatch, _minibatch_ranges
 from sentence_transformers.base.training_args import BatchSamplers
 from sentence_transformers.sentence_transformer import losses
 
-from hf_longctx import LongContextConfig
+from hf_longctx import LongContextConfig, pack_embeddings
+from hf_longctx.losses.contrastive import contrastive_loss
 from hf_longctx.trainer.checkpoint_weights import check_weights
 from hf_longctx.trainer.embedding_collator import refuse_empty_texts
 
-from ..embedding import embedder
+from ..embedding import columns, embedder, gradients_of
 from ..embedding_training import arguments, assert_same_run, build_trainer, evaluator, loss_of, pairs, run
 from ..training import reset_host
+from .test_embedding import assert_same_gradients
 
 
 TOLERANCE = 1e-8  # float64 throughout
@@ -185,3 +188,32 @@ def test_an_order_of_the_host_is_kept_on_one_group():
     trainer = build_trainer(data="sources", attention="packed", batch_sampler=BatchSamplers.NO_DUPLICATES)
     trainer.train()
     assert len(trainer.state.log_history) >= 3
+
+
+def test_gradient_caching_replays_dropout_exactly():
+    """The same mini-batches with their graphs kept, and with them replayed from their random states."""
+    results = []
+    for cached in (False, True):
+        model = pack_embeddings(embedder("bert", "packed"))
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.3
+        model.train()
+        features = columns(model, (5, 1, 9, 3, 2, 8), (17, 4, 2, 30, 6, 1))
+        torch.manual_seed(3)
+        loss_function = loss_of("tiled cached", model)
+        if cached:
+            loss = loss_function(features, None)
+        else:
+            parts = [_minibatch_ranges(column, 0, 30) for column in features]
+            kept = [
+                torch.cat([model(_create_minibatch(column, *part))["sentence_embedding"] for part in ranges])
+                for column, ranges in zip(features, parts)
+            ]
+            assert min(map(len, parts)) >= 1 and max(map(len, parts)) >= 2
+            loss = contrastive_loss(kept)
+        loss.backward()
+        results.append((loss.detach(), gradients_of(model)))
+    (expected_loss, expected), (loss, actual) = results
+    assert torch.allclose(loss, expected_loss, rtol=TOLERANCE)
+    assert_same_gradients(expected, actual)
