@@ -1,8 +1,8 @@
 """A gloo world of real processes that lives for the whole pytest session; functions are sent to it by name.
 
-Every rank runs one thread, meets the others through a file (no ports), and waits at most `TIMEOUT` for a collective.
-If any rank raises, the test fails with the tracebacks of all ranks; unless all of them raised, the world is started
-anew.
+Ranks are forked from a process that imports what they need, once a session, and does nothing else. Every rank runs one
+thread, meets the others through a file (no ports), and waits at most `TIMEOUT` for a collective. If any rank raises,
+the test fails with the tracebacks of all ranks; unless all of them raised, the world is started anew.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class World:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tests.preload"])
         store = os.path.join(tempfile.mkdtemp(), "store")
         for rank in range(self.size):
             ours, theirs = context.Pipe()

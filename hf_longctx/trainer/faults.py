@@ -36,6 +36,15 @@ def clear_fault() -> None:
 
 def report_fault(error: BaseException, step: int) -> None:
     """Log why this rank stops; if it only lost another rank, that one's cause."""
+    try:
+        _tell_fault(error, step)
+    except RuntimeError as late:  # torch tells of a dead data worker from a signal handler, which may strike in here
+        if not _lost_worker(late):
+            raise
+        _tell_fault(late, step)
+
+
+def _tell_fault(error: BaseException, step: int) -> None:
     cause = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
     if _lost_worker(error):
         cause = f"a data worker died, often for want of memory: set fewer `dataloader_num_workers` ({cause})"

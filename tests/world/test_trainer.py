@@ -109,7 +109,7 @@ def test_bf16_autocast(world2):
     compare(world2, 2, tolerance=3e-2, bf16=True)
 
 
-# A world's processes would spawn theirs, each importing everything anew; a user's fork them.
+# A world's processes would start theirs as they were started; a user's fork them.
 ONE_WORKER = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "fork"}
 
 
