@@ -98,7 +98,7 @@ class TiledMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
             hardness_strength=hardness_strength,
         )
         self.loss_tile_size, self.negatives, self.mask_duplicates = loss_tile_size, negatives, mask_duplicates
-        self.mesh = mesh
+        self.mesh, self.refuse_nonfinite = mesh, True
         self.uses_gradient_cache = mini_batch_size is not None or mini_batch_num_tokens is not None
         self.log_scale = torch.nn.Parameter(torch.tensor(math.log(scale))) if learnable_scale else None
         self._validate()
@@ -191,6 +191,7 @@ class TiledMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
             tile_size=self.loss_tile_size,
             group=self._group(),
             negatives=self.negatives,
+            refuse_nonfinite=self.refuse_nonfinite,
         )
 
     def _group(self) -> dist.ProcessGroup | None:
@@ -234,11 +235,17 @@ _INF_CL = """
 """  # noqa: E501
 
 
-def bind_losses(loss: torch.nn.Module | Mapping[str, torch.nn.Module], mesh: SequenceMesh) -> None:
-    """Bind `mesh` to every loss of ours in `loss`, one loss or one for each data set, and inside of wrappers."""
+def bind_losses(
+    loss: torch.nn.Module | Mapping[str, torch.nn.Module], mesh: SequenceMesh, *, refuse_nonfinite: bool = True
+) -> None:
+    """Bind `mesh` to every loss of ours in `loss`, one loss or one for each data set, and inside of wrappers.
+
+    Without `refuse_nonfinite` embeddings that are not finite make a loss that is not, for a trainer that skips steps.
+    """
     for module in _losses(loss):
         if hasattr(module, "bind"):
             module.bind(mesh)
+            module.refuse_nonfinite = refuse_nonfinite
 
 
 def check_losses(loss: torch.nn.Module | Mapping[str, torch.nn.Module], mesh: SequenceMesh) -> None:

@@ -34,6 +34,7 @@ def contrastive_loss(
     tile_size: int = 1024,
     group: dist.ProcessGroup | None = None,
     negatives: str = "gather",
+    refuse_nonfinite: bool = True,
 ) -> torch.Tensor:
     """InfoNCE of queries, their positives and any number of hard negatives, with those of all ranks as negatives.
 
@@ -50,6 +51,8 @@ def contrastive_loss(
         negatives (`str`, *optional*, defaults to `"gather"`):
             `"gather"`: every rank holds the embeddings of all. `"ring"`: they go round block by block; every rank's
             upstream gradient must then be the same.
+        refuse_nonfinite (`bool`, *optional*, defaults to `True`):
+            Raise for embeddings that are not finite, with their rows; otherwise the loss is not finite either.
 
     Returns:
         `torch.Tensor`: a scalar in fp32, or fp64 for fp64.
@@ -65,7 +68,7 @@ def contrastive_loss(
     Memory: `O(n D)` for my rows and `O(N D)` for the candidates (`O(n D)` with `"ring"`), `tile_size * N` scores.
     Source: Inf-CL, https://huggingface.co/papers/2410.17243, for tiles and ring.
     """
-    rule, counts = rule or ContrastiveRule(), agree_on_rows(columns, group)
+    rule, counts = rule or ContrastiveRule(), agree_on_rows(columns, group, refuse_nonfinite)
     if digests is not None:
         digests = _gather_digests(torch.stack(list(digests)), counts, group)
     with without_autocast(columns[0].device):
@@ -79,7 +82,9 @@ def contrastive_loss(
         return sum_with_gradient(lambda tensors, needs: _at_once(run, tensors, needs), scale, *columns)
 
 
-def agree_on_rows(columns: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -> list[int]:
+def agree_on_rows(
+    columns: Sequence[torch.Tensor], group: dist.ProcessGroup | None, refuse_nonfinite: bool = True
+) -> list[int]:
     """The number of rows of every rank, once all of them know that all columns of all ranks can be compared.
 
     Raises `ValueError` on every rank for what is wrong on any. Communication: one all-gather of 40 bytes.
@@ -88,7 +93,7 @@ def agree_on_rows(columns: Sequence[torch.Tensor], group: dist.ProcessGroup | No
     lengths = [len(column) for column in columns]
     bad_column, bad_row, bad_count = -1, -1, 0
     for index, column in enumerate(columns):
-        if bad_column < 0 and not column.isfinite().all():
+        if refuse_nonfinite and bad_column < 0 and not column.isfinite().all():
             rows = (~column.isfinite().all(1)).nonzero()
             bad_column, bad_row, bad_count = index, int(rows[0]), len(rows)
     unequal = next((i for i, length in enumerate(lengths) if length != lengths[0]), 0)

@@ -77,7 +77,8 @@ class LongContextSentenceTransformerTrainer(SurvivalMixin, SentenceTransformerTr
         pack_embeddings(self.model, self.mesh, inner_attention=self.long_context.inner_attention)
         pack_embeddings(self.model, prove=False)
         check_losses(self.loss, self.mesh)
-        bind_losses(self.loss, self.mesh)
+        # A step that is to be skipped must not raise in its forward.
+        bind_losses(self.loss, self.mesh, refuse_nonfinite=self.long_context.on_nonfinite == "raise")
         self._attach_guards()
         report_truncation(self)
 

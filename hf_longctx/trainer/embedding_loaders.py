@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from sentence_transformers.base.training_args import BatchSamplers, MultiDatasetBatchSamplers
 from torch.utils.data import DataLoader
 
+from ..config import SOURCE_FIELDS, LongContextConfig
 from ..data.source_loader import build_source_loader
 from .loaders import _deal_to_groups
 
@@ -32,14 +33,15 @@ def build_training_loader(trainer) -> DataLoader | None:
             "source in the same step, so negatives would mix sources: leave it unset, and say how often sources are "
             "drawn with `source_weights`."
         )
-    if isinstance(dataset, Mapping) and order is None:
+    if order is None and (isinstance(dataset, Mapping) or _asks_for_sources(trainer.long_context)):
         loader = build_source_loader(
-            dataset,
+            dataset if isinstance(dataset, Mapping) else {"train_dataset": dataset},
             mesh,
             batch_size=args.train_batch_size,
             collate_fn=trainer.data_collator,
             seed=args.seed if args.data_seed is None else args.data_seed,
             config=trainer.long_context,
+            measure=_measure(trainer),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
@@ -69,6 +71,27 @@ def _host_order(args) -> str | None:
     if args.multi_dataset_batch_sampler != MultiDatasetBatchSamplers.PROPORTIONAL:
         return "multi_dataset_batch_sampler"
     return None
+
+
+def _asks_for_sources(config: LongContextConfig) -> bool:
+    """Whether batches are to be made in a way that the host does not know."""
+    fields = type(config).__dataclass_fields__
+    return any(getattr(config, name) != fields[name].default for name in SOURCE_FIELDS)
+
+
+def _measure(trainer) -> Callable | None:
+    """A row to the tokens of each of its texts, where a budget is set and no column tells them."""
+    config, model = trainer.long_context, trainer.model
+    if config.tokens_per_rank is None or config.balance_by is not None:
+        return None
+    limit = model.max_seq_length
+
+    def measure(row: dict) -> list[int]:
+        texts = [value for name, value in row.items() if isinstance(value, str) and name != "dataset_name"]
+        ids = model.tokenizer(texts, truncation=limit is not None, max_length=limit, verbose=False)["input_ids"]
+        return [max(1, len(each)) for each in ids]
+
+    return measure
 
 
 def _has_stream(dataset: Mapping[str, Dataset]) -> bool:

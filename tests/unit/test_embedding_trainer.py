@@ -217,3 +217,35 @@ def test_gradient_caching_replays_dropout_exactly():
     (expected_loss, expected), (loss, actual) = results
     assert torch.allclose(loss, expected_loss, rtol=TOLERANCE)
     assert_same_gradients(expected, actual)
+
+
+def test_a_step_that_is_not_finite_is_skipped_or_refused_with_its_rows(monkeypatch):
+    def poisoned(policy: str):
+        trainer = build_trainer(attention="packed", config={"on_nonfinite": policy}, loss="tiled cached")
+        own, calls = type(trainer.model).forward, []
+
+        def forward(features, **kwargs):
+            output = own(trainer.model, features, **kwargs)
+            calls.append(1)
+            if len(calls) == 1:
+                output["sentence_embedding"] = output["sentence_embedding"] * torch.nan
+            return output
+
+        monkeypatch.setattr(trainer.model, "forward", forward)
+        trainer.train()
+        return trainer.state.log_history
+
+    with pytest.raises(ValueError, match=re.escape("the embeddings of column 0 (queries) are not finite in")):
+        poisoned("raise")
+    history = poisoned("skip")
+    assert [entry.get("skipped_steps") for entry in history if "loss" in entry] == [1, 1, 1]
+
+
+def test_a_token_budget_makes_batches_of_one_data_set():
+    trainer = build_trainer(attention="packed", config={"tokens_per_rank": 60, "deduplicate": True})
+    lengths = []
+    for batch in list(zip(range(4), trainer.get_train_dataloader())):
+        lengths.append(sum(batch[1][f"{column}_input_ids"].numel() for column in ("anchor", "positive")))
+    assert len(lengths) == 4
+    assert max(lengths) <= 60
+    assert min(lengths) > 60 - 2 * 21  # the longest pair would not have fit any more
