@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -74,4 +75,5 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, CannotShrink):
         return str(error)
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return re.sub(r"/\S*/site-packages/", "", text)[:300]  # what is said here may be published
+    text = re.sub(r"/\S*/site-packages/", "", text)  # what is said here may be published
+    return re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+", "the folder", text)[:300]
