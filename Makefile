@@ -1,5 +1,6 @@
 # `make demo` and `make test` do all their own set-up in .venv. `make lint` checks style, `make floor` the oldest
-# host, `make conformance` every model type of the installed transformers, `make docs` builds the pages as a site.
+# host, `make conformance` every model type of the installed transformers, `make conformance_embeddings` those that
+# embed, `make docs` builds the pages as a site.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -7,7 +8,7 @@ BIN    := $(VENV)/bin
 # Without an NVIDIA driver this version is taken, of which pip may have a CPU build at hand that spares gigabytes.
 TORCH  := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch==2.13.0")
 
-.PHONY: demo test floor conformance lint refusals docs setup clean
+.PHONY: demo test floor conformance conformance_embeddings lint refusals docs setup clean
 
 setup: $(VENV)/.ready
 
@@ -30,6 +31,10 @@ test: setup
 # SWEEP="--resume" goes on where a run ended.
 conformance: setup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.sweep $(SWEEP)
+
+# Embedding models, packed and shared, against padded ones; writes docs/conformance_embeddings.md.
+conformance_embeddings: setup
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.embeddings
 
 # The oldest transformers and accelerate that setup.py allows, in an environment of its own.
 floor: $(VENV)-floor/.ready

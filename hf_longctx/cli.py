@@ -83,7 +83,8 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     verify.add_argument("--packed", action="store_true", help="packed rows too, against their documents one by one")
     verify.add_argument("--wrapper", default="none", help="none, ddp or fsdp2: who averages gradients")
     verify.add_argument("--dtype", default="float32", help="float32 (doubts are settled in float64) or float64")
-    verify.add_argument("--task", help="causal-lm, masked-lm or encoder, for a model type that is several")
+    verify.add_argument("--task", help="causal-lm, masked-lm or encoder, for a type that is several; or embedding")
+    verify.add_argument("--bidirectional", action="store_true", help="with --task embedding: no causal mask")
     verify.add_argument("--full", action="store_true", help="the model's own size and weights, not a tiny random one")
     verify.add_argument("--json", help="file to write the result to")
 

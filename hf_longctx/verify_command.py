@@ -37,15 +37,15 @@ def run_verify(options: argparse.Namespace) -> int:
             wrapper=options.wrapper,
             dtype=options.dtype,
         )
-        validate_task(options.task)
+        validate_task(options.task, options.bidirectional)
         _validate_writable(options.json)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         return _end(console, REFUSED, str(error))
     cores = os.cpu_count() or 1
     if setting.world_size > cores:
         console.print(f"warning: {setting.world_size} processes on {cores} cores take turns: right, but slow")
     names = ("sequence_parallel_size", "data_parallel_size", "inner_attention", "packed", "wrapper", "dtype", "full")
-    settings = {name: getattr(options, name) for name in names}
+    settings = {name: getattr(options, name) for name in (*names, "bidirectional")}
     try:
         with console.status(f"{setting.world_size} processes and {options.model}"):
             result = verify(options.model, task=options.task, **settings)
@@ -66,21 +66,27 @@ def _end(console: Console, verdict: str, sentence: str) -> int:
 def _print(console: Console, options: argparse.Namespace, result: VerifyResult) -> None:
     groups = result.world_size // result.sequence_parallel_size
     size = "its own weights" if options.full else "tiny random weights"
+    embeds = result.task == "embedding"
+    oracle = "padded rows" if embeds else "whole rows"
     console.print(
         f"{result.model} ({result.task}, {size}): {groups} x {result.sequence_parallel_size} processes share rows, "
-        f"against 1 process on whole rows; wrapper {options.wrapper}",
+        f"against 1 process on {oracle}; wrapper {options.wrapper}",
         markup=False,
     )
     plain = not console.is_terminal
     table = Table(box=box.SIMPLE if plain else box.ROUNDED, show_edge=not plain)
-    columns = ("rows", "loss", "outputs", "worst gradient", "of parameter", "eval", "allowed", "verdict", "seconds")
+    outputs = "embeddings" if embeds else "outputs"
+    columns = ("rows", "loss", outputs, "worst gradient", "of parameter", "eval", "allowed", "verdict", "seconds")
     for name in columns:
         table.add_column(name, justify="left" if name in ("rows", "of parameter", "verdict") else "right")
     for rows in result.rows:
         table.add_row(*_cells(rows))
     console.print(table)
     blind = [rows.blind for rows in result.rows if rows.blind is not None]
-    if blind:
+    if blind and embeds:
+        seen = ", ".join(f"{value:.1e}" for value in blind)
+        console.print(f"if texts saw each other, or ranks exchanged nothing, embeddings would be off by {seen}")
+    elif blind:
         console.print(f"without the exchange between processes the outputs would be off by {max(blind):.1e}")
     verdict = result.verdict
     sentence = f"{len(result.rows)} kinds of rows in {result.seconds:.1f} s" if result else result.sentence

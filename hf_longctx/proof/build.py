@@ -5,13 +5,18 @@ from __future__ import annotations
 import copy
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
 from .subject import Subject
 from .tiny import validate_tiny
 
 
-_AUTO = {"causal-lm": AutoModelForCausalLM, "masked-lm": AutoModelForMaskedLM, "encoder": AutoModel}
+_AUTO = {
+    "causal-lm": AutoModelForCausalLM,
+    "masked-lm": AutoModelForMaskedLM,
+    "encoder": AutoModel,
+    "embedding": AutoModel,
+}
 
 
 def build_model(subject: Subject, attention: str | None, dtype: torch.dtype) -> torch.nn.Module:
@@ -21,9 +26,7 @@ def build_model(subject: Subject, attention: str | None, dtype: torch.dtype) -> 
         attention (`str`, *optional*): `None`: whatever the host chooses for it.
     """
     auto, config = _AUTO[subject.task], copy.deepcopy(subject.config)
-    chosen = {} if attention is None else {"attn_implementation": attention}
-    if dtype == torch.float64 and hasattr(config, "_experts_implementation"):
-        chosen["experts_implementation"] = "eager"  # the host's grouped kernels have no such precision
+    chosen = loading_options(config, attention, dtype)
     torch.manual_seed(0)
     if subject.weights is not None:
         model = auto.from_pretrained(subject.weights, config=config, dtype=torch.float32, **chosen)
@@ -31,10 +34,23 @@ def build_model(subject: Subject, attention: str | None, dtype: torch.dtype) -> 
         validate_tiny(config, _count_parameters(auto, config))
         model = auto.from_config(config, dtype=torch.float32, **chosen)
         _draw_weights(model)
+    turn_dropout_off(model)
+    return model.to(dtype).train()
+
+
+def loading_options(config: PretrainedConfig, attention: str | None, dtype: torch.dtype) -> dict[str, str]:
+    """What the host is told about kernels when it makes a model."""
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    if dtype == torch.float64 and hasattr(config, "_experts_implementation"):
+        chosen["experts_implementation"] = "eager"  # the host's grouped kernels have no such precision
+    return chosen
+
+
+def turn_dropout_off(model: torch.nn.Module) -> None:
+    """Also where a model does not read it from its configuration."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    return model.to(dtype).train()
 
 
 def model_on_meta(subject: Subject) -> torch.nn.Module:

@@ -7,14 +7,9 @@ refuse before their first step is refused here by the same code; only what they 
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
-import traceback
-from collections.abc import Callable
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from ..attention.follow_positions import follow_positions
 from ..attention.leaks import assert_no_cross_document
@@ -24,25 +19,15 @@ from ..trainer.checks import check_model
 from ..trainer.probe import ProbeResult, probe_model
 from .build import build_model, model_on_meta
 from .numbers import Numbers, blind_outputs, compare, of_one_process, on_the_ranks, relative, wrap
-from .result import REFUSED, UNBUILDABLE, WRONG, Errors, RowsResult, judge, tolerance
+from .result import REFUSED, UNBUILDABLE, WRONG, RowsResult, judge, tolerance
 from .rows import ROWS_OF_A_GROUP, Rows, make_rows, num_tokens_of
 from .subject import Setting, Subject
-from .tiny import FIRST_TOKEN, CannotShrink
+from .tiny import FIRST_TOKEN
+from .verdicts import SENSITIVE, Verdict, attempt, first_line, worst_of_ranks
 
 
-_PACKAGE = str(Path(__file__).parents[1])
-# Without the exchange the outputs must be this many times worse than the tolerance, or the comparison shows nothing.
-_SENSITIVE = 100.0
 # The same numbers by the same operations, on one process.
 _SAME = 1e-6
-
-
-class _Verdict(Exception):
-    """Ends a proof before numbers were compared."""
-
-    def __init__(self, verdict: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.verdict, self.sentence = verdict, sentence
 
 
 def prove(subject: Subject, setting: Setting) -> list[RowsResult]:
@@ -52,7 +37,7 @@ def prove(subject: Subject, setting: Setting) -> list[RowsResult]:
         began = time.perf_counter()
         try:
             result = _prove_kind(subject, setting, kind, pairs)
-        except _Verdict as ended:
+        except Verdict as ended:
             result = RowsResult(kind, ended.verdict, dtype=setting.dtype, sentence=ended.sentence)
         results.append(dataclasses.replace(result, seconds=time.perf_counter() - began))
     return results
@@ -68,10 +53,10 @@ def _prove_kind(subject: Subject, setting: Setting, kind: str, pairs: dict) -> R
     try:
         precise = _pair_of(subject, setting, "float64", pairs)
         return precise.prove(kind, pair.reference(kind))
-    except _Verdict as ended:
+    except Verdict as ended:
         # Some hosts' masks overflow there; then what rounding leaves in float32 is measured on the oracle.
         measured = 0.0 if precise is None else precise.rounding_of(pair, kind)
-        again = judge(kind, result.errors, "float32", pair.num_tokens(kind), pair.blind, measured)
+        again = judge(kind, result.errors, "float32", pair.num_tokens(kind), result.blind, measured)
         if again.verdict == WRONG:
             return dataclasses.replace(again, sentence=f"{again.sentence} In float64: {ended}")
         return again
@@ -81,19 +66,27 @@ def _pair_of(subject: Subject, setting: Setting, dtype: str, pairs: dict) -> Pai
     """Both models in one precision, built once; a failure is kept as well."""
     if dtype not in pairs:
         try:
-            pairs[dtype] = Pair(subject, setting, dtype)
-        except _Verdict as ended:
+            pairs[dtype] = _pair_class(subject)(subject, setting, dtype)
+        except Verdict as ended:
             pairs[dtype] = ended
-    if isinstance(pairs[dtype], _Verdict):
+    if isinstance(pairs[dtype], Verdict):
         raise pairs[dtype]
     return pairs[dtype]
+
+
+def _pair_class(subject: Subject) -> type:
+    if subject.task == "embedding":
+        from .embedding import EmbeddingPair  # needs sentence-transformers
+
+        return EmbeddingPair
+    return Pair
 
 
 class Pair:
     """One model in one process and the same one on all ranks.
 
     Raises:
-        _Verdict: one process cannot run it.
+        Verdict: one process cannot run it.
     """
 
     def __init__(self, subject: Subject, setting: Setting, dtype: str) -> None:
@@ -103,7 +96,7 @@ class Pair:
         self.references: dict[str, Numbers] = {}
         self.needs, self.start = ProbeResult(), 0
         self.reference("dense")  # before anything of ours, so that a host that cannot run is not held against us
-        self.ended: _Verdict | None = None
+        self.ended: Verdict | None = None
         self.model: torch.nn.Module | None = None
 
     def prepare(self) -> None:
@@ -111,7 +104,7 @@ class Pair:
         if self.ended is None and self.model is None:
             try:
                 self._prepare()
-            except _Verdict as ended:
+            except Verdict as ended:
                 self.ended = ended
         if self.ended is not None:
             raise self.ended
@@ -119,9 +112,9 @@ class Pair:
     def _prepare(self) -> None:
         subject, setting, dtype = self.subject, self.setting, self.dtype
         self.mesh = SequenceMesh.build(setting.sequence_parallel_size)
-        self.model = _ours(lambda: build_model(subject, "ulysses", getattr(torch, dtype)), loads=True)
+        self.model = attempt(lambda: build_model(subject, "ulysses", getattr(torch, dtype)), attention="ulysses")
         self.model.load_state_dict(self.host.state_dict())
-        self.needs = _ours(self._check)
+        self.needs = attempt(self._check)
         if self.needs.needs_position_ids:
             self.start = self._first_position()
         self.references.clear()
@@ -133,11 +126,13 @@ class Pair:
         self.prepare()
         rows, theirs = self.rows(kind), self.reference(kind)
         if kind == "packed":
-            _ours(lambda: self._check_documents(rows))
-        ours = _ours(lambda: on_the_ranks(self.wrapped, self.subject.task, rows, self.mesh, self.setting, self.needs))
+            attempt(lambda: self._check_documents(rows))
+        ours = attempt(
+            lambda: on_the_ranks(self.wrapped, self.subject.task, rows, self.mesh, self.setting, self.needs)
+        )
         errors = compare(ours, theirs, self.mesh.data_parallel_rank * ROWS_OF_A_GROUP)
         measured = 0.0 if rounded is None else compare(rounded, theirs, 0).worst
-        return judge(kind, _worst_of_ranks(errors), self.dtype, self.num_tokens(kind), self.blind, measured)
+        return judge(kind, worst_of_ranks(errors), self.dtype, self.num_tokens(kind), self.blind, measured)
 
     def rounding_of(self, rounded: Pair, kind: str) -> float:
         """How far the oracle in less precision is from this one; 0 where this one has no numbers."""
@@ -145,7 +140,7 @@ class Pair:
         self.references.clear()
         try:
             return compare(rounded.reference(kind), self.reference(kind), 0).worst
-        except _Verdict:
+        except Verdict:
             return 0.0
 
     def num_tokens(self, kind: str) -> int:
@@ -167,11 +162,9 @@ class Pair:
             try:
                 numbers = of_one_process(self.host, self.subject.task, self.rows(kind))
             except Exception as error:
-                raise _Verdict(
-                    UNBUILDABLE, f"one process cannot run {kind} rows on it: {_first_line(error)}"
-                ) from error
+                raise Verdict(UNBUILDABLE, f"one process cannot run {kind} rows on it: {first_line(error)}") from error
             if not numbers.is_finite:
-                raise _Verdict(UNBUILDABLE, f"one process gets numbers that are not finite from {kind} rows")
+                raise Verdict(UNBUILDABLE, f"one process gets numbers that are not finite from {kind} rows")
             self.references[kind] = numbers
         return self.references[kind]
 
@@ -182,9 +175,9 @@ class Pair:
             try:
                 return build_model(subject, None, getattr(torch, self.dtype))
             except Exception as error:
-                problem = _first_line(error)
+                problem = first_line(error)
         _refuse_by_configuration(subject, self.setting)
-        raise _Verdict(UNBUILDABLE, problem)
+        raise Verdict(UNBUILDABLE, problem)
 
     def _first_position(self) -> int | None:
         """What the host counts from, if it counts up by one: RoBERTa and its kin from `pad_token_id + 1`."""
@@ -221,41 +214,16 @@ class Pair:
         if self.setting.sequence_parallel_size == 1:
             return None
         rows, expected = self.rows("dense"), self.reference("dense").outputs
-        outputs = _ours(lambda: blind_outputs(self.model, self.subject.task, rows, self.mesh, self.setting))
+        outputs = attempt(lambda: blind_outputs(self.model, self.subject.task, rows, self.mesh, self.setting))
         first = self.mesh.data_parallel_rank * ROWS_OF_A_GROUP
         error = relative(outputs, expected[first : first + len(outputs)])
-        if error < _SENSITIVE * tolerance(rows.batch["input_ids"].numel()):
-            raise _Verdict(
+        if error < SENSITIVE * tolerance(rows.batch["input_ids"].numel()):
+            raise Verdict(
                 UNBUILDABLE,
                 f"ranks that do not exchange anything differ by {error:.1e} only, so no comparison of this model "
                 "shows whether they do",
             )
         return error
-
-
-def _ours(step: Callable, loads: bool = False):
-    """Run a step of ours. What we say in a sentence is a refusal; any other error is a defect.
-
-    Args:
-        loads (`bool`): the host loads a model on our attention; whatever it raises is its refusal.
-    """
-    try:
-        return step()
-    except _Verdict:
-        raise
-    except Exception as error:
-        frames = traceback.extract_tb(error.__traceback__)
-        said = isinstance(error, (NotImplementedError, ValueError, ImportError))
-        if said and frames[-1].filename.startswith(_PACKAGE):
-            raise _Verdict(REFUSED, " ".join(str(error).split())) from error
-        if loads:
-            raise _Verdict(
-                REFUSED,
-                f"transformers cannot load it with attn_implementation='ulysses' ({_first_line(error)}), so it does "
-                "not use the attention interface: set `sequence_parallel_size` to 1.",
-            ) from error
-        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
-        raise _Verdict(WRONG, f"crashed instead of being refused: {_first_line(error)} ({place})") from error
 
 
 def _refuse_by_configuration(subject: Subject, setting: Setting) -> None:
@@ -268,26 +236,4 @@ def _refuse_by_configuration(subject: Subject, setting: Setting) -> None:
     try:
         check_model(model, config)
     except (NotImplementedError, ValueError) as error:
-        raise _Verdict(REFUSED, " ".join(str(error).split())) from error
-
-
-def _worst_of_ranks(errors: Errors) -> Errors:
-    if not dist.is_initialized():
-        return errors
-    everyone: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, errors)
-    values = {
-        field.name: max((getattr(item, field.name) for item in everyone), key=lambda value: (value != value, value))
-        for field in dataclasses.fields(Errors)
-        if field.name != "parameter"
-    }
-    worst = max(everyone, key=lambda item: (item.gradient != item.gradient, item.gradient))
-    return Errors(**values, parameter=worst.parameter)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    if isinstance(error, CannotShrink):
-        return str(error)
-    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return re.sub(r"/\S*/site-packages/", "", text)[:300]  # what is said here may be published
+        raise Verdict(REFUSED, " ".join(str(error).split())) from error

@@ -115,7 +115,7 @@ def on_the_ranks(
     model.zero_grad()
     outputs, loss = _forward(model.train(), task, share, rows, needs)
     loss.backward()
-    gradients = _mean_gradients(model, setting.wrapper)
+    gradients = mean_gradients(model, setting.wrapper)
     model.zero_grad()
     with torch.no_grad():
         evaluation = _forward(model.eval(), task, share, rows, needs)[1]
@@ -123,7 +123,7 @@ def on_the_ranks(
     whole = gather_sequence(outputs, mesh.sp_group)[:, : rows.valid.shape[1]]
     first = mesh.data_parallel_rank * len(whole)
     whole = whole.masked_fill(~rows.valid[first : first + len(whole), :, None], 0)
-    return Numbers(whole, _mean(loss), _mean(evaluation), gradients)
+    return Numbers(whole, mean_of_ranks(loss), mean_of_ranks(evaluation), gradients)
 
 
 def blind_outputs(model: torch.nn.Module, task: str, rows: Rows, mesh: SequenceMesh, setting: Setting) -> torch.Tensor:
@@ -220,7 +220,8 @@ def _scale(task: str, outputs: torch.Tensor, rows: Rows, total: torch.Tensor) ->
     return max(float(total.detach().abs()) / rows.num_items, 1e-30)
 
 
-def _mean(local: torch.Tensor) -> torch.Tensor:
+def mean_of_ranks(local: torch.Tensor) -> torch.Tensor:
+    """What a wrapper's mean makes of my scalar and theirs."""
     value = local.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(value)
@@ -228,7 +229,8 @@ def _mean(local: torch.Tensor) -> torch.Tensor:
     return value
 
 
-def _mean_gradients(model: torch.nn.Module, wrapper: str) -> dict[str, torch.Tensor]:
+def mean_gradients(model: torch.nn.Module, wrapper: str) -> dict[str, torch.Tensor]:
+    """Gradients after the wrapper's mean over all ranks, as an optimizer sees them."""
     gradients = {}
     for name, parameter in getattr(model, "module", model).named_parameters():
         gradient = parameter.grad
@@ -237,7 +239,7 @@ def _mean_gradients(model: torch.nn.Module, wrapper: str) -> dict[str, torch.Ten
         elif wrapper == "fsdp2" and gradient is None:
             continue
         elif wrapper == "none":  # what a wrapper would do; an expert that no token of mine chose counts as zero
-            gradient = _mean(torch.zeros_like(parameter) if gradient is None else gradient)
+            gradient = mean_of_ranks(torch.zeros_like(parameter) if gradient is None else gradient)
         if gradient is not None:
             gradients[name] = gradient.detach().clone()
     return gradients

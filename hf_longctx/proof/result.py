@@ -23,7 +23,7 @@ class Errors:
 
     Args:
         loss (`float`): of the training loss.
-        logits (`float`): of the outputs of all real tokens.
+        logits (`float`): of the outputs of all real tokens, or of all embeddings.
         gradient (`float`): of the worst parameter; relative to the largest entry of its module's gradients, or to a
             thousandth of the largest of all, whichever is more.
         parameter (`str`): its name.
@@ -58,13 +58,13 @@ class RowsResult:
     """One kind of rows.
 
     Args:
-        rows (`str`): `"dense"`, `"even"`, `"padded"` or `"packed"`.
+        rows (`str`): `"dense"`, `"even"`, `"padded"` or `"packed"`; of embeddings, `"packed"` or `"shared"`.
         verdict (`str`): see above.
         errors ([`Errors`], *optional*): `None` where nothing was compared.
         tolerance (`float`, *optional*): what was allowed.
         dtype (`str`): in which the verdict was reached: float64 where float32 exceeded its tolerance.
-        blind (`float`, *optional*): error of the outputs without the exchange, which shows that the proof could see
-            one.
+        blind (`float`, *optional*): error of the outputs without the exchange, or of embeddings of texts that see each
+            other, which shows that the proof could see one.
         sentence (`str`): why, for a verdict other than exact; else empty.
         seconds (`float`): of this kind.
     """
@@ -85,7 +85,7 @@ class VerifyResult:
 
     Args:
         model (`str`): model type.
-        task (`str`): `"causal-lm"`, `"masked-lm"` or `"encoder"`.
+        task (`str`): `"causal-lm"`, `"masked-lm"`, `"encoder"` or `"embedding"`.
         world_size (`int`): processes.
         sequence_parallel_size (`int`): that share a row.
         rows (`tuple[RowsResult, ...]`): each kind of rows.

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import difflib
+import importlib.util
+import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +22,9 @@ from .tiny import CannotShrink, shrink, without_dropout
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-TASKS = ("causal-lm", "masked-lm", "encoder")
+TASKS = ("causal-lm", "masked-lm", "encoder", "embedding")
 KINDS = ("dense", "even", "padded", "packed")
+EMBEDDING_KINDS = ("packed", "shared")
 WRAPPERS = ("none", "ddp", "fsdp2")
 DTYPES = ("float32", "float64")
 _UNREADABLE = (OSError, ValueError, KeyError)  # what the host raises for a configuration
@@ -76,7 +79,7 @@ class Subject:
 
     Args:
         name (`str`): model type.
-        task (`str`): `"causal-lm"`, `"masked-lm"` or `"encoder"`.
+        task (`str`): `"causal-lm"`, `"masked-lm"`, `"encoder"` or `"embedding"`.
         config (`PretrainedConfig`, *optional*): to build with; `None` if there is no tiny one.
         original (`PretrainedConfig`): as it was given.
         weights (`str`, *optional*): hub id or folder whose weights are taken, instead of random ones.
@@ -114,10 +117,17 @@ class Subject:
             return cls(name, chosen, None, original, problem=str(error))
 
 
-def validate_task(task: str | None) -> None:
-    """Raise `ValueError` for a task that is none."""
+def validate_task(task: str | None, bidirectional: bool = False) -> None:
+    """Raise `ValueError` for a task that is none, or `ImportError` for one whose host is not installed."""
     if task is not None and task not in TASKS:
         raise ValueError(f"`task` ({task!r}) must be one of {', '.join(TASKS)}, or unset.")
+    if bidirectional and task != "embedding":
+        raise ValueError(
+            f"`bidirectional` ({bidirectional}) lets a decoder see later tokens, which a language model is to predict:"
+            " set `task` to 'embedding', or leave it off."
+        )
+    if task == "embedding" and importlib.util.find_spec("sentence_transformers") is None:
+        raise ImportError("`task` ('embedding') needs sentence-transformers: `pip install hf-longctx[embedding]`.")
 
 
 def task_of(config: PretrainedConfig) -> str:
@@ -159,7 +169,7 @@ def read_config(model: str) -> PretrainedConfig:
     from transformers import AutoConfig
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
-    path = Path(model).expanduser()
+    path = _transformer_folder(Path(model).expanduser())
     if path.exists():
         if path.is_dir() and not (path / "config.json").is_file():
             raise ValueError(f"the folder `{model}` has no config.json: give a folder that `save_pretrained` wrote.")
@@ -181,6 +191,17 @@ def read_config(model: str) -> PretrainedConfig:
             f"({_reason(error)}): check the name and the connection, or verify its model type without them, such as "
             f"{nearest}."
         ) from error
+
+
+def _transformer_folder(path: Path) -> Path:
+    """The folder of the transformer in a sentence-transformer, which may be one below."""
+    modules = path / "modules.json"
+    if not modules.is_file() or (path / "config.json").is_file():
+        return path
+    try:
+        return path / json.loads(modules.read_text())[0]["path"]
+    except (ValueError, LookupError, TypeError):
+        return path
 
 
 def _reason(error: Exception) -> str:

@@ -9,6 +9,7 @@ Price: that of importing torch in each process, then seconds.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import tempfile
 import time
@@ -17,17 +18,18 @@ from typing import TYPE_CHECKING
 
 from .ranks import Ranks, RanksError
 from .result import EXACT, WORST_FIRST, WRONG, RowsResult, VerifyResult
-from .subject import KINDS, Setting, Subject, read_config, validate_task
+from .subject import EMBEDDING_KINDS, KINDS, Setting, Subject, read_config, validate_task
 
 
 if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
     from transformers import PretrainedConfig, PreTrainedModel
 
 SECONDS = 600.0
 
 
 def verify(
-    model: str | PretrainedConfig | PreTrainedModel,
+    model: str | PretrainedConfig | PreTrainedModel | SentenceTransformer,
     *,
     sequence_parallel_size: int = 2,
     data_parallel_size: int = 1,
@@ -37,13 +39,14 @@ def verify(
     dtype: str = "float32",
     full: bool = False,
     task: str | None = None,
+    bidirectional: bool = False,
     seconds: float = SECONDS,
 ) -> VerifyResult:
     """Compare a model that several processes share with the same model in one process.
 
     Args:
-        model (`str`, `PretrainedConfig` or `PreTrainedModel`): hub id, folder, model type such as `"qwen3"`, a
-            configuration, or a model. A tiny random model of that architecture is built from it.
+        model (`str`, `PretrainedConfig`, `PreTrainedModel` or `SentenceTransformer`): hub id, folder, model type such
+            as `"qwen3"`, a configuration, or a model. A tiny random model of that architecture is built from it.
         sequence_parallel_size (`int`, *optional*, defaults to 2): processes that share each row.
         data_parallel_size (`int`, *optional*, defaults to 1): groups of them, each with rows of its own.
         inner_attention (`str`, *optional*, defaults to `"auto"`): see [`LongContextConfig`].
@@ -52,7 +55,9 @@ def verify(
         dtype (`str`, *optional*, defaults to `"float32"`): in which what exceeds its tolerance is decided in float64;
             or `"float64"`.
         full (`bool`, *optional*, defaults to `False`): take the model with its own size and weights, once a process.
-        task (`str`, *optional*): `"causal-lm"`, `"masked-lm"` or `"encoder"`, where a type is several.
+        task (`str`, *optional*): `"causal-lm"`, `"masked-lm"` or `"encoder"`, where a type is several. `"embedding"`:
+            compare a sentence-transformer, packed and shared, with the padded one.
+        bidirectional (`bool`, *optional*, defaults to `False`): with `"embedding"`, a decoder without its causal mask.
         seconds (`float`, *optional*, defaults to 600): time limit.
 
     Returns:
@@ -60,14 +65,18 @@ def verify(
 
     Raises:
         ValueError: an argument that no proof could use, or a `model` that cannot be found.
+        ImportError: `"embedding"` without sentence-transformers.
 
     Communication: none with the caller's processes; it starts its own.
     """
     began = time.perf_counter()
-    kinds = KINDS if packed else KINDS[:3]
+    kinds = EMBEDDING_KINDS if task == "embedding" else KINDS if packed else KINDS[:3]
     setting = Setting(sequence_parallel_size, data_parallel_size, inner_attention, kinds, wrapper, dtype)
-    validate_task(task)
+    validate_task(task, bidirectional)
     with _config_and_weights(model, full) as (config, weights):
+        if bidirectional:
+            config = copy.deepcopy(config)
+            config.get_text_config().is_causal = False
         subject = Subject.of(config, task, sequence_parallel_size, weights)
         with Ranks(setting.world_size, _threads(setting.world_size, full)) as ranks:
             rows = run_proof(ranks, subject, setting, seconds)
@@ -100,11 +109,12 @@ def _config_and_weights(model, full: bool) -> Iterator[tuple[PretrainedConfig, s
     """The configuration, and where the weights are if they are wanted."""
     if isinstance(model, str):
         yield read_config(model), model if full else None
-    elif hasattr(model, "save_pretrained") and hasattr(model, "config"):
+    elif hasattr(model, "save_pretrained") and not hasattr(model, "to_diff_dict"):
         with tempfile.TemporaryDirectory(prefix="hf_longctx_") as folder:
             if full:
                 model.save_pretrained(folder)
-            yield model.config, folder if full else None
+            inner = model if hasattr(model, "config") else model[0]  # of a sentence-transformer
+            yield inner.config, folder if full else None
     elif full:
         raise ValueError(
             "`full` (True) needs weights, but `model` is a configuration: pass a hub id, a folder or the model."

@@ -10,7 +10,7 @@ from hf_longctx.proof.result import EXACT, REFUSED, UNBUILDABLE, WORST_FIRST, WR
 from hf_longctx.proof.subject import KINDS
 
 
-_WORDS = {EXACT: "exact", WRONG: "**wrong**", REFUSED: "refused", UNBUILDABLE: "not buildable"}
+WORDS = {EXACT: "exact", WRONG: "**wrong**", REFUSED: "refused", UNBUILDABLE: "not buildable"}
 _TASKS = {"causal-lm": "Causal language models", "masked-lm": "Masked language models", "encoder": "Encoders"}
 _KINDS = KINDS
 
@@ -99,7 +99,7 @@ def _summary(title: str, records: list[dict]) -> str:
 
 
 def _row(record: dict) -> str:
-    cells = [_WORDS[verdict] for verdict in _verdicts(record).values()]
+    cells = [WORDS[verdict] for verdict in _verdicts(record).values()]
     reasons = list(dict.fromkeys(row["sentence"] for row in record["rows"] if row["sentence"]))
     why = " ".join(reasons).replace("|", "\\|")
     return f"| `{record['type']}` | {' | '.join(cells)} | {why} |"
