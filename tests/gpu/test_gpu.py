@@ -117,3 +117,20 @@ def test_documents_do_not_leak_on_a_gpu(kernel):
     batch.pop("use_cache")
     model = build("llama", "packed", **wide).to("cuda", half)
     assert_no_cross_document(model, batch, SequenceMesh.build(), inner_attention=kernel)
+
+
+@pytest.mark.parametrize("name", ["bert", "modernbert", "llama"])
+@pytest.mark.parametrize("half", [False, True])
+def test_packed_embeddings_equal_padded_ones_on_a_gpu(name, half):
+    pytest.importorskip("sentence_transformers")
+    from hf_longctx import pack_embeddings
+
+    from ..embedding import embedder, texts
+
+    dtype = torch.bfloat16 if half else torch.float32
+    inputs = texts((5, 1, 40, 12))
+    padded, packed = embedder(name, "sdpa", dtype=dtype).to("cuda"), embedder(name, "packed", dtype=dtype).to("cuda")
+    pack_embeddings(packed)
+    expected, actual = (model.encode(inputs, convert_to_tensor=True).float() for model in (padded, packed))
+    error = float((actual - expected).abs().max() / expected.abs().max())
+    assert error < (3e-2 if half else 2e-4)
