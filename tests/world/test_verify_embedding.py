@@ -1,4 +1,4 @@
-"""`verify(task="embedding")` on two and four ranks: exact under every wrapper, and wrong where an exchange loses a gradient."""
+"""`verify(task="embedding")` on ranks: exact under every wrapper, wrong where an exchange loses a gradient."""
 
 from __future__ import annotations
 
