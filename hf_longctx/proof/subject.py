@@ -124,7 +124,7 @@ def validate_task(task: str | None, bidirectional: bool = False) -> None:
     if bidirectional and task != "embedding":
         raise ValueError(
             f"`bidirectional` ({bidirectional}) lets a decoder see later tokens, which a language model is to predict:"
-            " set `task` to 'embedding', or leave it off."
+            " set `task` to 'embedding', or drop `bidirectional`."
         )
     if task == "embedding" and importlib.util.find_spec("sentence_transformers") is None:
         raise ImportError("`task` ('embedding') needs sentence-transformers: `pip install hf-longctx[embedding]`.")

@@ -69,6 +69,15 @@ def worst_of_ranks(errors: Errors) -> Errors:
     return Errors(**values, parameter=worst.parameter)
 
 
+def least_of_ranks(value: float) -> float:
+    """The smallest value, so that all ranks decide alike; every rank calls this."""
+    if not dist.is_initialized():
+        return value
+    everyone: list = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    return min(everyone)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, on one line."""
     lines = str(error).strip().splitlines()

@@ -1,4 +1,4 @@
-"""`verify(task="embedding")` on two ranks: exact under every wrapper, and wrong where an exchange loses a gradient."""
+"""`verify(task="embedding")` on ranks: exact under every wrapper, wrong where an exchange loses a gradient."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def verdicts(world, config, setting, function=compare.prove):
     [
         (tf.ModernBertConfig, Setting(2, kinds=EMBEDDING_KINDS)),
         (tf.BertConfig, Setting(2, kinds=("shared",), wrapper="fsdp2")),
-        (tf.LlamaConfig, Setting(1, 2, kinds=("shared",), wrapper="ddp")),  # two batches, one set of negatives
+        (tf.LlamaConfig, Setting(2, 2, kinds=("shared",), wrapper="ddp")),  # two batches, one set of negatives
     ],
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
-def test_embeddings_loss_and_gradients_of_ranks_are_those_of_the_padded_model(world2, config, setting):
-    results = verdicts(world2, config(), setting)
+def test_embeddings_loss_and_gradients_of_ranks_are_those_of_the_padded_model(worlds, config, setting):
+    results = verdicts(worlds(setting.world_size), config(), setting)
     assert [(rows.rows, rows.verdict) for rows in results] == [(kind, EXACT) for kind in setting.kinds], results
     for rows in results:
         assert 0 < rows.errors.worst <= rows.tolerance < rows.blind / 100
