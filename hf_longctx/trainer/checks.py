@@ -9,7 +9,7 @@ import torch
 
 from ..attention.kernels import validate_kernel_available
 from ..attention.registry import ATTENTION_FUNCTIONS
-from ..config import LongContextConfig
+from ..config import SOURCE_FIELDS, LongContextConfig
 from ..parallel.heads import validate_head_count
 
 
@@ -99,6 +99,7 @@ def _refuse_host_axes(parallelism, size: int) -> None:
 def check_model(model, config: LongContextConfig) -> None:
     """Refuse a model that cannot be sharded, by what its configuration says. See `probe` for what it does."""
     size = config.sequence_parallel_size
+    _refuse_embedding_settings(config)
     validate_kernel_available(config.inner_attention)
     if size == 1:
         return
@@ -141,6 +142,16 @@ def check_model(model, config: LongContextConfig) -> None:
             f"`{name}.forward` takes no extra keyword arguments, so its attention cannot learn of the shard: set "
             "`sequence_parallel_size` to 1."
         )
+
+
+def _refuse_embedding_settings(config: LongContextConfig) -> None:
+    for name in (*SOURCE_FIELDS, "overlong_texts"):
+        value, default = getattr(config, name), type(config).__dataclass_fields__[name].default
+        if value != default:
+            raise NotImplementedError(
+                f"`{name}` ({value!r}) is for embedding training, and this trainer would ignore it: leave it at "
+                f"{default!r}, or train with `LongContextSentenceTransformerTrainer`."
+            )
 
 
 def warn_about_dropout(model, size: int) -> None:

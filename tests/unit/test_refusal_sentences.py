@@ -224,6 +224,11 @@ SENTENCES = [
     (lambda: checks.check_trainer(trainer_with(is_deepspeed_enabled=True)), N, "DeepSpeed is configured beside"),
     (lambda: checks.check_trainer(fsdp_of_version(1)), N, "FSDP version 1 is configured beside"),
     (
+        lambda: checks.check_model(build("llama", "ulysses"), LongContextConfig(deduplicate=True)),
+        NotImplementedError,
+        "`deduplicate` (True) is for embedding training, and this trainer would ignore it: leave it at False",
+    ),
+    (
         lambda: checks.check_model(build("llama", "sdpa"), TWO),
         V,
         "runs attn_implementation='sdpa', which would see only this rank's tokens",
