@@ -105,6 +105,15 @@ def check_sizes(
             )
 
 
+def check_workers(num_workers: int) -> None:
+    """Raise `ValueError` if several workers would read a stream: each would be given a part by `datasets`."""
+    if num_workers > 1:
+        raise ValueError(
+            f"`num_workers` ({num_workers}) would split streams between workers, so that no two see the same rows: "
+            "set it (in a trainer `dataloader_num_workers`) to 0 or 1."
+        )
+
+
 def texts_of(row: dict, columns: SourceColumns) -> list[str]:
     """The strings of a row, also those in lists."""
     found = []
@@ -119,7 +128,7 @@ def refuse_empty_texts(name: str, number: int | None, row: dict, columns: Source
     for column in columns.texts:
         value = row.get(column)
         if value is None or (isinstance(value, str) and not value.strip()):
-            place = f"row {number}" if number is not None else f"the row {str(row)[:60]}"
+            place = f"row {number}" if number is not None else f"the row {str(row)[:60]!r}"
             raise ValueError(
                 f"source `{name}` has no text in column `{column}` of {place}: filter such rows out, since an empty "
                 "text has no meaning to learn."

@@ -3,7 +3,7 @@
 What: `build_source_loader` checks the sources against each other and returns a plain `DataLoader` that already yields
 this rank's rows, so nobody deals them once more (`accelerate` is told that there is one process). Map-style sources go
 through a batch sampler in the main process and any number of workers; streams are read whole by every rank, which
-keeps its part. Price of a stream: every rank, and every worker of it, reads all rows of all ranks. Price of
+keeps its part. Price of a stream: every rank reads all rows of all ranks, by one worker at most. Price of
 `deduplicate`, `balance_by` and `tokens_per_rank`: every rank reads the texts of all ranks, and a resumed run reads
 them again up to where it was.
 """
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, get_worker_info
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..config import LongContextConfig
 from ..parallel.mesh import SequenceMesh
@@ -24,6 +24,7 @@ from .source_checks import (
     SourceColumns,
     check_sizes,
     check_sources,
+    check_workers,
     columns_of,
     is_stream,
     mean_length,
@@ -113,6 +114,7 @@ def build_source_loader(
         shuffle_buffer,
     )
     if reader.is_stream:
+        check_workers(loader_arguments.get("num_workers", 0))
         return DataLoader(SourceStream(reader), batch_size=None, collate_fn=collate_fn, **loader_arguments)
     sampler = SourceBatchSampler(reader, has_length=measure is None)
     return DataLoader(SourceTable(reader), batch_sampler=sampler, collate_fn=collate_fn, **loader_arguments)
@@ -189,7 +191,7 @@ class SourceReader:
                 described.append(Candidate(name, number, frozenset([(name, number)])))
                 continue
             streamed = self.rows[name] is None
-            refuse_empty_texts(name, number, row, columns)
+            refuse_empty_texts(name, None if streamed else number, row, columns)
             texts = texts_of(row, columns)
             # A stream's numbers say nothing once it is shuffled again, but the same texts are the same row.
             keys = {(name, *texts) if streamed else (name, number), *(texts if self.config.deduplicate else ())}
@@ -273,18 +275,15 @@ class SourceBatchSampler(Sampler):
 
 
 class SourceStream(IterableDataset):
-    """This rank's rows of each global batch over streams, one list a batch; worker `w` of `n` yields each `n`-th."""
+    """This rank's rows of each global batch over streams, one list a batch, without an end."""
 
     def __init__(self, reader: SourceReader) -> None:
         self.reader = reader
 
     def __iter__(self) -> Iterator[list[dict]]:
-        worker = get_worker_info()
-        number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        for index, batch in enumerate(self.reader.batches()):
-            if index % workers == number:
-                share = batch.shares[self.reader.mesh.data_parallel_rank]
-                yield [self.reader.finish(row.source, None, row.row, batch.swapped) for row in share]
+        for batch in self.reader.batches():
+            share = batch.shares[self.reader.mesh.data_parallel_rank]
+            yield [self.reader.finish(row.source, None, row.row, batch.swapped) for row in share]
 
 
 def _measure(config: LongContextConfig, measure) -> Callable[[dict, SourceColumns], Sequence[int]] | None:

@@ -257,7 +257,7 @@ class GlobalBatches:
                 if candidate is None:
                     raise ValueError(
                         f"source `{name}` cannot fill {parts * self.share_size} rows of global batch {self.draws}: "
-                        "all of its other rows share a text with them; lower the batch size, filter the source, or "
+                        "whatever is left of it shares a text with them; lower the batch size, filter the source, or "
                         "set `deduplicate` to `False`."
                     )
                 rows.append(candidate)

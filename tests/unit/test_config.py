@@ -129,3 +129,46 @@ def test_interval_that_is_no_number_of_steps_is_refused(steps):
 def test_unknown_policy_for_steps_that_are_not_finite_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="`on_nonfinite` \\('ignore'\\) must be one of raise, skip, stop, off"):
         LongContextConfig(on_nonfinite="ignore")
+
+
+SOURCES = {"source_weights": {"nli": 1, "docs": 4.5}, "source_caps": {"docs": 1000}, "sources_per_batch": 2}
+
+
+def test_sources_survive_yaml_and_are_json_on_the_command_line(parse):
+    wanted = LongContextConfig(**SOURCES, swap_probability=0.5, deduplicate=True, balance_by="tokens")
+    yaml = "source_weights: {nli: 1, docs: 4.5}\nsource_caps:\n  docs: 1000\nsources_per_batch: 2\n"
+    assert parse(yaml + "swap_probability: 0.5\ndeduplicate: true\nbalance_by: tokens\n") == wanted
+    over = parse(yaml, "--source_weights", '{"nli": 2, "docs": 1}')
+    assert over.source_weights == {"nli": 2, "docs": 1} and over.source_caps == {"docs": 1000}
+    assert parse("source_temperature: 2.0\n").source_temperature == 2.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "sentence"),
+    [
+        ({"source_weights": {"nli": 0}}, "`source_weights` gives the source `nli` 0, but it must be a number over 0"),
+        ({"source_weights": {"nli": -1.0}}, "gives the source `nli` -1.0"),
+        ({"source_weights": {"nli": float("nan")}}, "gives the source `nli` nan"),
+        ({"source_weights": {"nli": True}}, "gives the source `nli` True"),
+        ({"source_weights": {}}, "`source_weights` ({}) must map at least one name of a source to a number"),
+        ({"source_weights": "nli=1"}, "`source_weights` ('nli=1') is no JSON object: write it like"),
+        ({"source_weights": "[1]"}, "`source_weights` ([1]) must map at least one name"),
+        ({"source_caps": {"nli": 2.5}}, "`source_caps` gives the source `nli` 2.5, but it must be a whole number"),
+        ({"source_caps": {"nli": 0}}, "it must be a whole number of rows, at least 1"),
+        ({"source_temperature": 0.0}, "`source_temperature` (0.0) must be a number over 0"),
+        ({"source_temperature": -2}, "`source_temperature` (-2) must be a number over 0"),
+        (
+            {"source_temperature": 2.0, "source_weights": {"nli": 1}},
+            "`source_weights` and `source_temperature` (2.0) both say how often a source is drawn",
+        ),
+        ({"sources_per_batch": 0}, "`sources_per_batch` (0) must be a whole number of sources, at least 1"),
+        ({"sources_per_batch": 1.5}, "`sources_per_batch` (1.5)"),
+        ({"swap_probability": 1.01}, "`swap_probability` (1.01) must lie between 0 (never) and 1 (always)"),
+        ({"swap_probability": -0.1}, "`swap_probability` (-0.1)"),
+        ({"tokens_per_rank": 0}, "`tokens_per_rank` (0) must be a positive integer"),
+    ],
+)
+def test_sources_that_no_run_could_draw_are_refused(fields, sentence):
+    with pytest.raises(ValueError) as error:
+        LongContextConfig(**fields)
+    assert sentence in str(error.value)

@@ -403,6 +403,7 @@ def test_head_splits_cover_each_head_once(key_value_heads, group_size, size):
 # Configuration: what is written to YAML and read again is the same run
 
 TEXTS = {"inner_attention": (*INNER_ATTENTIONS, "org/name", "org/name@v1"), "memory": MEMORY_PRESETS}
+MAPPINGS = {"source_weights": st.floats(2**-20, 2**20), "source_caps": st.integers(1, 2**40)}
 
 
 @st.composite
@@ -413,6 +414,12 @@ def configs(draw) -> LongContextConfig:
         kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
         if field.name in TEXTS:
             values[field.name] = draw(st.sampled_from(TEXTS[field.name]))
+        elif field.name in MAPPINGS:
+            mapping = st.dictionaries(st.text("ab./ ", min_size=1), MAPPINGS[field.name], min_size=1, max_size=3)
+            values[field.name] = draw(st.one_of(st.none(), mapping))
+        elif float in kinds:
+            number = st.floats(2**-20, 1)
+            values[field.name] = draw(st.one_of(st.none(), number) if types.NoneType in kinds else number)
         elif bool in kinds:
             values[field.name] = draw(st.booleans())
         elif int in kinds:

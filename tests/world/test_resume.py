@@ -211,7 +211,9 @@ def test_adapter_and_whole_model_are_told_apart(copied, tmp_path):
 )
 def test_run_that_would_draw_other_rows_is_refused_unless_told_to_begin_them_anew(copied, change, name):
     options = {**RUN, **change, "output_dir": str(copied), "resume": str(copied / "checkpoint-3")}
-    assert f"says `{name}` " in refuse_here(1, options)
+    sentence = refuse_here(1, options)
+    assert f"says `{name}` " in sentence
+    assert "other rows would be drawn than by the run it continues" in sentence
     if name == "num_rows":
         assert refuse_here(1, {**options, "ignore_data_skip": True}) is None
 
