@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset
 from sentence_transformers import SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator

@@ -41,7 +41,11 @@ def config_of(name: str, **changes):
         "num_key_value_heads": 6,
     }
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    decoder = {"vocab_size": VOCAB, "d_model": 48, "decoder_layers": 2, "decoder_attention_heads": 6, "dropout": 0.0}
+    decoder |= {"decoder_ffn_dim": 64, "max_position_embeddings": 256, "pad_token_id": 0, "eos_token_id": 2}
     cases = {
+        "bart": (tf.BartConfig, decoder),
+        "marian": (tf.MarianConfig, {**decoder, "decoder_start_token_id": 1}),
         "llama": (tf.LlamaConfig, _BASE),
         "gpt2": (tf.GPT2Config, {**gpt2, **no_dropout}),
         "qwen3": (tf.Qwen3Config, {**_BASE, "head_dim": 8}),
@@ -77,6 +81,8 @@ def config_of(name: str, **changes):
 
 
 MASKED_LM = ("bert", "modernbert")
+# Whose own loss compares a token with its own label, and averages over the tokens that it sees.
+ALIGNED = ("bart", "marian")
 
 
 def build(name: str, attention: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes):

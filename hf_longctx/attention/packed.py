@@ -20,6 +20,7 @@ from .deferred import DeferredMask
 from .kernels import choose_kernel, is_flash, plan_for_kernel, refuse_unsupported, run_plain, run_planned
 from .masks import AttentionRule, KernelPlan, packed_documents, plan_row
 from .own_masks import without_padding_mask
+from .own_positions import validate_positions
 
 
 # Keyword arguments that change the result and that no inner kernel can take on a part of the heads.
@@ -103,7 +104,7 @@ def _documents_of_call(module, query, key, attention_mask, kwargs: dict[str, obj
     bounds = {name: kwargs[name] for name in DOCUMENT_BOUND_KEYS if kwargs.get(name) is not None}
     if query.shape[2] != key.shape[2]:  # a cache or cross-attention: the bounds speak of other tokens
         if bounds:
-            _refuse_cache()
+            refuse_cache()
         return None
     if torch.compiler.is_compiling() and not bounds:
         return None  # the host describes documents in the mask itself then
@@ -138,7 +139,7 @@ def _read_documents(
     is_hidden = packs and torch.is_grad_enabled() and "position_ids" not in kwargs
     is_hidden = is_hidden and facts.get("attention_mask") is None
     if kwargs.get("use_cache") and (is_packed or is_hidden):
-        _refuse_cache()
+        refuse_cache()
     if not is_packed:
         return None
     return SequenceShard(
@@ -151,7 +152,8 @@ def _read_documents(
     )
 
 
-def _refuse_cache() -> None:
+def refuse_cache() -> None:
+    """Raise `ValueError` for a cache beside packed documents."""
     raise ValueError(
         "`use_cache` is on for a batch that packs documents, or could without attention seeing it: a cache holds one "
         "document a row, and hides the others; pass `use_cache=False`, or set `model.config.use_cache = False`."
@@ -179,6 +181,7 @@ def validate_call(
             f"`{name}` got a mask of {type(attention_mask).__name__} that the model made itself, which only knows "
             "this rank's tokens: set `sequence_parallel_size` to 1 for this model."
         )
+    validate_positions(module, shard, extras)
     for key_name, extra in extras.items():
         bias_like = (
             isinstance(extra, torch.Tensor)

@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..parallel.shard import IGNORE_INDEX
+from .aligned_labels import aligns_labels
 from .logits_transform import read_logits_transform
 from .tiled_head import forward_loss, is_linear
 from .tiled_logits import tiled_cross_entropy
@@ -259,6 +260,8 @@ def _validate_model(model: PreTrainedModel) -> None:
         _refuse(model, f"it has no backbone under `{model.base_model_prefix}` that could run without the head")
     if not isinstance(model.get_output_embeddings(), torch.nn.Module):
         _refuse(model, "`get_output_embeddings()` names no head")
+    if aligns_labels(model.config):
+        _refuse(model, "its own compares each token with its own label, not with the next one")
     if model.loss_function is not ForCausalLMLoss:
         name = getattr(model.loss_function, "__name__", repr(model.loss_function))
         _refuse(model, f"its own is `{name}`, not the cross entropy of the next token")

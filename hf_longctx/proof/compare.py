@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ..attention.follow_positions import follow_positions
 from ..attention.leaks import assert_no_cross_document
 from ..config import LongContextConfig
 from ..parallel.mesh import SequenceMesh
@@ -155,7 +156,7 @@ class Pair:
         first = min(FIRST_TOKEN, self.vocabulary // 2)
         tokens = num_tokens_of(kind, self.setting.sequence_parallel_size)
         settings = (self.vocabulary, self.setting.data_parallel_size, tokens, first)
-        rows = make_rows(kind, self.subject.task, *settings)
+        rows = make_rows(kind, self.subject.task, *settings, self.subject.shifts_labels)
         if self.needs.needs_position_ids:
             rows = rows.with_positions(self.start)
         return rows.without_padding_targets() if self.needs.padding_predicts else rows
@@ -204,7 +205,8 @@ class Pair:
             sequence_parallel_size=setting.sequence_parallel_size, inner_attention=setting.inner_attention
         )
         check_model(self.model, config)
-        shifts, has_loss = self.subject.task == "causal-lm", self.subject.task != "encoder"
+        follow_positions(self.model)
+        shifts, has_loss = self.subject.shifts_labels, self.subject.task != "encoder"
         return probe_model(self.model, self.mesh, setting.inner_attention, shifts, check_loss=has_loss)
 
     def _check_documents(self, rows: Rows) -> None:

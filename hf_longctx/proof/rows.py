@@ -82,7 +82,9 @@ def num_tokens_of(kind: str, sequence_parallel_size: int) -> int:
     return shares if kind == "even" else shares - 1
 
 
-def make_rows(kind: str, task: str, vocabulary: int, groups: int, num_tokens: int, first_token: int) -> Rows:
+def make_rows(
+    kind: str, task: str, vocabulary: int, groups: int, num_tokens: int, first_token: int, shifts: bool
+) -> Rows:
     """Random rows of one kind; the same on every rank."""
     count = groups * ROWS_OF_A_GROUP
     generator = torch.Generator().manual_seed(1)
@@ -107,4 +109,4 @@ def make_rows(kind: str, task: str, vocabulary: int, groups: int, num_tokens: in
                 batch["position_ids"][row, start:stop] = torch.arange(stop - start)
         ignored |= batch["position_ids"] == 0  # no token of another document predicts a first one
     batch["labels"] = labels.masked_fill(ignored, IGNORE_INDEX)
-    return Rows(kind, batch, tuple(documents), shifts=task == "causal-lm")
+    return Rows(kind, batch, tuple(documents), shifts)

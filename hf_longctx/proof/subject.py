@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config import LongContextConfig, validate_inner_attention
+from ..losses.aligned_labels import aligns_labels
 from .tiny import CannotShrink, shrink, without_dropout
 
 
@@ -88,6 +89,11 @@ class Subject:
     original: PretrainedConfig
     weights: str | None = None
     problem: str = ""
+
+    @property
+    def shifts_labels(self) -> bool:
+        """Whether labels are the inputs, of which each predicts the next."""
+        return self.task == "causal-lm" and not aligns_labels(self.original)
 
     @classmethod
     def of(

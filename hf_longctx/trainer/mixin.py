@@ -17,7 +17,8 @@ from ..config import LongContextConfig
 from ..losses.token_mean import token_mean
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import SequenceShard, validate_same_rows
-from .checks import check_arguments, check_model, check_trainer, runs_our_attention, unwrap, warn_about_dropout
+from .adapt import adapt_model
+from .checks import check_arguments, check_model, check_trainer, unwrap, warn_about_dropout
 from .evaluation import ShardedEvaluationMixin
 from .loaders import build_loader
 from .loss import AlignedLoss
@@ -38,18 +39,17 @@ class SequenceParallelMixin(SurvivalMixin, ShardedEvaluationMixin):
         self.long_context = long_context or LongContextConfig()
         given = dict(zip(("model", "args", "data_collator"), args)) | kwargs
         check_arguments(given.get("args"), self.long_context)
-        chosen = (given.get(name) for name in ("args", "model", "data_collator"))
-        self._memory = prepare_memory(self.long_context, *chosen)
+        self._memory = prepare_memory(self.long_context, *map(given.get, ("args", "model", "data_collator")))
         super().__init__(*args, **kwargs)
         check_arguments(self.args, self.long_context)
         check_trainer(self)
-        check_collator(self)
         check_model(self.model, self.long_context)
         warn_about_dropout(self.model, self.long_context.sequence_parallel_size)
         self.mesh = SequenceMesh.build(
             self.long_context.sequence_parallel_size, timedelta(seconds=self.args.ddp_timeout)
         )
-        self.shards_batches = runs_our_attention(self.model)
+        self.shards_batches = adapt_model(self)
+        check_collator(self)
         self._probe: ProbeResult | None = None
         self._checks_packing = self.long_context.check_packing
         self._align_losses()

@@ -48,7 +48,21 @@ def _verdicts(record: dict) -> dict[str, str]:
 
 
 def _page(results: list[dict], versions: dict[str, str]) -> list[str]:
-    lines = [
+    return [*_preface(versions), *summary(results), *_tables(results)]
+
+
+def summary(results: list[dict]) -> list[str]:
+    """How many models of each task are what, as a table."""
+    found = {task: [record for record in results if record["task"] == task] for task in _TASKS}
+    return [
+        "| | models | " + " | ".join(f"{kind} exact" for kind in _KINDS) + " | all exact | refused | not buildable |",
+        "|" + "---|" * (len(_KINDS) + 5),
+        *(_summary(title, found[task]) for task, title in _TASKS.items() if found[task]),
+    ]
+
+
+def _preface(versions: dict[str, str]) -> list[str]:
+    return [
         "# Conformance",
         "",
         f"Every text model type of transformers {versions['transformers']}, on torch {versions['torch']}: "
@@ -64,11 +78,11 @@ def _page(results: list[dict], versions: dict[str, str]) -> list[str]:
         "Encoders are listed where transformers has no language model head for them: types of its plain mapping whose",
         "configuration has a vocabulary of its own, is no encoder-decoder, and names no other input than text.",
         "",
-        "| | models | " + " | ".join(f"{kind} exact" for kind in _KINDS) + " | all exact | refused | not buildable |",
-        "|" + "---|" * (len(_KINDS) + 5),
     ]
-    for task, title in _TASKS.items():
-        lines.append(_summary(title, [record for record in results if record["task"] == task]))
+
+
+def _tables(results: list[dict]) -> list[str]:
+    lines = []
     for task, title in _TASKS.items():
         heads = ("type", *_KINDS, "why")
         lines += ["", f"## {title}", "", f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]

@@ -27,7 +27,8 @@ from hf_longctx.proof.result import UNBUILDABLE, WRONG
 from hf_longctx.proof.subject import KINDS, Setting, Subject
 from hf_longctx.proof.verify import run_proof
 
-from .page import worse, write_pages
+from .page import summary, worse, write_pages
+from .terminal import Terminal
 
 
 ROOT = Path(__file__).parents[2]
@@ -81,13 +82,18 @@ def _record_of(result) -> dict:
     return record
 
 
-def sweep(wanted: list[tuple[str, str]], records: Path, workers: int, done: list[dict]) -> list[dict]:
-    """Prove all that is wanted and append each result to `records`."""
+def sweep(
+    wanted: list[tuple[str, str]],
+    options: argparse.Namespace,
+    done: list[dict],
+    before: list[dict],
+    terminal: Terminal,
+) -> list[dict]:
+    """Prove all that is wanted and append each result to the records; what is wrong or worse than before is said."""
     waiting: queue.Queue = queue.Queue()
     for item in wanted:
         waiting.put(item)
     lock, results = threading.Lock(), list(done)
-    records.parent.mkdir(parents=True, exist_ok=True)
 
     def work() -> None:
         with Ranks(SIZE) as ranks:
@@ -96,20 +102,33 @@ def sweep(wanted: list[tuple[str, str]], records: Path, workers: int, done: list
                     task, name = waiting.get_nowait()
                 except queue.Empty:
                     return
+                mark = terminal.mark()
                 record = prove(ranks, task, name)
+                problems = problems_of([record], before)
                 with lock:
                     results.append(record)
-                    with records.open("a") as file:
+                    with options.records.open("a") as file:
                         file.write(json.dumps(record) + "\n")
-                    verdicts = " ".join(f"{row['verdict']:<11}" for row in record["rows"])
-                    print(f"{len(results):>4} {task:<10} {name:<28} {verdicts} {record['seconds']:6.1f} s", flush=True)
+                    if problems:
+                        terminal.fail(problems, mark)
+                    terminal.advance(f"{name} ({task})")
 
-    threads = [threading.Thread(target=work) for _ in range(workers)]
+    threads = [threading.Thread(target=work) for _ in range(options.workers)]
+    terminal.expect(len(wanted))
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     return results
+
+
+def problems_of(results: list[dict], before: list[dict]) -> list[str]:
+    """A sentence for each type that is wrong, and for each that was better on the committed page."""
+    found = []
+    for record in results:
+        sentences = dict.fromkeys(row["sentence"] for row in record["rows"] if row["verdict"] == WRONG)
+        found += [f"{record['type']} ({record['task']}) is wrong: {sentence}" for sentence in sentences]
+    return found + worse(before, results)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -124,18 +143,21 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     began = time.perf_counter()
     versions = {"versions": {name: version(name) for name in ("torch", "transformers")}}
-    every = subjects()
-    wanted = [item for item in every if not options.types or item[1] in options.types]
-    done = _read(options.records, versions, options.redo) if options.resume else []
-    done = [record for record in done if (record["task"], record["type"]) in wanted]
-    _rewrite(options.records, versions, done)
-    known = {(record["task"], record["type"]) for record in done}
-    results = sweep([item for item in wanted if item not in known], options.records, options.workers, done)
-    results.sort(key=lambda record: every.index((record["task"], record["type"])))
     committed = options.pages / "conformance.json"
     before = json.loads(committed.read_text())["models"] if committed.exists() else []
-    problems = [f"{r['type']} ({r['task']}) is wrong" for r in results if WRONG in {x["verdict"] for x in r["rows"]}]
-    problems += worse(before, results)
+    with Terminal() as terminal:
+        every = subjects()
+        wanted = [item for item in every if not options.types or item[1] in options.types]
+        done = _read(options.records, versions, options.redo) if options.resume else []
+        done = [record for record in done if (record["task"], record["type"]) in wanted]
+        _rewrite(options.records, versions, done)
+        known = {(record["task"], record["type"]) for record in done}
+        wanted = [item for item in wanted if item not in known]
+        results = sweep(wanted, options, done, before, terminal)
+    results.sort(key=lambda record: every.index((record["task"], record["type"])))
+    problems = problems_of(results, before)
+    for line in summary(results):
+        print(line)
     print(f"{len(results)} models in {time.perf_counter() - began:.0f} s")
     for problem in problems:
         print(f"FAILED: {problem}")

@@ -414,6 +414,7 @@ def test_models_whose_loss_is_another_are_refused_by_name():
     refused(torch.nn.Linear(2, 2), "`Linear`", "not a model of transformers")
     t5 = tf.T5Config(vocab_size=VOCAB, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     refused(tf.T5ForConditionalGeneration(t5), "`T5ForConditionalGeneration`", "decoder")
+    refused(build("bart", "eager"), "`BartForCausalLM`", "each token with its own label")
     model = tiny("llama")
     model.loss_function = torch.nn.functional.mse_loss
     refused(model, "`LlamaForCausalLM`", "`mse_loss`")

@@ -89,11 +89,11 @@ def test_models_of_a_subject_are_equal_and_without_dropout():
 def test_rows_are_odd_padded_on_both_sides_and_packed_with_a_single_token(task):
     tokens = num_tokens_of("padded", 2)
     assert tokens % 2 == 1 and num_tokens_of("even", 2) == tokens + 1 and num_tokens_of("even", 8) % 8 == 0
-    padded = make_rows("padded", task, 128, 2, tokens, 10)
+    padded = make_rows("padded", task, 128, 2, tokens, 10, task == "causal-lm")
     mask = padded.valid
     assert not mask[0, 0] and mask[0, -1] and mask[1, 0] and not mask[1, -1] and len(mask) == 4
     assert (padded.batch["labels"][~mask] == -100).all()
-    packed = make_rows("packed", task, 128, 2, tokens, 10)
+    packed = make_rows("packed", task, 128, 2, tokens, 10, task == "causal-lm")
     lengths = [stop - start for row, start, stop in packed.documents if row == 0]
     assert sum(lengths) == tokens and min(lengths) == 1
     assert (packed.batch["labels"][packed.batch["position_ids"] == 0] == -100).all()

@@ -56,7 +56,7 @@ def test_an_encoder_that_pools_its_rows_has_no_numbers():
             return (torch.ones(len(input_ids), 5),)
 
     with pytest.raises(ValueError, match=r"it answers with \(2, 5\), not with one vector a token"):
-        of_one_process(Pools(), "encoder", make_rows("dense", "encoder", 128, 1, 23, 10))
+        of_one_process(Pools(), "encoder", make_rows("dense", "encoder", 128, 1, 23, 10, False))
 
 
 def test_a_model_whose_documents_see_each_other_cannot_train_on_packed_rows():
@@ -66,7 +66,7 @@ def test_a_model_whose_documents_see_each_other_cannot_train_on_packed_rows():
         model=build_model(subject, None, torch.float32), setting=Setting(1), mesh=SequenceMesh.build(1)
     )
     with pytest.raises(NotImplementedError, match="`BertForMaskedLM` cannot train on packed rows: .*see each other"):
-        Pair._check_documents(pair, make_rows("packed", subject.task, 128, 1, 23, 10))
+        Pair._check_documents(pair, make_rows("packed", subject.task, 128, 1, 23, 10, True))
 
 
 def test_a_setting_that_is_none_is_refused():

@@ -7,7 +7,8 @@ import pytest
 
 pytest.importorskip("sentence_transformers")
 
-from ..embedding_training import assert_same_run, build_trainer, run
+from ..embedding_training import assert_same_run, run
+
 
 TOLERANCE = 1e-8  # float64, but logged losses and sums in another order
 

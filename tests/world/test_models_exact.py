@@ -15,9 +15,10 @@ import torch.distributed as dist
 from transformers import masking_utils
 
 from hf_longctx import SequenceMesh, gather_sequence, shard_batch
+from hf_longctx.attention.follow_positions import follow_positions
 from hf_longctx.losses.token_mean import token_mean
 
-from ..models import MASKED_LM, VOCAB, build
+from ..models import ALIGNED, MASKED_LM, VOCAB, build
 
 
 EAGER_ONLY = ("gemma2", "gpt_oss")
@@ -61,9 +62,9 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def loss_of(model, name, batch) -> torch.Tensor:
-    if name not in MASKED_LM:
+    if name not in (*MASKED_LM, *ALIGNED):
         return model(**batch).loss
-    # BERT's head averages over the tokens it sees, whatever the batch says.
+    # These heads average over the tokens they see, whatever the batch says.
     return token_mean(model(**batch), batch["labels"], batch.get("num_items_in_batch"))
 
 
@@ -75,16 +76,17 @@ def on_one_process(name, rows, dtype, changes):
     (output.logits * weights).sum().backward()
     projected = gradients(model)
     model.zero_grad()
-    loss = loss_of(model, name, batch) if name in MASKED_LM else model(**batch, use_cache=False).loss
+    loss = loss_of(model, name, batch) if name in (*MASKED_LM, *ALIGNED) else model(**batch, use_cache=False).loss
     loss.backward()
     return output.logits.detach() * (weights != 0), projected, loss.detach(), gradients(model)
 
 
 def on_the_world(name, rows, dtype, changes, size, inner="auto"):
     model = build(name, "ulysses", dtype, **changes).eval()
+    follow_positions(model)  # of the others nothing is changed
     mesh = SequenceMesh.build(size)
     full = make_batch(rows, name)
-    batch = shard_batch(full, mesh, shift_labels=name not in MASKED_LM, inner_attention=inner)
+    batch = shard_batch(full, mesh, shift_labels=name not in (*MASKED_LM, *ALIGNED), inner_attention=inner)
     weights = upstream(full, dtype)
     shard = batch["sequence_shard"]
     missing = shard.local_len * size - weights.shape[1]
@@ -132,6 +134,7 @@ CASES.remove(
 )  # the host itself lets these documents leak; see test_packed_documents_are_separate
 if not hasattr(masking_utils, "remap_positions_for_packed_sequence"):
     CASES.remove(("llama4", "packed"))  # an older host counts chunks from the row's start, not the document's
+CASES += [("bart", "full"), ("bart", "left"), ("bart", "right"), ("marian", "full")]
 CASES += [("llama", "tiny"), ("gpt2", "full"), ("qwen3", "right"), ("deepseek_v3", "right"), ("deepseek_v3", "packed")]
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from hf_longctx import SequenceMesh, assert_no_cross_document, explain_attention, gather_sequence, shard_batch
+from hf_longctx.attention.follow_positions import follow_positions
 
 from ..models import MASKED_LM, build
 from ..unit.test_packed import assert_same, documents_of, gradients, one_by_one, pack, weights_like
@@ -26,6 +27,7 @@ EAGER = ("gemma2", "gpt_oss")
 def sharded(name: str, lengths, size: int, dtype: torch.dtype, inner: str = "auto"):
     """Logits of whole rows, summed gradients of a projection, the summed loss and its summed gradients."""
     model = build(name, "ulysses", dtype).eval()
+    follow_positions(model)  # of most nothing is changed
     mesh = SequenceMesh.build(size)
     full = pack(documents_of(lengths, name), name)
     share = shard_batch(full, mesh, shift_labels=name not in MASKED_LM, inner_attention=inner)
@@ -46,7 +48,7 @@ def sharded(name: str, lengths, size: int, dtype: torch.dtype, inner: str = "aut
     return gather_sequence(logits, mesh.sp_group)[:, : shard.num_tokens], projected, loss, trained
 
 
-MODELS = ["llama", "mistral", "gemma2", "gpt_oss", "llama4", "deepseek_v3", "bert", "modernbert"]
+MODELS = ["llama", "mistral", "gemma2", "gpt_oss", "llama4", "deepseek_v3", "bert", "modernbert", "bart", "marian"]
 
 
 CASES = [(name, "ragged") for name in MODELS] + [(name, "64 documents") for name in ("llama", "modernbert")]

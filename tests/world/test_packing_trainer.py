@@ -54,6 +54,12 @@ def test_dropout_free_encoder_trains_on_packed_rows():
     assert_same_trajectory(train(1, model="bert", learning_rate=0.1, trainer_options=collator), expected)
 
 
+def test_decoder_that_numbers_its_tokens_itself_trains_on_packed_rows():
+    """BART: its documents are numbered anew, and its own mean is that of the one batch a step."""
+    collator = {"data_collator": PackingCollator(mask_first_label=False)}
+    assert_same_trajectory(train(1, model="bart", trainer_options=collator), train(0, model="bart"))
+
+
 # A token budget: rows are built, dealt and counted
 
 

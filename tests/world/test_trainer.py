@@ -181,6 +181,15 @@ def test_masked_language_model(world2, model):
         assert_same_trajectory(actual, expected)
 
 
+def test_decoder_that_numbers_its_tokens_and_compares_their_own_labels(world2):
+    """BART's loss averages over the tokens it sees; the oracle sees all tokens of a step at once."""
+    expected = train(0, model="bart", per_device_train_batch_size=4)
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    options |= {"ddp_find_unused_parameters": True, "gradient_accumulation_steps": 2}  # it has cross-attention
+    for actual in world2.run(run_here, 2, {"model": "bart", "per_device_train_batch_size": 2, **options}):
+        assert_same_trajectory(actual, expected)
+
+
 @pytest.mark.parametrize("model", ["mistral", "gemma2", "gpt_oss", "llama4"])
 def test_windows_softcap_sinks_and_chunks_train_alike(world2, model):
     attention = "eager" if model in ("gemma2", "gpt_oss") else "sdpa"

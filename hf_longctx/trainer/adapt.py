@@ -1,0 +1,22 @@
+"""What a few decoders of the host need before they train on shares of rows, or on packed ones."""
+
+from __future__ import annotations
+
+from ..attention.follow_positions import follow_positions
+from ..losses.aligned_labels import aligns_labels
+from .checks import runs_our_attention, unwrap
+
+
+def adapt_model(trainer) -> bool:
+    """Let the trainer's model follow the positions of the shard, and leave labels as they are where its loss does.
+
+    Returns:
+        `bool`: whether the model runs an attention of ours; of any other nothing is changed.
+    """
+    if not runs_our_attention(trainer.model):
+        return False
+    follow_positions(trainer.model)
+    own_loss = trainer.uses_model_loss and trainer.compute_loss_func is None and trainer.label_smoother is None
+    if own_loss and aligns_labels(unwrap(trainer.model).config):
+        trainer._loss_shifts_labels = False  # the host goes by the name of the loss, which these models do not call
+    return True
