@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..config import LongContextConfig
 from ..parallel.mesh import SequenceMesh
+from .global_batches import GlobalBatches
 from .shuffled import number_of
 from .source_checks import (
     SourceColumns,
@@ -33,7 +34,7 @@ from .source_checks import (
     refuse_empty_texts,
     texts_of,
 )
-from .source_rows import NAME_COLUMN, Candidate, GlobalBatches, IndexedRows, StreamedRows
+from .source_rows import NAME_COLUMN, Candidate, IndexedRows, StreamedRows
 from .sources import SourcePlan, validate_names
 
 
@@ -185,18 +186,17 @@ class SourceReader:
         return StreamedRows(name, describe, stream=dataset, cap=cap)
 
     def _describe(self, name: str, rows: list[tuple[int, dict | None]]) -> list[Candidate]:
+        if not rows or rows[0][1] is None:
+            return [Candidate(name, number, ((name, number),)) for number, _ in rows]
         columns, described = self.columns[name], []
         for number, row in rows:
-            if row is None:
-                described.append(Candidate(name, number, frozenset([(name, number)])))
-                continue
             streamed = self.rows[name] is None
             refuse_empty_texts(name, None if streamed else number, row, columns)
             texts = texts_of(row, columns)
             # A stream's numbers say nothing once it is shuffled again, but the same texts are the same row.
             keys = {(name, *texts) if streamed else (name, number), *(texts if self.config.deduplicate else ())}
             lengths = () if self.measure is None else tuple(self.measure(row, columns))
-            described.append(Candidate(name, row if streamed else number, frozenset(keys), lengths))
+            described.append(Candidate(name, row if streamed else number, tuple(keys), lengths))
         return described
 
 

@@ -1,50 +1,35 @@
-"""The rows of every source in order, and the global batches that are made of them.
+"""The rows of one source, for ever: pass after pass, each in an order of its own.
 
-What: a source is read pass after pass, each in an order of its own; `GlobalBatches` takes from the sources what the
-plan says and deals it to the ranks. A row that may not join the batch (it is in it already, or with `deduplicate`
-shares a text with it) is put off and comes first in the source's next batch, so none is lost. Why whole batches on
-every rank: what is put off depends on the rows of all ranks, and texts are cheap beside a training step. Price: rows
-are read here only where texts or lengths decide; then every rank reads those of all ranks.
+A row that may not join a batch (it is in it already, or with `deduplicate` shares a text with it) is put off and comes
+first in the next batch of the source, so none is lost. Rows are read here only where texts or lengths decide.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 
-from .dealing import RankBudgets, deal_evenly
-from .packing import packing_cost
 from .shuffled import ShuffledRange
-from .sources import SourcePlan
 
 
 LABEL_COLUMNS = ("label", "labels", "score", "scores")
 NAME_COLUMN = "dataset_name"
-_READ_AHEAD = 256
+_READ_AHEAD, _NUMBERS_AHEAD = 256, 1024
 _MOST_PUT_OFF = 1024  # or 16 times what was taken
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):
     """A row that could join a batch: its number or the row itself, what no other row of the batch may have, and the
     lengths of its texts where somebody asked."""
 
     source: str
     row: object
-    keys: frozenset[Hashable]
+    keys: tuple[Hashable, ...]
     lengths: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class GlobalBatch:
-    """The rows of all ranks."""
-
-    shares: list[list[Candidate]]
-    swapped: bool
 
 
 class SourceRows:
@@ -84,11 +69,18 @@ class SourceRows:
             looked_at += not self._waiting
             candidate = self._waiting.popleft() if self._waiting else self._next()
             if seen.isdisjoint(candidate.keys):
-                seen |= candidate.keys
+                seen.update(candidate.keys)
                 self._taken += 1
                 return candidate
             self.put_off(candidate)
         return None
+
+    def take_many(self, count: int, seen: set[Hashable]) -> list[Candidate]:
+        """The next `count` rows, or fewer where [`take`] has none."""
+        rows: list[Candidate] = []
+        while len(rows) < count and (candidate := self.take(seen)) is not None:
+            rows.append(candidate)
+        return rows
 
     def put_off(self, candidate: Candidate) -> None:
         """Keep a row for the next batch of this source."""
@@ -127,12 +119,32 @@ class IndexedRows(SourceRows):
         at, start = divmod(self._position, self.rows)
         if self._order[0] != at:
             self._order = (at, ShuffledRange(self.rows, *self._key, at))
-        numbers = self._order[1].at(np.arange(start, min(start + _READ_AHEAD, self.rows)))
+        ahead = _NUMBERS_AHEAD if self._fetch is None else _READ_AHEAD
+        numbers = self._order[1].at(np.arange(start, min(start + ahead, self.rows)))
         if self._used is not None:
             numbers = self._used.at(numbers)
         self._position += len(numbers)
         numbers = numbers.tolist()
         return list(zip(numbers, [None] * len(numbers) if self._fetch is None else self._fetch(numbers)))
+
+    def take_many(self, count: int, seen: set[Hashable]) -> list[Candidate]:
+        """As above; rows of one pass that are told apart by their numbers need no comparing."""
+        rows: list[Candidate] = []
+        while self._fetch is None and not self._waiting and len(rows) < count:
+            if not self._read:
+                if rows and self._position % self.rows == 0:
+                    break  # another pass begins
+                self._read.extend(self.describe(self._more()))
+            rows += [self._read.popleft() for _ in range(min(count - len(rows), len(self._read)))]
+        if len(rows) < count:
+            seen.update(key for row in rows for key in row.keys)
+            rows += super().take_many(count - len(rows), seen)
+        return rows
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether rows are told apart by their numbers alone."""
+        return self._fetch is None
 
     def skip(self, counts: Sequence[int]) -> None:
         """Go where batches of `counts` rows leave a new source, without drawing them one by one.
@@ -154,8 +166,7 @@ class IndexedRows(SourceRows):
         for count in redrawn.tolist():
             seen: set[Hashable] = set()
             self.begin()
-            for _ in range(count):
-                self.take(seen)
+            self.take_many(count, seen)
             self.end()
 
 
@@ -188,109 +199,3 @@ class StreamedRows(SourceRows):
 
     def _more(self) -> list:
         return [next(self._rows)]
-
-
-class GlobalBatches:
-    """The batches of all ranks, one after the other, for ever.
-
-    Args:
-        plan ([`SourcePlan`]): which sources make which batch.
-        sources (`Mapping[str, SourceRows]`): new ones; they are used up.
-        ranks (`int`): data-parallel ranks.
-        batch_size (`int`): rows of every rank.
-        tokens_per_rank (`int`, *optional*): fill every rank up to so many tokens instead.
-        balanced (`bool`): whether ranks get rows of like cost.
-        linear_tokens (`float`): see [`packing_cost`].
-    """
-
-    def __init__(
-        self,
-        plan: SourcePlan,
-        sources: Mapping[str, SourceRows],
-        *,
-        ranks: int,
-        batch_size: int,
-        tokens_per_rank: int | None = None,
-        balanced: bool = False,
-        linear_tokens: float = 12 * 1024,
-    ) -> None:
-        self.plan, self.sources, self.ranks, self.batch_size = plan, sources, ranks, batch_size
-        self.tokens_per_rank, self.balanced, self.linear_tokens = tokens_per_rank, balanced, linear_tokens
-        self.draws = 0
-
-    @property
-    def share_size(self) -> int:
-        """Rows of one share of a batch."""
-        return self.batch_size * self.ranks // self.plan.sources_per_batch
-
-    def skip(self, draws: int) -> None:
-        """Go on after `draws` batches of a new run: at once where nothing is read here, else by drawing them."""
-        assert self.draws == 0
-        plain = all(isinstance(rows, IndexedRows) and rows._fetch is None for rows in self.sources.values())
-        if not plain:
-            for _ in range(draws):
-                next(self)
-            return
-        for name, shares in self.plan.shares_before(draws).items():
-            self.sources[name].skip(shares * self.share_size)
-        self.draws = draws
-
-    def __iter__(self) -> Iterator[GlobalBatch]:
-        return self
-
-    def __next__(self) -> GlobalBatch:
-        draw = self.plan.draw(self.draws)
-        for name in draw.shares:
-            self.sources[name].begin()
-        fill = self._take_rows if self.tokens_per_rank is None else self._take_tokens
-        shares = fill(draw.shares)
-        for name in draw.shares:
-            self.sources[name].end()
-        self.draws += 1
-        return GlobalBatch(shares, draw.swapped)
-
-    def _take_rows(self, shares: dict[str, int]) -> list[list[Candidate]]:
-        rows, seen = [], set()
-        for name, parts in shares.items():
-            for _ in range(parts * self.share_size):
-                candidate = self.sources[name].take(seen)
-                if candidate is None:
-                    raise ValueError(
-                        f"source `{name}` cannot fill {parts * self.share_size} rows of global batch {self.draws}: "
-                        "whatever is left of it shares a text with them; lower the batch size, filter the source, or "
-                        "set `deduplicate` to `False`."
-                    )
-                rows.append(candidate)
-        if not self.balanced or self.ranks == 1:
-            return [rows[rank :: self.ranks] for rank in range(self.ranks)]
-        costs = [packing_cost(row.lengths, self.linear_tokens) for row in rows]
-        return [[rows[place] for place in share] for share in deal_evenly(costs, self.ranks)]
-
-    def _take_tokens(self, shares: dict[str, int]) -> list[list[Candidate]]:
-        rows, seen, budgets = [], set(), RankBudgets(self.ranks, self.tokens_per_rank)
-        names = [name for name, parts in shares.items() for _ in range(parts)]
-        while True:
-            source = self.sources[names[len(rows) % len(names)]]
-            candidate = source.take(seen)
-            if candidate is None:
-                break
-            tokens = sum(candidate.lengths)
-            if tokens > self.tokens_per_rank:
-                raise ValueError(
-                    f"a row of source `{source.name}` has {tokens} tokens, over `tokens_per_rank` "
-                    f"({self.tokens_per_rank}): raise it, or cut or leave out such rows. {_shown(candidate.row)}"
-                )
-            if not budgets.add(tokens):
-                source.put_off(candidate)
-                break
-            rows.append(candidate)
-        if not budgets.all_have_rows:
-            raise ValueError(
-                f"source `{source.name}` has only {len(rows)} rows that share no text for the {self.ranks} ranks of "
-                f"global batch {self.draws}: filter the source, or set `deduplicate` to `False`."
-            )
-        return [[rows[place] for place in share] for share in budgets.shares]
-
-
-def _shown(row: object) -> str:
-    return f"It is row {row}." if isinstance(row, int) else f"It begins with {str(row)[:60]!r}."
