@@ -32,6 +32,7 @@ _PUBLIC = {
     "LongContextSentenceTransformerTrainer": ".trainer.embedding",
     "encode_spans": ".embedding.spans",
     "pack_embeddings": ".embedding.packing",
+    "TiledMultipleNegativesRankingLoss": ".embedding.loss",
     "verify": ".proof.verify",
 }
 __all__ = sorted(_PUBLIC)
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     from .data.packed import PackedDataset  # noqa: F401
     from .data.packing_collator import PackingCollator  # noqa: F401
     from .data.token_budget import TokenBudgetSampler  # noqa: F401
+    from .embedding.loss import TiledMultipleNegativesRankingLoss  # noqa: F401
     from .embedding.packing import pack_embeddings  # noqa: F401
     from .embedding.spans import encode_spans  # noqa: F401
     from .parallel.collectives import gather_sequence  # noqa: F401

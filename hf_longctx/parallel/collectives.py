@@ -1,4 +1,4 @@
-"""Autograd collectives over the `sp` axis, each with a stated backward.
+"""Autograd collectives over the `sp` axis, and two over `dp`, each with a stated backward.
 
 Letters as everywhere: `B` rows, `N`/`K` query/key-value heads, `n`/`k` those of one rank, `T` tokens of the whole row,
 `t = T/P` tokens of one rank, `H` head size. None of them scales a gradient: the wrapper's mean over ranks is the only
@@ -8,6 +8,7 @@ factor.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -124,6 +125,46 @@ def gather_integers(value: int, group: dist.ProcessGroup | None) -> list[int]:
     return torch.cat(parts).tolist()
 
 
+def gather_integer_rows(local: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """Every rank's integers of one shape `S`, as `(ranks, *S)`. Communication: one all-gather. Gradient: none."""
+    if group is None:
+        return local[None]
+    parts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, local.contiguous(), group=group)
+    return torch.stack(parts)
+
+
+def gather_rows(
+    columns: Sequence[torch.Tensor], counts: Sequence[int], group: dist.ProcessGroup | None
+) -> list[torch.Tensor]:
+    """Bring the rows of all ranks together, for several tensors at once and any number of rows a rank.
+
+    Args:
+        columns (`Sequence[torch.Tensor]`): `C` tensors `(n, D)` of one dtype, my rows; `n` may differ between ranks.
+        counts (`Sequence[int]`): `n` of every rank, in rank order, the same list on all of them.
+        group (`ProcessGroup`, *optional*): the `dp` axis; `None` returns `columns` as they are.
+
+    Returns:
+        list of `C` tensors `(sum(counts), D)`, rows in rank order.
+
+    Communication: one all-gather of all columns, padded to the longest rank; one reduce-scatter in the backward.
+    Gradient: a row receives the sum of the gradients that all ranks computed for it, no scaling.
+    Memory: twice the gathered rows while they arrive.
+    """
+    if group is None:
+        return list(columns)
+    return list(_GatherRows.apply(list(counts), group, *columns))
+
+
+def mean_gradient(parameter: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """`parameter` itself, for a parameter that no wrapper averages.
+
+    Communication: none; one all-reduce of its gradient in the backward.
+    Gradient: the mean over the ranks of `group`, the same on all of them, as a wrapper would make it.
+    """
+    return parameter if group is None else _MeanGradient.apply(parameter, group)
+
+
 def _exchange(
     send: list[list[torch.Tensor]], receive_sizes: list[int], group: dist.ProcessGroup, stopwatch: Stopwatch | None
 ) -> list[torch.Tensor]:
@@ -212,6 +253,44 @@ class _HeadsToSequence(torch.autograd.Function):
         send = [[grad[:, :, slice(*ctx.split.query[peer])]] for peer in range(ctx.size)]
         received = _exchange(send, [torch.Size(ctx.local_shape).numel()] * ctx.size, ctx.group, ctx.stopwatch)
         return None, None, None, torch.cat([chunk.view(ctx.local_shape) for chunk in received], dim=1)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, counts: list[int], group, *columns):
+        ctx.counts, ctx.group, ctx.rank = counts, group, dist.get_rank(group)
+        width, local = columns[0].shape[1], counts[ctx.rank]
+        send = columns[0].new_zeros(len(columns), max(counts), width)
+        for slot, column in zip(send, columns):
+            slot[:local] = column
+        parts = [torch.empty_like(send) for _ in counts]
+        dist.all_gather(parts, send, group=group)
+        return tuple(torch.cat([p[i, :n] for p, n in zip(parts, counts)]) for i in range(len(columns)))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        send = [grads[0].new_zeros(len(grads), max(ctx.counts), grads[0].shape[1]) for _ in ctx.counts]
+        for i, grad in enumerate(grads):
+            for slot, part in zip(send, grad.split(ctx.counts)):
+                slot[i, : len(part)] = part
+        received = torch.empty_like(send[0])
+        dist.reduce_scatter(received, send, group=ctx.group)
+        return None, None, *received[:, : ctx.counts[ctx.rank]].unbind()
+
+
+class _MeanGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, parameter, group):
+        ctx.group = group
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad.div_(dist.get_world_size(ctx.group)), None
 
 
 def _ranges(split: HeadSplit):

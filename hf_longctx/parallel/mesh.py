@@ -18,7 +18,8 @@ from ..config import validate_sequence_parallel_size
 class SequenceMesh:
     """Sizes, ranks and groups of the `dp` and `sp` axes.
 
-    Build it with [`SequenceMesh.build`]. `sp_group` is `None` when there is nothing to exchange.
+    Build it with [`SequenceMesh.build`]. A group is `None` when there is nothing to exchange along its axis.
+    `dp_group` holds the ranks with my place in their sequences, one of every sequence group.
     """
 
     data_parallel_size: int
@@ -26,6 +27,7 @@ class SequenceMesh:
     data_parallel_rank: int
     sequence_parallel_rank: int
     sp_group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    dp_group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
 
     @property
     def world_size(self) -> int:
@@ -49,7 +51,7 @@ class SequenceMesh:
             RuntimeError: `P > 1` before `torch.distributed` was initialised.
 
         Communication: creating the groups is collective, so every process must call it. With `P = 1` it creates
-        nothing and needs no process group.
+        nothing and needs no process group; `dp_group` then is the whole world.
         """
         validate_sequence_parallel_size(sequence_parallel_size)
         running = dist.is_available() and dist.is_initialized()
@@ -63,17 +65,20 @@ class SequenceMesh:
             return cls(1, 1, 0, 0)
         world_size, rank = dist.get_world_size(), dist.get_rank()
         validate_world_size(world_size, sequence_parallel_size)
-        group = None
+        sp_group, dp_group = None, dist.group.WORLD if world_size > 1 else None
         if sequence_parallel_size > 1:
             rows = range(0, world_size, sequence_parallel_size)
             members = [list(range(first, first + sequence_parallel_size)) for first in rows]
-            group, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
+            sp_group, _ = dist.new_subgroups_by_enumeration(members, timeout=timeout)
+            places = [list(place) for place in zip(*members)] if len(members) > 1 else None
+            dp_group = dist.new_subgroups_by_enumeration(places, timeout=timeout)[0] if places else None
         return cls(
             data_parallel_size=world_size // sequence_parallel_size,
             sequence_parallel_size=sequence_parallel_size,
             data_parallel_rank=rank // sequence_parallel_size,
             sequence_parallel_rank=rank % sequence_parallel_size,
-            sp_group=group,
+            sp_group=sp_group,
+            dp_group=dp_group,
         )
 
 

@@ -151,6 +151,8 @@ def test_public_names_are_at_most_twenty_and_sorted():
 def test_public_name_loads(name):
     if name == "LongContextSFTTrainer":
         pytest.importorskip("trl")
+    if name == "TiledMultipleNegativesRankingLoss":
+        pytest.importorskip("sentence_transformers")
     value = getattr(hf_longctx, name)
     assert value.__name__ == name
     assert value.__module__ == "hf_longctx" + hf_longctx._PUBLIC[name]
@@ -354,10 +356,17 @@ def test_counters_count():
     assert function_lengths(source) == {"f": 3}
 
 
-def test_missing_trl_is_told_with_the_extra():
+@pytest.mark.parametrize(
+    ("package", "name", "extra"),
+    [
+        ("trl", "LongContextSFTTrainer", "trl"),
+        ("sentence_transformers", "TiledMultipleNegativesRankingLoss", "embedding"),
+    ],
+)
+def test_missing_host_is_told_with_the_extra(package, name, extra):
     code = (
-        "import sys; sys.modules['trl'] = None\nimport hf_longctx\n"
-        "try: hf_longctx.LongContextSFTTrainer\nexcept ImportError as error: print(error)"
+        f"import sys; sys.modules['{package}'] = None\nimport hf_longctx\n"
+        f"try: hf_longctx.{name}\nexcept ImportError as error: print(error)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "pip install hf-longctx[trl]" in done.stdout, done.stderr
+    assert f"pip install hf-longctx[{extra}]" in done.stdout, done.stderr
