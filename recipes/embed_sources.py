@@ -1,8 +1,8 @@
 """Where the pairs of embedding training come from: sources by name, what of them is here, and what is not.
 
 A source is a data set on the Hub (`org/name`, `org/name:config`), one file of a data set there
-(`hf://datasets/org/name/file.jsonl.gz`), a jsonl, parquet or csv file or a folder of them, or pairs from installed packages
-(`docstrings:`, `modules:`, see `docstrings.py`). A source that cannot be had is said and left out.
+(`hf://datasets/org/name/file.jsonl.gz`), a jsonl, parquet or csv file or a folder of them, or pairs from installed
+packages (`docstrings:`, `modules:`, see `docstrings.py`). A source that cannot be had is said and left out.
 
 Files of JSON lines may hold objects with a key a column, or what the training data of sentence-transformers hold:
 `[anchor, positive]`, triplets, `{"set": [...]}`, `{"query": ..., "pos": [...], "neg": [...]}`. Of several positives or
@@ -51,17 +51,20 @@ class SourceArguments:
     )
     sources_config: str | None = field(
         default=None,
-        metadata={"help": "A `data_config.json` with names, rows and weights; `package:NAME/file` for an installed one."},
+        metadata={"help": "A `data_config.json` with names, rows, weights; `package:NAME/file` if a package has it."},
     )
     sources_at: dict[str, str] | str | None = field(
         default=None,
-        metadata={"help": "Beginnings of names in `sources_config`, and where what follows lies; '' is nowhere public."},
+        metadata={"help": "Beginnings of names in `sources_config` and where the rest lies; '' is nowhere public."},
     )
     sources_renamed: dict[str, str] | str | None = field(
         default=None, metadata={"help": "Names in `sources_config` whose public files have another name."}
     )
     sources_folder: str | None = field(
         default=None, metadata={"help": "Folder with files of `sources_config`, looked at before `sources_at`."}
+    )
+    shortest_text: int | None = field(
+        default=None, metadata={"help": "Leave out rows whose longest text has fewer characters."}
     )
     streaming: bool = field(default=False, metadata={"help": "Read all sources while training."})
     eval_source: str | None = field(
@@ -167,7 +170,14 @@ def open_source(name: str, place: str, args: SourceArguments):
             dataset = load_dataset(TABLES[Path(place).suffix], data_files=place, **options)
         else:
             dataset = load_dataset(kind, config or None, **options)
-    return choose_texts(dataset, (args.source_columns or {}).get(name), args.num_texts)
+    dataset = choose_texts(dataset, (args.source_columns or {}).get(name), args.num_texts)
+    if args.shortest_text:
+        dataset = dataset.filter(partial(_is_long, shortest=args.shortest_text))
+    return dataset
+
+
+def _is_long(row: dict, shortest: int) -> bool:
+    return max(len(text) for text in row.values() if isinstance(text, str)) >= shortest
 
 
 def choose_texts(dataset, columns: list[str] | None, num_texts: int | None):
