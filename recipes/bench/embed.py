@@ -4,9 +4,10 @@ What: MiniLM, docstring and function, `MultipleNegativesRankingLoss` and its cac
 *padded, ST* is ST's trainer as it comes; *packed, ST's loss* is the same after `pack_embeddings(model)`; *ours* is
 `LongContextSentenceTransformerTrainer` with `TiledMultipleNegativesRankingLoss`. All get the same rows.
 
-How: every measurement is a fresh process with a warm-up step, whose loss and gradients must equal those of the padded
-host; contenders take turns within a round. *Step memory* is the high-water mark of the steps less what was held
-before: weights are out, gradients are in. Price: on 2 cores, some 10 minutes and 6 GB at the defaults.
+How: every measurement is a fresh process. Its first step gives the memory, and its loss and gradients must equal those
+of the padded host; the steps behind it give the seconds. Contenders take turns within a round. *Step memory* is the
+high-water mark less what was held before: weights are out, gradients are in.
+Price: on 2 cores, some 10 minutes and 6 GB at the defaults.
 
     python recipes/bench/embed.py --output docs/benchmarks/embed_cpu.md
 
@@ -138,7 +139,7 @@ def write_report(result: dict, path: Path) -> None:
     lines = [
         "# Training steps of an embedder on a CPU",
         "",
-        f"MiniLM-L6 (22.7 M weights), {settings['batch_size']} pairs of a docstring and its function, float32, forward and "
+        f"MiniLM-L6 (22.7 M weights), {settings['batch_size']} pairs of docstring and function, float32, forward and "
         f"backward; cached: mini-batches of {settings['mini_batch_size']} texts. ST is sentence-transformers.",
         "",
         markdown_table(HEADERS, map(cells, rows)),
@@ -152,8 +153,9 @@ def write_report(result: dict, path: Path) -> None:
         ]
     lines += [
         "- *speed-up*: to the padded host of the same kind, by the clock, and by CPU seconds in brackets.",
-        "- *step MB*: the most memory of a step beyond what was held before it, gradients included; *memory*: its ratio.",
-        "- *gradient error*: all gradients against the padded host's uncached ones, relative to their norm, dropout off.",
+        "- *step MB*: the most memory of the first step beyond what was held before it (weights, batch), gradients",
+        "  included; *memory*: its ratio to the padded host of the same kind.",
+        "- *gradient error*: all gradients against the padded host's (uncached), relative to their norm; no dropout.",
         "- *tokens in the step*: what the model computes, padding included.",
         "",
     ]
@@ -162,8 +164,8 @@ def write_report(result: dict, path: Path) -> None:
         lines += [
             "## The same embeddings",
             "",
-            f"Spearman correlation on the development split of the STS benchmark, times 100: {scores}. *Shared*: every row "
-            "of tokens cut in two, one part on each of two processes.",
+            f"Spearman correlation on the development split of the STS benchmark, times 100: {scores}. *Shared*: "
+            "every row of tokens cut in two, one part on each of two processes.",
             "",
         ]
     lines += [

@@ -70,7 +70,7 @@ def build_step(settings: dict, rows: list[dict], folder: str) -> tuple[SentenceT
         trainer = LongContextSentenceTransformerTrainer(**options, long_context=long_context)
     else:
         trainer = SentenceTransformerTrainer(**options)
-    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1  # what `train` would set
     batch = trainer.data_collator(rows)
     tokens = sum(value.numel() for key, value in batch.items() if key.endswith("_input_ids"))
     settings["tokens"] = tokens
@@ -78,24 +78,26 @@ def build_step(settings: dict, rows: list[dict], folder: str) -> tuple[SentenceT
 
 
 def measure(settings: dict) -> dict:
-    """A warm-up step, then `steps` of them; the first one's gradients are compared with the padded host's."""
+    """A first step for memory and gradients, which are compared with the padded host's, then `steps` for the clock."""
     torch.manual_seed(0)
     torch.set_num_threads(settings["cores"])
     rows = read_pairs(settings["pairs"], settings["batch_size"])
     with tempfile.TemporaryDirectory() as folder:
         model, step = build_step(settings, rows, folder)
         meter = Meter("cpu")
+        before = meter.memory()
+        meter.reset_peak()
         loss = step()
+        step_bytes = meter.peak() - before
         error = compare(model, loss, Path(settings["reference"]))
         model.zero_grad(set_to_none=True)
-        runs, before = [], meter.memory()
-        meter.reset_peak()
+        runs = []
         for _ in range(settings["steps"]):
             meter.start()
             step()
             runs.append(meter.stop())
             model.zero_grad(set_to_none=True)
-        return {"runs_of_steps": runs, "step_bytes": meter.peak() - before, "loss": loss, **error} | {
+        return {"runs_of_steps": runs, "step_bytes": step_bytes, "loss": loss, **error} | {
             "tokens": settings["tokens"],
             "device_name": "CPU",
             "load": os.getloadavg()[0],
