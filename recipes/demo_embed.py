@@ -38,7 +38,7 @@ MEASURES = ("accuracy@1", "mrr@10")
 
 @dataclass
 class DemoArguments:
-    steps: int = field(default=60, metadata={"help": "Optimizer steps of the first run."})
+    steps: int = field(default=30, metadata={"help": "Optimizer steps of the first run."})
     document_steps: int = field(default=4, metadata={"help": "Optimizer steps on whole files, by two processes."})
     compared_steps: int = field(default=2, metadata={"help": "First of these repeated by one process."})
     folder: str = field(default="runs/demo-embed", metadata={"help": "Where to write; replaced."})
@@ -48,7 +48,7 @@ def measure_step(contender: str, folder: Path, config: dict) -> dict:
     """A few steps of one way to train in a process of its own, by the benchmark's worker."""
     settings = {
         "model": _minilm(),
-        "pairs": config["sources"]["docstrings"],
+        "pairs": "docstrings:" + ",".join(config["sources"]),
         "batch_size": config["per_device_train_batch_size"],
         "max_length": config["max_seq_length"],
         "contender": contender,

@@ -11,7 +11,7 @@ from inputs import PACKAGE, model_folder
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
-from transformers import AutoModel, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModel, AutoTokenizer, set_seed
 
 
 @dataclass
@@ -39,6 +39,9 @@ class EmbeddingModelArguments:
     is_causal: bool | None = field(
         default=None, metadata={"help": "false lets every token of a decoder see the whole text."}
     )
+    dropout: float | None = field(
+        default=None, metadata={"help": "0 switches dropout off, so that one and several processes compute the same."}
+    )
     max_seq_length: int | None = field(default=None, metadata={"help": "Tokens beyond it are cut off."})
     stretch_positions: int | None = field(
         default=None,
@@ -55,6 +58,8 @@ def load_embedder(args: EmbeddingModelArguments, size: int, seed: int) -> Senten
     config_kwargs = {} if args.is_causal is None else {"is_causal": args.is_causal}
     if args.gguf_file:
         source = _unpack_gguf(source, args.gguf_file)
+    if args.dropout is not None:
+        config_kwargs |= dict.fromkeys(_dropouts(source, args.model_revision), args.dropout)
     revision = {} if args.model_revision == "main" else {"revision": args.model_revision}
     if args.pooling_mode is None:
         options = {"model_kwargs": model_kwargs, "config_kwargs": config_kwargs}
@@ -108,6 +113,13 @@ def stretch_positions(model: SentenceTransformer, num_positions: int) -> None:
     inner.config.max_position_embeddings = num_positions
     model.tokenizer.model_max_length = num_positions
     model.max_seq_length = num_positions
+
+
+def _dropouts(source: str, revision: str) -> list[str]:
+    """The names that the model's configuration has for dropout."""
+    config = AutoConfig.from_pretrained(source, revision=revision)
+    names = ("hidden_dropout_prob", "attention_probs_dropout_prob", "attention_dropout", "mlp_dropout")
+    return [name for name in (*names, "embedding_dropout") if hasattr(config, name)]
 
 
 def _source(name: str | None) -> str:
