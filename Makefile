@@ -1,6 +1,6 @@
-# `make demo` and `make test` do all their own set-up in .venv. `make lint` checks style, `make floor` the oldest
-# host, `make conformance` every model type of the installed transformers, `make conformance_embeddings` those that
-# embed, `make docs` builds the pages as a site.
+# `make demo`, `make demo-embed` and `make test` do all their own set-up in .venv. `make lint` checks style, `make floor`
+# the oldest host, `make conformance` every model type of the installed transformers, `make conformance_embeddings`
+# those that embed, `make docs` builds the pages as a site.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -8,7 +8,7 @@ BIN    := $(VENV)/bin
 # Without an NVIDIA driver this version is taken, of which pip may have a CPU build at hand that spares gigabytes.
 TORCH  := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch==2.13.0")
 
-.PHONY: demo test floor conformance conformance_embeddings lint refusals docs setup clean
+.PHONY: demo demo-embed test floor conformance conformance_embeddings lint refusals docs setup clean
 
 setup: $(VENV)/.ready
 
@@ -23,6 +23,10 @@ $(VENV)/.ready: setup.py Makefile
 
 demo: setup
 	$(BIN)/python recipes/demo.py
+
+# Embeddings: MiniLM learns to find code by its docstring, then whole files shared by two processes.
+demo-embed: setup
+	$(BIN)/python recipes/demo_embed.py
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests

@@ -51,9 +51,9 @@ def run(arguments: list[str], num_threads: int, console: Console) -> float:
     return time.perf_counter() - started
 
 
-def compare(console: Console, shared: dict, single: dict) -> float:
+def compare(console: Console, shared: dict, single: dict, unit: str = "nats per token") -> float:
     """Print both loss columns and return their largest difference."""
-    table = Table(title="Loss of the same rows, nats per token", title_justify="left")
+    table = Table(title=f"Loss of the same rows, {unit}", title_justify="left")
     for name in ("step", "two processes", "one process", "difference"):
         table.add_column(name, justify="right")
     alone = {entry["step"]: entry["loss"] for entry in single["history"]}

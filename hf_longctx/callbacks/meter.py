@@ -16,7 +16,7 @@ import time
 
 import torch
 from accelerate.utils import gather
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from ..parallel.segments import DOCUMENT_BOUND_KEYS, segment_rows
 from ..parallel.shard import SequenceShard
@@ -93,8 +93,12 @@ class ThroughputMeter(TrainerCallback):
         self._forget_model()
         self._batches, self._steps = [], []
         self._exchange, self._shares_rows = Stopwatch(), False
-        self._learn_flops(model, is_main=state.is_world_process_zero)
-        self._hook = model.register_forward_pre_hook(self._see_batch, with_kwargs=True)
+        inside = _transformer_inside(model)
+        self._learn_flops(inside or model, is_main=state.is_world_process_zero)
+        if inside is None:
+            self._hook = model.register_forward_pre_hook(self._see_batch, with_kwargs=True)
+        else:  # its host calls `forward` past the hooks of the inner model, and rows are cut on the way to it
+            self._hook = unwrap(model)[0].register_forward_hook(self._see_features)
         self._clock, self._seconds = time.perf_counter(), 0.0
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
@@ -166,6 +170,9 @@ class ThroughputMeter(TrainerCallback):
             if is_main:  # what one model of transformers lacks, another spells in its own way: never stop a run for it
                 logger.warning(f"the logs will have no `achieved_tflops`: {error}")
 
+    def _see_features(self, module: torch.nn.Module, args: tuple, features: dict[str, object]) -> None:
+        self._see_batch(module, args, features)
+
     @torch.compiler.disable
     def _see_batch(self, model: torch.nn.Module, args: tuple, batch: dict[str, object]) -> tuple | None:
         if not model.training or not torch.is_grad_enabled():
@@ -178,6 +185,14 @@ class ThroughputMeter(TrainerCallback):
             return None
         self._shares_rows = True
         return args, {**batch, "sequence_shard": dataclasses.replace(shard, stopwatch=self._exchange)}
+
+
+def _transformer_inside(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The model of transformers that a sentence-transformer, which is a sequence of modules, begins with."""
+    base = unwrap(model)
+    if not isinstance(base, torch.nn.Sequential):
+        return None
+    return next((module for module in base.modules() if isinstance(module, PreTrainedModel)), None)
 
 
 def document_lengths(batch: dict[str, object]) -> torch.Tensor | None:

@@ -92,12 +92,12 @@ def _body(folder: Path, metrics: dict, picture: str | None) -> str:
     ]
     if picture is not None:
         parts.append(f"![Loss and throughput]({picture})")
-    parts += ["## Results", _table("Measure", "Value", _results(metrics))]
-    parts += ["## Training", _table("Setting", "Value", _settings(metrics))]
+    parts += ["## Results", markdown_table("Measure", "Value", run_results(metrics))]
+    parts += ["## Training", markdown_table("Setting", "Value", run_settings(metrics))]
     parts += ["Command, from the folder with the recipes:", f"```bash\n{metrics['command']}\n```"]
     parts += [
         "## Versions",
-        _table("Library", "Version", metrics["versions"]),
+        markdown_table("Library", "Version", metrics["versions"]),
         "Numbers of every step: `metrics.json`.",
     ]
     return "\n\n".join(parts) + "\n"
@@ -107,14 +107,15 @@ def _link(name: str | None, kind: str) -> str | None:
     return f"[{name}](https://huggingface.co/{kind}{name})" if is_hub_name(name) else name
 
 
-def _results(metrics: dict) -> dict[str, str]:
+def run_results(metrics: dict, unit: str = "nats per token") -> dict[str, str]:
+    """What a run reached: losses, tokens, time and memory."""
     history, evaluations, train = metrics["history"], metrics["eval_history"], metrics["train"]
     rows = {"Optimizer steps": str(metrics["num_steps"])}
     if history:
         first, last = history[0], history[-1]
-        rows["Training loss, nats per token"] = f"{last['loss']:.4f} (at step {first['step']}: {first['loss']:.4f})"
+        rows[f"Training loss, {unit}"] = f"{last['loss']:.4f} (at step {first['step']}: {first['loss']:.4f})"
     if evaluations:
-        rows["Evaluation loss, nats per token"] = f"{evaluations[-1]['eval_loss']:.4f}"
+        rows[f"Evaluation loss, {unit}"] = f"{evaluations[-1]['eval_loss']:.4f}"
     if train.get("num_input_tokens_seen"):
         rows["Tokens seen"] = f"{train['num_input_tokens_seen']:,}"
     if train.get("train_runtime"):
@@ -133,14 +134,16 @@ def _results(metrics: dict) -> dict[str, str]:
     return rows
 
 
-def _settings(metrics: dict) -> dict[str, str]:
+def run_settings(metrics: dict, length: str = "Context length, tokens per row") -> dict[str, str]:
+    """How a run was set up: lengths, processes, optimizer."""
     rows = {
-        "Context length, tokens per row": f"{metrics['row_tokens']:,}" if metrics["row_tokens"] else "as in the data",
+        length: f"{metrics['row_tokens']:,}" if metrics["row_tokens"] else "as in the data",
         "Sequence-parallel size": str(metrics["sequence_parallel_size"]),
         "Data-parallel size": str(metrics["data_parallel_size"]),
     }
     return {**rows, **{name.replace("_", " ").capitalize(): str(value) for name, value in metrics["settings"].items()}}
 
 
-def _table(name: str, value: str, rows: dict[str, str]) -> str:
+def markdown_table(name: str, value: str, rows: dict[str, str]) -> str:
+    """Two columns, as Markdown."""
     return "\n".join([f"| {name} | {value} |", "|---|---|", *(f"| {key} | {cell} |" for key, cell in rows.items())])

@@ -25,7 +25,17 @@ from .model_card import is_hub_name, write_model_card
 logger = logging.getLogger(__name__)
 
 METRICS_FILE, PICTURE_FILE = "metrics.json", "loss_and_throughput.png"
-_LIBRARIES = ("hf-longctx", "torch", "transformers", "accelerate", "trl", "peft", "datasets", "tokenizers")
+_LIBRARIES = (
+    "hf-longctx",
+    "torch",
+    "transformers",
+    "accelerate",
+    "trl",
+    "peft",
+    "sentence-transformers",
+    "datasets",
+    "tokenizers",
+)
 
 
 class RunReport(TrainerCallback):
@@ -43,6 +53,8 @@ class RunReport(TrainerCallback):
     Communication: one gather of a few numbers at the end of training, and the meter's; every rank must have the
     callback.
     """
+
+    loss_unit = "loss (nats per token)"
 
     def __init__(
         self,
@@ -89,8 +101,16 @@ class RunReport(TrainerCallback):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / METRICS_FILE).write_text(json.dumps(self.metrics, indent=2) + "\n", encoding="utf-8")
-        drawn = draw_curves(self.metrics, folder / PICTURE_FILE)
-        write_model_card(folder, self.metrics, PICTURE_FILE if drawn else None, self._earlier_card)
+        name, points = self._evaluations(self.metrics)
+        drawn = draw_curves(self.metrics, folder / PICTURE_FILE, self.loss_unit, name, points)
+        self._write_card(folder, PICTURE_FILE if drawn else None)
+
+    def _evaluations(self, metrics: dict) -> tuple[str, list[tuple[int, float]]]:
+        """What the orange curve shows, and its points."""
+        return "evaluation", [(entry["step"], entry["eval_loss"]) for entry in metrics["eval_history"]]
+
+    def _write_card(self, folder: Path, picture: str | None) -> None:
+        write_model_card(folder, self.metrics, picture, self._earlier_card)
         self._earlier_card = None  # kept once
 
     def _collect(self, args, state, peaks: list[dict], model) -> dict:
@@ -119,24 +139,24 @@ class RunReport(TrainerCallback):
         }
 
 
-def draw_curves(metrics: dict, path: Path) -> bool:
-    """Draw loss and throughput over optimizer steps; `False`, with a warning, where matplotlib is missing."""
+def draw_curves(metrics: dict, path: Path, unit: str, name: str, points: list[tuple[int, float]]) -> bool:
+    """Draw loss, `points` of an evaluation and throughput; `False`, with a warning, where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         logger.warning("`%s` was not drawn, matplotlib is missing: run `pip install hf-longctx[demo]`", path.name)
         return False
-    history, evaluations = metrics["history"], metrics["eval_history"]
+    history = metrics["history"]
     figure = Figure(figsize=(11, 4), dpi=150, layout="constrained")
     losses, speeds = figure.subplots(1, 2)
     few = "o" if len(history) <= 50 else None
     steps = [entry["step"] for entry in history]
     losses.plot(steps, [entry["loss"] for entry in history], marker=few, color="tab:blue", label="training")
-    if evaluations:
-        points = [entry["step"] for entry in evaluations], [entry["eval_loss"] for entry in evaluations]
-        losses.plot(*points, marker="s", color="tab:orange", label="evaluation")
-        losses.legend(frameon=False)
-    losses.set(title="Loss", xlabel="optimizer step", ylabel="loss (nats per token)")
+    if points:
+        panel = losses if name == "evaluation" else losses.twinx()  # a score has a scale of its own
+        panel.plot(*zip(*points), marker="s", color="tab:orange", label=name)
+        figure.legend(frameon=False, loc="outside lower left", ncols=2)
+    losses.set(title="Loss", xlabel="optimizer step", ylabel=unit)
     measured = [(entry["step"], entry["tokens_per_second"]) for entry in history if entry["tokens_per_second"]]
     if measured:
         speeds.plot(*zip(*measured), marker=few, color="tab:green")

