@@ -172,6 +172,7 @@ class ThroughputMeter(TrainerCallback):
 
     def _see_features(self, module: torch.nn.Module, args: tuple, features: dict[str, object]) -> None:
         self._see_batch(module, args, features)
+        self._shares_rows = False  # the shard was used before it came here, so no stopwatch was in it
 
     @torch.compiler.disable
     def _see_batch(self, model: torch.nn.Module, args: tuple, batch: dict[str, object]) -> tuple | None:
