@@ -33,13 +33,14 @@ from transformers import HfArgumentParser
 
 ROOT = Path(__file__).resolve().parent.parent
 STEP = ROOT / "recipes" / "bench" / "embed.py"
+STEP_PAIRS = 32
 MEASURES = ("accuracy@1", "mrr@10")
 
 
 @dataclass
 class DemoArguments:
-    steps: int = field(default=30, metadata={"help": "Optimizer steps of the first run."})
-    document_steps: int = field(default=4, metadata={"help": "Optimizer steps on whole files, by two processes."})
+    steps: int = field(default=20, metadata={"help": "Optimizer steps of the first run."})
+    document_steps: int = field(default=3, metadata={"help": "Optimizer steps on whole files, by two processes."})
     compared_steps: int = field(default=2, metadata={"help": "First of these repeated by one process."})
     folder: str = field(default="runs/demo-embed", metadata={"help": "Where to write; replaced."})
 
@@ -48,12 +49,12 @@ def measure_step(contender: str, folder: Path, config: dict) -> dict:
     """A few steps of one way to train in a process of its own, by the benchmark's worker."""
     settings = {
         "model": _minilm(),
-        "pairs": "docstrings:" + ",".join(config["sources"]),
-        "batch_size": config["per_device_train_batch_size"],
+        "pairs": "docstrings:" + ",".join(list(config["sources"])[:2]),
+        "batch_size": STEP_PAIRS,
         "max_length": config["max_seq_length"],
         "contender": contender,
         "mini_batch_size": 16,
-        "steps": 3,
+        "steps": 2,
         "cores": os.cpu_count(),
         "reference": str(folder / "gradients.pt"),
     }
@@ -73,7 +74,7 @@ def _minilm() -> str:
 
 def show_steps(console: Console, folder: Path, config: dict) -> float:
     """Print padded against packed; return the relative difference of their losses."""
-    table = Table(title=f"One step, {config['per_device_train_batch_size']} pairs", title_justify="left")
+    table = Table(title=f"One step, {STEP_PAIRS} pairs", title_justify="left")
     for name in ("", "tokens computed", "seconds", "loss"):
         table.add_column(name, justify="right" if name else "left")
     runs = {}
