@@ -39,8 +39,8 @@ MEASURES = ("accuracy@1", "mrr@10")
 
 @dataclass
 class DemoArguments:
-    steps: int = field(default=20, metadata={"help": "Optimizer steps of the first run."})
-    document_steps: int = field(default=3, metadata={"help": "Optimizer steps on whole files, by two processes."})
+    steps: int = field(default=16, metadata={"help": "Optimizer steps of the first run."})
+    document_steps: int = field(default=2, metadata={"help": "Optimizer steps on whole files, by two processes."})
     compared_steps: int = field(default=2, metadata={"help": "First of these repeated by one process."})
     folder: str = field(default="runs/demo-embed", metadata={"help": "Where to write; replaced."})
 

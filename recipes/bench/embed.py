@@ -52,7 +52,7 @@ console = Console(width=max(Console().width, 130))
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a sentence-transformer; by default the installed MiniLM")
-    parser.add_argument("--pairs", default="docstrings:sklearn,scipy,numpy", help="packages to mine")
+    parser.add_argument("--pairs", default="docstrings:torch,sympy,scipy", help="packages to mine")
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--mini_batch_size", type=int, default=16, help="of the cached contenders")
     parser.add_argument("--max_lengths", type=int, nargs="+", default=[256, 512])
