@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 INNER_ATTENTIONS = (
@@ -227,6 +227,11 @@ class LongContextConfig:
     tokens_per_rank: int | None = field(
         default=None, metadata={"help": "Tokens that fill every rank, instead of a number of rows."}
     )
+
+    def changed(self, *names: str) -> dict[str, object]:
+        """Those of the named fields that are not at their default, with their values."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {name: getattr(self, name) for name in names if getattr(self, name) != defaults[name]}
 
     def __post_init__(self) -> None:
         validate_sequence_parallel_size(self.sequence_parallel_size)

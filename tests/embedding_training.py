@@ -19,7 +19,7 @@ from hf_longctx import (
 )
 
 from .embedding import embedder, texts
-from .training import reset_host
+from .training import DEFAULTS, reset_host
 
 
 def pairs(count: int = 24, seed: int = 0, negatives: int = 0) -> Dataset:
@@ -72,22 +72,8 @@ def loss_of(name: str, model):
 
 
 def arguments(folder: str, **changes) -> SentenceTransformerTrainingArguments:
-    defaults = {
-        "output_dir": folder,
-        "use_cpu": True,
-        "optim": "sgd",
-        "learning_rate": 0.3,
-        "lr_scheduler_type": "constant",
-        "max_steps": 3,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 4,
-        "per_device_eval_batch_size": 4,
-        "max_grad_norm": 1.0,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "seed": 5,
-    }
+    defaults = {**DEFAULTS, "max_steps": 3, "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    defaults["output_dir"] = folder
     return SentenceTransformerTrainingArguments(**{**defaults, **changes})
 
 

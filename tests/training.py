@@ -57,24 +57,25 @@ def pad_right(rows: list[dict]) -> dict[str, torch.Tensor]:
     return {key: torch.tensor(value) for key, value in batch.items()}
 
 
+DEFAULTS = {
+    "use_cpu": True,
+    "optim": "sgd",
+    "learning_rate": 0.3,
+    "lr_scheduler_type": "constant",
+    "max_steps": 4,
+    "logging_steps": 1,
+    "per_device_train_batch_size": 2,
+    "max_grad_norm": 1.0,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "remove_unused_columns": False,
+    "seed": 5,
+}
+
+
 def arguments(folder: str, **changes) -> TrainingArguments:
-    defaults = {
-        "output_dir": folder,
-        "use_cpu": True,
-        "optim": "sgd",
-        "learning_rate": 0.3,
-        "lr_scheduler_type": "constant",
-        "max_steps": 4,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 2,
-        "max_grad_norm": 1.0,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "remove_unused_columns": False,
-        "seed": 5,
-    }
-    return TrainingArguments(**{**defaults, **changes})
+    return TrainingArguments(**{**DEFAULTS, "output_dir": folder, **changes})
 
 
 def reset_host() -> None:

@@ -189,22 +189,10 @@ class TiledMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
             normalize=self.similarity_fct is cos_sim,
             digests=digests,
             tile_size=self.loss_tile_size,
-            group=self._group(),
+            group=negatives_group(self),
             negatives=self.negatives,
             refuse_nonfinite=self.refuse_nonfinite,
         )
-
-    def _group(self) -> dist.ProcessGroup | None:
-        """The ranks whose rows are negatives of mine."""
-        if not self.gather_across_devices:
-            return None
-        if self.mesh is None and _num_processes() > 1:
-            raise RuntimeError(
-                f"`TiledMultipleNegativesRankingLoss` runs on {_num_processes()} processes and was not told which of "
-                "them hold different rows: train with a trainer of hf_longctx, call "
-                "`loss.bind(SequenceMesh.build(sequence_parallel_size))`, or set `gather_across_devices=False`."
-            )
-        return None if self.mesh is None else self.mesh.dp_group
 
     def _scale(self) -> float | torch.Tensor:
         if self.log_scale is None:
@@ -233,6 +221,23 @@ _INF_CL = """
     primaryClass={cs.CV}
 }
 """  # noqa: E501
+
+
+def negatives_group(loss: torch.nn.Module) -> dist.ProcessGroup | None:
+    """The ranks whose rows are negatives of mine, for a loss of ours with a `mesh`.
+
+    Raises:
+        RuntimeError: several processes run, and nobody said which of them hold different rows.
+    """
+    if not loss.gather_across_devices:
+        return None
+    if loss.mesh is None and _num_processes() > 1:
+        raise RuntimeError(
+            f"`{type(loss).__name__}` runs on {_num_processes()} processes and was not told which of them hold "
+            "different rows: train with a trainer of hf_longctx, call "
+            "`loss.bind(SequenceMesh.build(sequence_parallel_size))`, or set `gather_across_devices=False`."
+        )
+    return None if loss.mesh is None else loss.mesh.dp_group
 
 
 def bind_losses(

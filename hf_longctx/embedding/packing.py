@@ -34,7 +34,7 @@ except ImportError as error:
 
 from .checks import check_packable, check_shardable, refuse_leak
 from .proof import prove_packing
-from .rows import POOLING_KEYS, FlatCollator
+from .rows import FlatCollator
 from .spans import spans_of_rows
 
 
@@ -135,8 +135,8 @@ def _transformer_forward(kind: type):
         flat = "cu_seq_lens_q" in features
         if flat:
             refuse_leak(self)
-        hidden = {key: features[key] for key in POOLING_KEYS if key in features}
-        inputs = {key: value for key, value in features.items() if key not in (*hidden, "sequence_shard")}
+        # What only pooling reads, and what an earlier forward left here.
+        inputs = {key: value for key, value in features.items() if key not in ("span_ids", "sequence_shard")}
         shard = None
         if layout.mesh is not None:
             if not flat:

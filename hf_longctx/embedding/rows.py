@@ -6,10 +6,6 @@ import torch
 from transformers import DataCollatorWithFlattening
 
 
-# Facts about tokens that only pooling reads; the transformer never sees them.
-POOLING_KEYS = ("span_ids", "offset_mapping")
-
-
 class FlatCollator(DataCollatorWithFlattening):
     """The host's flattening of tokenized texts, plus what it drops: token types and character offsets.
 

@@ -22,6 +22,7 @@ try:
     from sentence_transformers.base.losses.gradcache import CachedLossMixin
 
     from .gradient_cache import cached_loss
+    from .loss import negatives_group
 except ImportError as error:
     raise ImportError("`SpanRankingLoss` needs sentence-transformers: `pip install hf-longctx[embedding]`.") from error
 
@@ -82,7 +83,7 @@ class SpanRankingLoss(CachedLossMixin, torch.nn.Module):
         return cached_loss(self, features, calculate)
 
     def _rank(self, queries: torch.Tensor, spans: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
-        group = None if self.mesh is None or not self.gather_across_devices else self.mesh.dp_group
+        group = negatives_group(self)
         counts = torch.tensor([len(queries), len(spans)], device=spans.device)
         everyone = gather_integer_rows(counts, group).tolist()
         rank = 0 if group is None else self.mesh.data_parallel_rank

@@ -8,7 +8,7 @@ Source: Late Chunking, https://huggingface.co/papers/2409.04701.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -17,7 +17,7 @@ from ..parallel.pooling import Spans
 
 NO_SPAN = -1
 SPANS_SUFFIX = "_spans"
-_WITH_OFFSETS = {"text": {"return_offsets_mapping": True}}
+WITH_OFFSETS = {"text": {"return_offsets_mapping": True}}
 
 
 def spans_of_rows(span_ids: torch.Tensor, bounds: torch.Tensor) -> Spans:
@@ -32,19 +32,17 @@ def spans_of_rows(span_ids: torch.Tensor, bounds: torch.Tensor) -> Spans:
 
 
 def mark_spans(
-    preprocess: Callable,
+    features: Mapping[str, object],
     documents: Sequence[str],
     spans: Sequence[Sequence[tuple[int, int]]],
-    input_ids: torch.Tensor,
     prompt: str | None = None,
 ) -> torch.Tensor:
     """The span of every token of a flat row of documents.
 
     Args:
-        preprocess (`Callable`): `model.preprocess` of a packed model.
+        features (`Mapping`): what a packed model's `preprocess` made of the documents under `WITH_OFFSETS`.
         documents (`Sequence[str]`): the texts.
         spans (`Sequence`): for each document its `(start, end)` pairs of characters, in order, without overlap.
-        input_ids (`torch.Tensor` of shape `(1, T)`): what `preprocess` made of the documents.
         prompt (`str`, *optional*): what stands in front of each document.
 
     Returns:
@@ -55,17 +53,13 @@ def mark_spans(
         ValueError: spans that overlap, are empty, or have no token because the document was cut off before them.
         NotImplementedError: the model pads, or rewrites its texts by a chat template.
     """
-    features = preprocess(list(documents), prompt=prompt, processing_kwargs=_WITH_OFFSETS)
     if features.get("modality") != "text" or "cu_seq_lens_q" not in features or "offset_mapping" not in features:
         raise NotImplementedError(
             "spans need a packed model with a fast tokenizer and no chat template, so that characters can be traced "
             "to tokens: call `hf_longctx.pack_embeddings(model)`, or leave spans out."
         )
-    if not torch.equal(features["input_ids"], input_ids.cpu()):
-        raise NotImplementedError("the tokenizer made other tokens of the same documents: spans need a steady one.")
-    shift = len(prompt) if prompt else 0
-    marks = torch.full((input_ids.shape[1],), NO_SPAN)
-    bounds = features["cu_seq_lens_q"].tolist()
+    bounds, shift = features["cu_seq_lens_q"].tolist(), len(prompt or "")
+    marks = torch.full((bounds[-1],), NO_SPAN)
     for document, (start, end) in enumerate(zip(bounds, bounds[1:])):
         offsets = features["offset_mapping"][start:end] - shift
         _mark_document(marks[start:end], offsets, spans[document], document, len(documents[document]))
@@ -132,8 +126,8 @@ def encode_spans(
         with torch.inference_mode():
             for begin in range(0, len(documents), batch_size):
                 some, theirs = documents[begin : begin + batch_size], spans[begin : begin + batch_size]
-                features = model.preprocess(list(some), prompt=prompt)
-                features["span_ids"] = mark_spans(model.preprocess, some, theirs, features["input_ids"], prompt)
+                features = model.preprocess(list(some), prompt=prompt, processing_kwargs=WITH_OFFSETS)
+                features["span_ids"] = mark_spans(features, some, theirs, prompt)
                 features = {k: v.to(model.device) if isinstance(v, torch.Tensor) else v for k, v in features.items()}
                 vectors.extend(model(features)["sentence_embedding"].split([len(each) for each in theirs]))
     finally:

@@ -145,13 +145,11 @@ def check_model(model, config: LongContextConfig) -> None:
 
 
 def _refuse_embedding_settings(config: LongContextConfig) -> None:
-    for name in (*SOURCE_FIELDS, "overlong_texts"):
-        value, default = getattr(config, name), type(config).__dataclass_fields__[name].default
-        if value != default:
-            raise NotImplementedError(
-                f"`{name}` ({value!r}) is for embedding training, and this trainer would ignore it: leave it at "
-                f"{default!r}, or train with `LongContextSentenceTransformerTrainer`."
-            )
+    for name, value in config.changed(*SOURCE_FIELDS, "overlong_texts").items():
+        raise NotImplementedError(
+            f"`{name}` ({value!r}) is for embedding training, and this trainer would ignore it: leave it out, or "
+            "train with `LongContextSentenceTransformerTrainer`."
+        )
 
 
 def warn_about_dropout(model, size: int) -> None:

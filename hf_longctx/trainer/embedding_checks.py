@@ -12,27 +12,23 @@ from ..config import LongContextConfig
 logger = logging.getLogger(__name__)
 
 _SAMPLE = 1000  # rows of a source that are tokenized to see what would be cut off
-_SOURCE_FIELDS = ("source_weights", "source_temperature", "source_caps")
 
 
 def check_embedding_run(given: Mapping[str, object], config: LongContextConfig) -> None:
     """Refuse settings that belong to language models, or that no embedding run could mean."""
-    for name in ("memory", "loss_tile_size", "mlp_tile_size", "planned_tokens"):
-        value, default = getattr(config, name), type(config).__dataclass_fields__[name].default
-        if value != default:
-            raise NotImplementedError(
-                f"`{name}` ({value!r}) is for language models: an embedding run saves memory with "
-                f"`gradient_checkpointing=True` and the `mini_batch_num_tokens` of its loss; leave it at {default!r}."
-            )
+    for name, value in config.changed("memory", "loss_tile_size", "mlp_tile_size", "planned_tokens").items():
+        raise NotImplementedError(
+            f"`{name}` ({value!r}) is for language models: an embedding run saves memory with "
+            "`gradient_checkpointing=True` and the `mini_batch_num_tokens` of its loss; leave it out."
+        )
     dataset = given.get("train_dataset")
     if isinstance(dataset, Mapping):
         return
-    for name in _SOURCE_FIELDS:
-        if getattr(config, name) is not None:
-            raise ValueError(
-                f"`{name}` ({getattr(config, name)!r}) speaks of sources by name, but `train_dataset` is one "
-                f"`{type(dataset).__name__}`: pass a dictionary from names to data sets."
-            )
+    for name, value in config.changed("source_weights", "source_temperature", "source_caps").items():
+        raise ValueError(
+            f"`{name}` ({value!r}) speaks of sources by name, but `train_dataset` is one `{type(dataset).__name__}`: "
+            "pass a dictionary from names to data sets."
+        )
 
 
 def report_truncation(trainer) -> None:

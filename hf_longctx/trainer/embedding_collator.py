@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from functools import partial
 
 from sentence_transformers.sentence_transformer.data_collator import SentenceTransformerDataCollator
 
-from ..embedding.spans import SPANS_SUFFIX, mark_spans
+from ..embedding.spans import SPANS_SUFFIX, WITH_OFFSETS, mark_spans
 
 
 @dataclass
@@ -26,16 +28,18 @@ class EmbeddingCollator(SentenceTransformerDataCollator):
         columns = [name for name in columns if name.removesuffix(SPANS_SUFFIX) in features[0]]
         if not columns:
             return super().__call__(features)
-        batch = super().__call__([{key: row[key] for key in row if key not in columns} for row in features])
+        with_offsets = copy.copy(self)
+        with_offsets.preprocess_fn = partial(self.preprocess_fn, processing_kwargs=WITH_OFFSETS)
+        texts = [{key: row[key] for key in row if key not in columns} for row in features]
+        batch = super(EmbeddingCollator, with_offsets).__call__(texts)
         prompts = self._resolve_prompts(batch)
         for name in columns:
-            column = name.removesuffix(SPANS_SUFFIX)
-            prompt = self._get_prompt_for_column(prompts, column)
-            texts, spans = [row[column] for row in features], [row[name] for row in features]
-            batch[f"{column}_span_ids"] = mark_spans(
-                self.preprocess_fn, texts, spans, batch[f"{column}_input_ids"], prompt=prompt
-            )
-        return batch
+            prefix = name.removesuffix(SPANS_SUFFIX) + "_"
+            column = {key.removeprefix(prefix): value for key, value in batch.items() if key.startswith(prefix)}
+            documents, spans = [row[prefix[:-1]] for row in features], [row[name] for row in features]
+            prompt = self._get_prompt_for_column(prompts, prefix[:-1])
+            batch[f"{prefix}span_ids"] = mark_spans(column, documents, spans, prompt)
+        return {key: value for key, value in batch.items() if not key.endswith("_offset_mapping")}
 
 
 def refuse_empty_texts(rows: list[dict]) -> None:

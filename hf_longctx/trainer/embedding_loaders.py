@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from sentence_transformers.base.training_args import BatchSamplers, MultiDatasetBatchSamplers
 from torch.utils.data import DataLoader
 
-from ..config import SOURCE_FIELDS, LongContextConfig
+from ..config import SOURCE_FIELDS
 from ..data.source_loader import build_source_loader
 from .loaders import _deal_to_groups
 
@@ -33,7 +33,7 @@ def build_training_loader(trainer) -> DataLoader | None:
             "source in the same step, so negatives would mix sources: leave it unset, and say how often sources are "
             "drawn with `source_weights`."
         )
-    if order is None and (isinstance(dataset, Mapping) or _asks_for_sources(trainer.long_context)):
+    if order is None and (isinstance(dataset, Mapping) or trainer.long_context.changed(*SOURCE_FIELDS)):
         loader = build_source_loader(
             dataset if isinstance(dataset, Mapping) else {"train_dataset": dataset},
             mesh,
@@ -71,12 +71,6 @@ def _host_order(args) -> str | None:
     if args.multi_dataset_batch_sampler != MultiDatasetBatchSamplers.PROPORTIONAL:
         return "multi_dataset_batch_sampler"
     return None
-
-
-def _asks_for_sources(config: LongContextConfig) -> bool:
-    """Whether batches are to be made in a way that the host does not know."""
-    fields = type(config).__dataclass_fields__
-    return any(getattr(config, name) != fields[name].default for name in SOURCE_FIELDS)
 
 
 def _measure(trainer) -> Callable | None:

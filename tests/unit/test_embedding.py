@@ -17,7 +17,6 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 
 from hf_longctx import TiledMultipleNegativesRankingLoss, encode_spans
 from hf_longctx.embedding.packing import is_packed, pack_embeddings
-from hf_longctx.embedding.spans import mark_spans
 
 from ..embedding import columns, embedder, gradients_of, texts
 
@@ -291,13 +290,6 @@ def test_a_span_behind_the_last_kept_token_is_refused():
 def test_spans_of_a_padded_model_are_refused():
     with pytest.raises(NotImplementedError, match="spans need a packed model with a fast tokenizer"):
         encode_spans(embedder("bert"), ["w1 w2"], [[(0, 2)]])
-
-
-def test_an_unsteady_tokenizer_is_refused():
-    packed = pack_embeddings(embedder("bert", "packed"))
-    others = packed.preprocess(["w3 w4"])["input_ids"]
-    with pytest.raises(NotImplementedError, match="the tokenizer made other tokens of the same documents"):
-        mark_spans(packed.preprocess, ["w1 w2"], [[(0, 2)]], others)
 
 
 # Refusals of models

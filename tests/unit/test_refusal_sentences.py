@@ -226,7 +226,7 @@ SENTENCES = [
     (
         lambda: checks.check_model(build("llama", "ulysses"), LongContextConfig(deduplicate=True)),
         NotImplementedError,
-        r"`deduplicate` \(True\) is for embedding training, and this trainer would ignore it: leave it at False",
+        r"`deduplicate` \(True\) is for embedding training, and this trainer would ignore it: leave it out",
     ),
     (
         lambda: checks.check_model(build("llama", "sdpa"), TWO),
