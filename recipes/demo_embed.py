@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
@@ -29,6 +28,10 @@ from demo import TOLERANCE, compare, run
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
+
+
+sys.path.insert(0, str(Path(__file__).parent / "bench"))
+from page import run_worker
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,12 +61,7 @@ def measure_step(contender: str, folder: Path, config: dict) -> dict:
         "cores": os.cpu_count(),
         "reference": str(folder / "gradients.pt"),
     }
-    environment = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count()), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(STEP), "--worker", json.dumps(settings)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
-    if done.returncode:
-        sys.exit(done.returncode)
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_worker(STEP, settings, os.cpu_count(), contender)
 
 
 def _minilm() -> str:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -22,7 +21,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from page import QUIET, describe_machine, device_of, markdown_table, print_table, write_page
+from page import QUIET, describe_machine, device_of, markdown_table, print_table, run_worker, write_page
 from rich.console import Console
 from ulysses_worker import Meter
 
@@ -138,12 +137,7 @@ def run_once(contender: tuple, pairs: int, args: argparse.Namespace, reference: 
     settings = {name: getattr(args, name) for name in ("width", "device", "cores")}
     settings |= {"who": contender[1], "piece": contender[2], "pairs": pairs}
     settings["reference"] = reference and str(reference)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.cores)}
-    command = [sys.executable, __file__, "--worker", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{contender[0]} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_worker(__file__, settings, args.cores, contender[0])
 
 
 def check_first(args: argparse.Namespace, folder: Path) -> dict[str, float]:

@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 
 from embed_worker import CACHED, OURS, PACKED, STOCK, measure
-from page import QUIET, describe_machine, markdown_table, print_table, write_page
+from page import QUIET, describe_machine, markdown_table, print_table, run_worker, write_page
 from rich.console import Console
 
 
@@ -69,12 +69,7 @@ def run_once(contender: str, max_length: int, args: argparse.Namespace, folder: 
     names = ("model", "pairs", "batch_size", "mini_batch_size", "steps", "cores")
     settings = {name: getattr(args, name) for name in names}
     settings |= {"contender": contender, "max_length": max_length, "reference": str(folder / f"{max_length}.pt")}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.cores), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, __file__, "--worker", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{contender} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_worker(__file__, settings, args.cores, contender)
 
 
 def summarize(rows: list[dict], cores: int) -> None:

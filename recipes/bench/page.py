@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import platform
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,6 +15,16 @@ from rich.table import Table
 
 
 QUIET = 0.05  # the share of the cores that others may use before a ratio of 5 % says nothing
+
+
+def run_worker(script: str | Path, settings: dict, cores: int, label: str) -> dict:
+    """What `script --worker SETTINGS` prints last, from a fresh process; an error with `label` if it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(script), "--worker", json.dumps(settings)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{label} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def describe_machine(rows: list[dict]) -> dict[str, str]:

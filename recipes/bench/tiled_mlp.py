@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
@@ -23,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from page import QUIET, describe_machine, device_of, markdown_table, print_table, write_page
+from page import QUIET, describe_machine, device_of, markdown_table, print_table, run_worker, write_page
 from rich.console import Console
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -117,12 +116,7 @@ def run_once(variant: tuple, args: argparse.Namespace, folder: Path) -> dict:
         name: getattr(args, name) for name in ("tokens", "tile_size", "hidden", "intermediate", "device", "cores")
     }
     settings |= {"tiled": variant[1], "checkpointed": variant[2], "reference": str(folder / "gradients.pt")}
-    environment = {**os.environ, "OMP_NUM_THREADS": str(args.cores)}
-    command = [sys.executable, __file__, "--worker", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{variant[0]} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_worker(__file__, settings, args.cores, variant[0])
 
 
 def summarize(rows: list[dict], cores: int) -> None:
