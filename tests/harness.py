@@ -2,12 +2,14 @@
 
 Ranks are forked from a process that imports what they need, once a session, and does nothing else. Every rank runs one
 thread, meets the others through a file (no ports), and waits at most `TIMEOUT` for a collective. If any rank raises,
-the test fails with the tracebacks of all ranks; unless all of them raised, the world is started anew.
+the test fails with the tracebacks of all ranks; unless all of them raised, the world is started anew. Groups that tests
+made are dropped now and then: gloo wakes each of them a hundred times a second, and hundreds take whole cores.
 """
 
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import pickle
 import sys
@@ -19,6 +21,7 @@ import torch.multiprocessing as multiprocessing
 
 
 TIMEOUT = timedelta(seconds=60)  # also covers the start, when all processes import torch at once
+CALLS_A_MEETING = 10  # meeting anew takes some 50 ms
 
 
 class Imports:
@@ -90,17 +93,17 @@ class World:
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.preload"])
-        store = os.path.join(tempfile.mkdtemp(), "store")
+        folder = tempfile.mkdtemp()
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, store, rank, self.size), daemon=False)
+            process = context.Process(target=_serve, args=(theirs, folder, rank, self.size), daemon=False)
             process.start()
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)
 
 
-def _serve(pipe, store: str, rank: int, size: int) -> None:
+def _serve(pipe, folder: str, rank: int, size: int) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), OMP_NUM_THREADS="1"
     )
@@ -110,13 +113,17 @@ def _serve(pipe, store: str, rank: int, size: int) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=TIMEOUT)
     imports = Imports()
-    while True:
+    for call in itertools.count():
         try:
             function, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
+        if call % CALLS_A_MEETING == 0:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            store = f"file://{folder}/{call}"
+            dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=TIMEOUT)
         imports.freeze()
         try:
             answer = (True, function(*args))
