@@ -2,8 +2,8 @@
 
 Ranks are forked from a process that imports what they need, once a session, and does nothing else. Every rank runs one
 thread, meets the others through a file (no ports), and waits at most `TIMEOUT` for a collective. If any rank raises,
-the test fails with the tracebacks of all ranks; unless all of them raised, the world is started anew. Groups that tests
-made are dropped now and then: gloo wakes each of them a hundred times a second, and hundreds take whole cores.
+the test fails with the tracebacks of all ranks; unless all of them raised, the world is started anew. Groups that
+tests made are dropped now and then: gloo wakes each of them a hundred times a second, and hundreds take whole cores.
 """
 
 from __future__ import annotations
