@@ -19,6 +19,7 @@ import torch.distributed as dist
 from ..callbacks.replicas import has_dropout
 from ..config import SOURCE_FIELDS
 from .checkpoint_weights import check_weights, read_json
+from .loaders import split_stream
 from .packing import packs_rows
 
 
@@ -99,7 +100,7 @@ def run_facts(trainer) -> dict[str, object]:
         "sorted_rows": args.train_batch_size * args.gradient_accumulation_steps
         if strategy == "group_by_length"
         else None,
-        "stream_shards": groups if packs and 1 < groups <= getattr(trainer.train_dataset, "num_shards", 0) else None,
+        "stream_shards": None if split_stream(trainer.train_dataset, trainer.mesh) is None else groups,
     }
 
 

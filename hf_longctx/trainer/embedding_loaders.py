@@ -33,7 +33,8 @@ def build_training_loader(trainer) -> DataLoader | None:
             "source in the same step, so negatives would mix sources: leave it unset, and say how often sources are "
             "drawn with `source_weights`."
         )
-    if order is None and (isinstance(dataset, Mapping) or trainer.long_context.changed(*SOURCE_FIELDS)):
+    has_sources = isinstance(dataset, (Mapping, IterableDataset)) or trainer.long_context.changed(*SOURCE_FIELDS)
+    if order is None and has_sources:
         loader = build_source_loader(
             dataset if isinstance(dataset, Mapping) else {"train_dataset": dataset},
             mesh,
@@ -48,7 +49,7 @@ def build_training_loader(trainer) -> DataLoader | None:
             prefetch_factor=args.dataloader_prefetch_factor,
         )
         return _deal_to_groups(trainer, loader, 1)
-    if mesh.sequence_parallel_size == 1 and not isinstance(dataset, IterableDataset):
+    if mesh.sequence_parallel_size == 1:
         return None
     trainer.accelerator.even_batches = False
     loader = trainer._build_dataloader(dataset, args.train_batch_size, dataset_kind="train")

@@ -1,43 +1,55 @@
-"""Data loaders of a sharded run, on accelerate's own machinery told the data-parallel size, not the process count."""
+"""Data loaders of a sharded run, on accelerate's own machinery told the data-parallel size, not the process count.
+
+Training streams come through here whether the run is sharded or not.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 
-from accelerate.data_loader import prepare_data_loader
+import torch
+from accelerate.data_loader import IterableDatasetShard, prepare_data_loader
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import seed_worker
 from transformers.utils import is_datasets_available
 
 from ..data.collator import ShardCollator
+from ..data.endless import endless_loader
+from ..data.packed import is_stream
 from ..data.sampler import evaluation_loader
-from .packing import pack_dataset, packs_rows, split_stream
+from ..parallel.mesh import SequenceMesh
+from .packing import pack_dataset, packs_rows
 
 
 def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn, is_training: bool) -> DataLoader:
-    """The host's `_get_dataloader` for batches that are cut by the collator.
+    """The host's `_get_dataloader` for batches that are cut by the collator, and for training streams.
 
     Differences from the host: rows are dealt to groups, not to processes; random collators in workers are seeded by
-    group; streams are read by every group itself; evaluation counts every row once.
+    group; streams are read by every group itself, and training does not stop where they end; evaluation counts every
+    row once.
     """
     mesh, args = trainer.mesh, trainer.args
     collator = trainer.data_collator
-    own_stream = split_stream(dataset, mesh) if is_training and packs_rows(trainer) else None
+    is_endless = is_training and never_ends(trainer, dataset)
+    own_stream = split_stream(dataset, mesh) if is_endless else None
+    dataset = dataset if own_stream is None else own_stream
     if packs_rows(trainer):
-        documents = dataset if own_stream is None else own_stream
-        dataset, sampler_fn = pack_dataset(trainer, documents, description, batch_size, sampler_fn, is_training)
+        dataset, sampler_fn = pack_dataset(trainer, dataset, description, batch_size, sampler_fn, is_training)
     elif is_datasets_available() and _is_hub_dataset(dataset):
         dataset = trainer._remove_unused_columns(dataset, description=description)
     else:
         collator = trainer._get_collator_with_removed_columns(collator, description=description)
+    if is_endless and own_stream is None and mesh.data_parallel_size > 1:
+        dataset = IterableDatasetShard(
+            dataset, batch_size, num_processes=mesh.data_parallel_size, process_index=mesh.data_parallel_rank
+        )
+    if trainer.shards_batches:
+        inner_attention, shift_labels = trainer.long_context.inner_attention, trainer.shifts_labels
+        collator = ShardCollator(collator, mesh, inner_attention=inner_attention, shift_labels=shift_labels)
     arguments = {
         "batch_size": batch_size,
-        "collate_fn": ShardCollator(
-            collator,
-            mesh,
-            inner_attention=trainer.long_context.inner_attention,
-            shift_labels=trainer.shifts_labels,
-        ),
+        "collate_fn": collator,
         "num_workers": args.dataloader_num_workers,
         "pin_memory": args.dataloader_pin_memory,
         "persistent_workers": args.dataloader_persistent_workers,
@@ -54,8 +66,49 @@ def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn
         arguments["worker_init_fn"] = partial(
             seed_worker, num_workers=args.dataloader_num_workers, rank=mesh.data_parallel_rank
         )
-    is_dealt = own_stream is not None
-    return _deal_to_groups(trainer, DataLoader(dataset, **arguments), 1 if is_dealt else mesh.data_parallel_size)
+    if is_endless:
+        # Each pass is dealt by itself, and draws its workers' seed without moving the random numbers of the run.
+        seed = args.seed if args.data_seed is None else args.data_seed
+        generator = torch.Generator().manual_seed(seed + mesh.data_parallel_rank)
+        loader = endless_loader(DataLoader(dataset, generator=generator, **arguments))
+        return _deal_to_groups(trainer, loader, 1)
+    return _deal_to_groups(trainer, DataLoader(dataset, **arguments), mesh.data_parallel_size)
+
+
+def never_ends(trainer, dataset) -> bool:
+    """Whether training reads `dataset` again and again: a stream of unknown length."""
+    return is_stream(dataset) and (packs_rows(trainer) or not hasattr(dataset, "__len__"))
+
+
+def check_strategies(trainer) -> None:
+    """Refuse to wait for the end of a stream that has none."""
+    dataset = trainer.train_dataset
+    if not any(
+        never_ends(trainer, each) for each in (dataset.values() if isinstance(dataset, Mapping) else [dataset])
+    ):
+        return
+    for name in ("logging_strategy", "eval_strategy", "save_strategy"):
+        if getattr(trainer.args, name) == "epoch":
+            raise ValueError(
+                f"`{name}` ('epoch') has no epoch to wait for: `train_dataset` is a stream of unknown length, which "
+                "is read again and again until `max_steps`; set it to 'steps'."
+            )
+
+
+def split_stream(dataset, mesh: SequenceMesh):
+    """This group's shards of a `datasets` stream, or `None` if it does not have one a group.
+
+    Documents are then dealt before they are packed, and no group reads what others train on.
+    """
+    groups = mesh.data_parallel_size
+    if groups == 1 or not is_datasets_available():
+        return None
+    import datasets
+    from datasets.distributed import split_dataset_by_node
+
+    if not isinstance(dataset, datasets.IterableDataset) or dataset.num_shards < groups:
+        return None
+    return split_dataset_by_node(dataset, rank=mesh.data_parallel_rank, world_size=groups)
 
 
 def _deal_to_groups(trainer, loader: DataLoader, groups: int) -> DataLoader:

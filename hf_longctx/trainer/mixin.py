@@ -20,7 +20,7 @@ from ..parallel.shard import SequenceShard, validate_same_rows
 from .adapt import adapt_model
 from .checks import check_arguments, check_model, check_trainer, unwrap, warn_about_dropout
 from .evaluation import ShardedEvaluationMixin
-from .loaders import build_loader
+from .loaders import build_loader, check_strategies, never_ends
 from .loss import AlignedLoss
 from .memory import apply_memory, prepare_memory, tile_trainer_loss
 from .packing import check_collator, check_packed_batch, pack_dataset, packs_rows
@@ -43,6 +43,7 @@ class SequenceParallelMixin(SurvivalMixin, ShardedEvaluationMixin):
         super().__init__(*args, **kwargs)
         check_arguments(self.args, self.long_context)
         check_trainer(self)
+        check_strategies(self)
         check_model(self.model, self.long_context)
         warn_about_dropout(self.model, self.long_context.sequence_parallel_size)
         self.mesh = SequenceMesh.build(
@@ -106,7 +107,7 @@ class SequenceParallelMixin(SurvivalMixin, ShardedEvaluationMixin):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
-        if self.shards_batches:
+        if self.shards_batches or (is_training and never_ends(self, dataset)):
             return build_loader(self, dataset, description, batch_size, sampler_fn, is_training)
         if packs_rows(self):
             dataset, sampler_fn = pack_dataset(self, dataset, description, batch_size, sampler_fn, is_training)

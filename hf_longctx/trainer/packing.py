@@ -13,7 +13,6 @@ from ..attention.leaks import assert_no_cross_document
 from ..data.packing_collator import PackingCollator
 from ..data.token_budget import BalancedSampler
 from ..parallel.collectives import gather_integers
-from ..parallel.mesh import SequenceMesh
 from ..parallel.segments import PAD_SEGMENT, segment_rows
 from .checks import unwrap
 
@@ -69,22 +68,6 @@ def pack_dataset(trainer, dataset, description: str, batch_size: int, sampler_fn
     hidden_size = getattr(unwrap(trainer.model).config.get_text_config(), "hidden_size", 1024)
     costs = packed.packing.costs(12 * hidden_size)
     return packed, lambda _: BalancedSampler(costs, group_size, seed=seed)
-
-
-def split_stream(dataset, mesh: SequenceMesh):
-    """This group's shards of a `datasets` stream, or `None` if it does not have one a group.
-
-    Documents are then dealt before they are packed, so that no group reads what others train on.
-    """
-    groups = mesh.data_parallel_size
-    if groups == 1 or not is_datasets_available():
-        return None
-    import datasets
-    from datasets.distributed import split_dataset_by_node
-
-    if not isinstance(dataset, datasets.IterableDataset) or dataset.num_shards < groups:
-        return None
-    return split_dataset_by_node(dataset, rank=mesh.data_parallel_rank, world_size=groups)
 
 
 def check_packed_batch(trainer, inputs: dict[str, object]) -> bool:
