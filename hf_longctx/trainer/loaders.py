@@ -5,6 +5,7 @@ Training streams come through here whether the run is sharded or not.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from functools import partial
 
@@ -20,6 +21,9 @@ from ..data.packed import is_stream
 from ..data.sampler import evaluation_loader
 from ..parallel.mesh import SequenceMesh
 from .packing import pack_dataset, packs_rows
+
+
+logger = logging.getLogger(__name__)
 
 
 def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn, is_training: bool) -> DataLoader:
@@ -67,6 +71,7 @@ def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn
             seed_worker, num_workers=args.dataloader_num_workers, rank=mesh.data_parallel_rank
         )
     if is_endless:
+        warn_about_workers(args.dataloader_num_workers, trainer.train_dataset)
         # Each pass is dealt by itself, and draws its workers' seed without moving the random numbers of the run.
         seed = args.seed if args.data_seed is None else args.data_seed
         generator = torch.Generator().manual_seed(seed + mesh.data_parallel_rank)
@@ -93,6 +98,16 @@ def check_strategies(trainer) -> None:
                 f"`{name}` ('epoch') has no epoch to wait for: `train_dataset` is a stream of unknown length, which "
                 "is read again and again until `max_steps`; set it to 'steps'."
             )
+
+
+def warn_about_workers(num_workers: int, dataset) -> None:
+    """Warn that torch gives every data worker the whole of a stream of its own kind."""
+    if num_workers > 1 and isinstance(dataset, IterableDataset) and not hasattr(dataset, "num_shards"):
+        logger.warning(
+            f"`dataloader_num_workers` is {num_workers}, and each worker reads all of `{type(dataset).__name__}` "
+            "unless its `__iter__` asks `torch.utils.data.get_worker_info()`: every row would be trained as often; "
+            "set it to 1, or train on a `datasets` stream, which divides its shards"
+        )
 
 
 def split_stream(dataset, mesh: SequenceMesh):

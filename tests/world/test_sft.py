@@ -39,6 +39,7 @@ def fit(
     attention: str = "ulysses",
     collator=None,
     context=None,
+    stream: bool = False,
     **changes,
 ):
     """Train with TRL's own trainer (`size` 0) or ours, and return (history, weights, eval metrics)."""
@@ -71,6 +72,8 @@ def fit(
         "processing_class": tiny_tokenizer(),
         "compute_loss_func": loss_function,
     }
+    if stream:
+        options["train_dataset"] = options["train_dataset"].to_iterable_dataset()
     if evaluate:
         options["eval_dataset"] = dataset_of(kind).select(range(5))
     if lora:
@@ -153,6 +156,11 @@ def test_evaluation_is_sharded_and_token_weighted(world4):
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped"])
 def test_packed_rows(world2, strategy):
     compare(world2, 2, packing=True, packing_strategy=strategy, max_length=24, per_device_train_batch_size=2)
+
+
+@pytest.mark.parametrize("options", [{"kind": "completion"}, {"packing": True, "max_length": 24}], ids=str)
+def test_streams(world2, options):
+    compare(world2, 2, stream=True, per_device_train_batch_size=1, **options)
 
 
 def test_gradient_checkpointing(world2):

@@ -109,6 +109,14 @@ def test_a_stream_without_a_row_is_refused():
         train(1, rows=Stream(nothing), attention="packed")
 
 
+@pytest.mark.parametrize(("data", "workers"), [("torch", 2), ("torch", 1), ("hub", 2)])
+def test_workers_that_each_read_everything_are_told_of(caplog, data, workers):
+    rows = Stream(Rows()) if data == "torch" else uneven_stream()
+    train(1, rows=rows, attention="packed", dataloader_num_workers=workers)
+    told = "each worker reads all of `Stream` unless" in caplog.text
+    assert told == (data == "torch" and workers == 2)
+
+
 @pytest.mark.parametrize("name", ["logging_strategy", "eval_strategy", "save_strategy"])
 def test_waiting_for_the_end_of_a_stream_is_refused(name):
     options = {name: "epoch", "trainer_options": {"eval_dataset": Rows(4)}}
