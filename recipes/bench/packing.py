@@ -10,8 +10,8 @@ measured that mode yet.
 How: every variant of a case is a process of its own (`packing_worker.py`), so its peak memory is its own; they take
 turns within each round, so a slow minute of the machine hits all of them. Correctness comes first: on a small batch,
 losses and all gradients must equal those of the first variant before anything is timed, and in every round the mean
-loss of all documents. A variant that is wrong is reported as wrong and not timed. Price: on 2 quiet cores, some 6
-minutes and 9 GB at the defaults.
+loss of all documents. A variant that is wrong is reported as wrong and not timed. Price: on 2 quiet cores, some 14
+minutes and 19 GB at the defaults, 6 minutes and 9 GB with `--layers 2`.
 
     python recipes/bench/packing.py --output docs/benchmarks/packing_cpu.md
     python recipes/bench/packing.py --cases flan-30m mask --repeats 1
@@ -110,7 +110,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--row_tokens", type=int, help="budget of a packed row (CPU: 2048; CUDA: 16384)")
     parser.add_argument("--mask_row_tokens", type=int, default=8192, help="tokens of the row of the case `mask`")
     parser.add_argument("--rows", type=int, help="packed rows of one measurement (CPU: 1; CUDA: 8)")
-    parser.add_argument("--layers", type=int, help="layers of the SmolLM2 shape (CPU: 2 fit the time; CUDA: all 30)")
+    parser.add_argument(
+        "--layers", type=int, default=SHAPES["smollm2"]["num_hidden_layers"], help="layers of the SmolLM2 shape"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the table shows their median")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
@@ -121,7 +123,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     on_cpu = args.device == "cpu"
     args.row_tokens = args.row_tokens or (2048 if on_cpu else 16384)
     args.rows = args.rows or (1 if on_cpu else 8)
-    args.layers = args.layers or (2 if on_cpu else SHAPES["smollm2"]["num_hidden_layers"])
     args.dtype = "float32" if on_cpu else "bfloat16"
     validate_arguments(args)
     return args
