@@ -34,7 +34,7 @@ DATA = {
     "packed rows": {"rows": Rows(44), "trainer_options": BUDGET},
     "packed stream": {"rows": Stream(Rows(80)), "trainer_options": BUDGET},
     "rows drawn twice": {"rows": Rows(4)},
-    "packed rows drawn twice": {"rows": Rows(12), "trainer_options": BUDGET},
+    "packed rows drawn twice": {"rows": Rows(8), "trainer_options": BUDGET},
     "stream read twice": {"rows": Stream(Rows(7))},
     "packed stream read twice": {"rows": Stream(Rows(20)), "trainer_options": BUDGET},
 }
