@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Columns of TRL that say which tokens are trained (1) where there are no labels.
 TRAINED_TOKEN_MASKS = ("completion_mask", "assistant_masks")
+# Columns that are read and that no model takes, so that a trainer would drop them.
+READ_COLUMNS = ("seq_lengths", *TRAINED_TOKEN_MASKS)
 # Columns that are read, made here or dropped, and so are not carried over.
 _OWN_KEYS = {"input_ids", "labels", "attention_mask", "position_ids", "seq_lengths", "seq_idx", *TRAINED_TOKEN_MASKS}
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ..config import LongContextConfig
+from ..data.packing_collator import READ_COLUMNS, PackingCollator
 from ..losses.token_mean import token_mean
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import SequenceShard, validate_same_rows
@@ -103,6 +104,12 @@ class SequenceParallelMixin(SurvivalMixin, ShardedEvaluationMixin):
             self.compute_loss_func = AlignedLoss(self.compute_loss_func, self.shifts_labels, check=True)
         if self.label_smoother is not None and self.shifts_labels:
             self.label_smoother = AlignedLoss(self.label_smoother, shifts=True, check=False)
+
+    def _set_signature_columns_if_needed(self):
+        """The columns that the host does not remove: the model's, and those that tell the collator what to train."""
+        super()._set_signature_columns_if_needed()
+        if isinstance(self.data_collator, PackingCollator):
+            self._signature_columns = list(dict.fromkeys([*self._signature_columns, *READ_COLUMNS]))
 
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None

@@ -35,6 +35,7 @@ def parameters(function) -> list[str]:
         ("_prepare_inputs", ["inputs"]),
         ("_get_num_items_in_batch", ["batch_samples", "device"]),
         ("_track_num_input_tokens", ["inputs"]),
+        ("_set_signature_columns_if_needed", []),
         ("_remove_unused_columns", ["dataset", "description"]),
         ("_get_collator_with_removed_columns", ["data_collator", "description"]),
         ("get_total_train_batch_size", ["args"]),

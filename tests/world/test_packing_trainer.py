@@ -107,6 +107,28 @@ def test_stream_with_shards_is_dealt_before_it_is_packed(world2):
         assert tokens == sorted(token for document in wanted for token in document)
 
 
+@pytest.mark.parametrize("collator", [PackingCollator(), PackingCollator(max_tokens=48)])
+@pytest.mark.parametrize("attention", ["packed", "ulysses"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_columns_that_only_the_collator_reads_are_not_removed(attention, collator, stream):
+    """The host drops what the model does not take: masks of trained tokens and the documents inside a row."""
+    marked, labelled = [], []
+    for index in range(16):
+        ids = list(range(5 + index, 15 + index))
+        marked.append({"input_ids": ids, "completion_mask": [0] * 6 + [1] * 4, "seq_lengths": [7, 3]})
+        labels = [-100] * 6 + ids[6:7] + [-100] + ids[8:]  # the second document's first token is not predicted
+        labelled.append({"input_ids": ids, "labels": labels, "seq_lengths": [7, 3], "domain": "tales"})
+    options = {"attention": attention, "trainer_options": {"data_collator": collator}}
+
+    def run(rows, **changes):
+        dataset = datasets.Dataset.from_list(rows)
+        return train(1, rows=dataset.to_iterable_dataset() if stream else dataset, **options, **changes)
+
+    expected = run(labelled)
+    assert_same_trajectory(run(marked, remove_unused_columns=True), expected)
+    assert_same_trajectory(run(labelled, remove_unused_columns=True), expected)
+
+
 @pytest.mark.parametrize("attention", ["packed", "sdpa"])
 def test_an_epoch_trains_every_document_once(attention):
     rows = Rows(40)
