@@ -128,7 +128,9 @@ def _run_again(trainer, model: torch.nn.Module, batch: dict, count) -> str | Non
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, inputs, num_items_in_batch=count)
         if watch.place is None and not _is_finite(loss):
-            watch.place = f"in the loss itself ({float(loss)}): every layer's output is finite"
+            trains_nothing = count is not None and float(count) == 0
+            why = "every label of the step is -100" if trains_nothing else "every layer's output is finite"
+            watch.place = f"in the loss itself ({float(loss.detach())}): {why}"
         if watch.place is None and loss.requires_grad:
             if trainer.is_fsdp_enabled or _is_reentrant(model):
                 return _UNSEEN

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from ..training import reset_host, train
+from ..training import Rows, reset_host, train
 
 
 class Poison(TrainerCallback):
@@ -132,6 +132,22 @@ def test_checkpointed_layers_are_told_too(reentrant):
     backward = poison(1, "backward", "raise", rank=0, **how)[0]
     seen = "on rank 0: micro-batch 0, backward, the gradient of what comes out of `model.layers.0.mlp"
     assert ("re-entrant checkpointing lets nobody look" if reentrant else seen) in backward
+
+
+def train_on_nothing(size, attention):
+    rows = Rows()
+    rows.rows = [{**row, "labels": [-100] * len(row["labels"])} for row in rows.rows]
+    try:
+        train(size, rows=rows, attention=attention)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        reset_host()
+
+
+def test_a_step_without_a_label_says_so(world2):
+    for told in [train_on_nothing(1, "packed"), *world2.run(train_on_nothing, 2, "ulysses")]:
+        assert "in the loss itself (nan): every label of the step is -100" in told
 
 
 def test_off_leaves_it_to_the_host():
