@@ -8,6 +8,9 @@ BIN    := $(VENV)/bin
 # Without an NVIDIA driver this version is taken, of which pip may have a CPU build at hand that spares gigabytes.
 TORCH  := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch==2.13.0")
 
+# One worker runs the tests of several processes, which wait for each other; the other one those of one process.
+WORKERS := -n 2 --dist loadgroup
+
 .PHONY: demo demo-embed test floor conformance conformance_embeddings lint refusals docs setup clean
 
 setup: $(VENV)/.ready
@@ -29,7 +32,7 @@ demo-embed: setup
 	$(BIN)/python recipes/demo_embed.py
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) tests
 
 # Every text model type against one process, on two processes; fails if one is wrong or worse than docs/conformance.json.
 # SWEEP="--resume" goes on where a run ended.
@@ -42,7 +45,7 @@ conformance_embeddings: setup
 
 # The oldest transformers and accelerate that setup.py allows, in an environment of its own.
 floor: $(VENV)-floor/.ready
-	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -p no:cacheprovider tests/unit tests/world
+	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -p no:cacheprovider $(WORKERS) tests/unit tests/world
 
 $(VENV)-floor/.ready: setup.py Makefile
 	$(PYTHON) -m venv $(VENV)-floor

@@ -45,3 +45,10 @@ def _one_thread():
 def pytest_sessionfinish(session, exitstatus) -> None:
     for world in _WORLDS.values():
         world.close()
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """With several workers of pytest-xdist, one of them runs all tests that start processes or share a device."""
+    for item in items:
+        if item.path.parent.name in ("world", "launch", "gpu"):
+            item.add_marker(pytest.mark.xdist_group("processes"))

@@ -21,7 +21,7 @@ import torch.multiprocessing as multiprocessing
 
 
 TIMEOUT = timedelta(seconds=60)  # also covers the start, when all processes import torch at once
-CALLS_A_MEETING = 10  # meeting anew takes some 50 ms
+CALLS_A_MEETING = 3  # meeting anew takes some 50 ms
 
 
 class Imports:
