@@ -47,8 +47,10 @@ def pytest_sessionfinish(session, exitstatus) -> None:
         world.close()
 
 
-def pytest_collection_modifyitems(items) -> None:
+def pytest_collection_modifyitems(config, items) -> None:
     """With several workers of pytest-xdist, one of them runs all tests that start processes or share a device."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
     for item in items:
         if item.path.parent.name in ("world", "launch", "gpu"):
             item.add_marker(pytest.mark.xdist_group("processes"))

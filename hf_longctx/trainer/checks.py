@@ -42,17 +42,22 @@ def check_arguments(args, config: LongContextConfig) -> None:
             "`train_sampling_strategy` ('batch_rebalance') deals rows to single processes, but the ranks of a group "
             "must read the same rows: use 'random', 'sequential' or 'group_by_length'."
         )
-    for name in ("split_batches", "dispatch_batches"):
-        if getattr(getattr(args, "accelerator_config", None), name, None):
-            raise ValueError(
-                f"`accelerator_config.{name}` (True) sends pieces of one batch to all processes, but the ranks of a "
-                "group must read the same rows: leave it unset."
-            )
+    refuse_dispatcher(args, "the ranks of a group must read the same rows")
     if args.n_gpu > 1:
         raise ValueError(
             f"one process sees {args.n_gpu} GPUs and would use `DataParallel`: start one process a GPU with `torchrun "
             f"--nproc_per_node {args.n_gpu} ...`."
         )
+
+
+def refuse_dispatcher(args, reason: str) -> None:
+    """Refuse accelerate's ways to read a batch once and send it around; `reason` ends the sentence."""
+    for name in ("split_batches", "dispatch_batches"):
+        if getattr(getattr(args, "accelerator_config", None), name, None):
+            raise ValueError(
+                f"`accelerator_config.{name}` (True) sends pieces of one batch to all processes, but {reason}: leave "
+                "it unset."
+            )
 
 
 def check_trainer(trainer) -> None:

@@ -24,7 +24,7 @@ from .embedding_checks import check_embedding_run, report_truncation
 from .embedding_collator import EmbeddingCollator
 from .embedding_evaluation import evaluate_everywhere
 from .embedding_loaders import build_evaluation_loader, build_training_loader, describe_streams
-from .loaders import check_strategies
+from .loaders import check_streams
 
 
 _POSITIONAL = ("model", "args", "train_dataset", "eval_dataset", "loss")
@@ -69,7 +69,7 @@ class LongContextSentenceTransformerTrainer(SurvivalMixin, SentenceTransformerTr
         super().__init__(*args[len(_POSITIONAL) :], **given)
         check_arguments(self.args, self.long_context)
         check_trainer(self)
-        check_strategies(self)
+        check_streams(self)
         warn_about_dropout(self.model, self.long_context.sequence_parallel_size)
         self.mesh = SequenceMesh.build(
             self.long_context.sequence_parallel_size, timedelta(seconds=self.args.ddp_timeout)

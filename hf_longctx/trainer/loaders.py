@@ -20,6 +20,7 @@ from ..data.endless import endless_loader
 from ..data.packed import is_stream
 from ..data.sampler import evaluation_loader
 from ..parallel.mesh import SequenceMesh
+from .checks import refuse_dispatcher
 from .packing import pack_dataset, packs_rows
 
 
@@ -85,8 +86,8 @@ def never_ends(trainer, dataset) -> bool:
     return is_stream(dataset) and (packs_rows(trainer) or not hasattr(dataset, "__len__"))
 
 
-def check_strategies(trainer) -> None:
-    """Refuse to wait for the end of a stream that has none."""
+def check_streams(trainer) -> None:
+    """Refuse to wait for the end of a training stream, which has none, and to deal it in another way."""
     dataset = trainer.train_dataset
     if not any(
         never_ends(trainer, each) for each in (dataset.values() if isinstance(dataset, Mapping) else [dataset])
@@ -98,6 +99,8 @@ def check_strategies(trainer) -> None:
                 f"`{name}` ('epoch') has no epoch to wait for: `train_dataset` is a stream of unknown length, which "
                 "is read again and again until `max_steps`; set it to 'steps'."
             )
+    if trainer.args.world_size > 1:
+        refuse_dispatcher(trainer.args, "each of them reads a training stream itself")
 
 
 def warn_about_workers(num_workers: int, dataset) -> None:

@@ -21,7 +21,7 @@ from ..parallel.shard import SequenceShard, validate_same_rows
 from .adapt import adapt_model
 from .checks import check_arguments, check_model, check_trainer, unwrap, warn_about_dropout
 from .evaluation import ShardedEvaluationMixin
-from .loaders import build_loader, check_strategies, never_ends
+from .loaders import build_loader, check_streams, never_ends
 from .loss import AlignedLoss
 from .memory import apply_memory, prepare_memory, tile_trainer_loss
 from .packing import check_collator, check_packed_batch, pack_dataset, packs_rows
@@ -44,7 +44,7 @@ class SequenceParallelMixin(SurvivalMixin, ShardedEvaluationMixin):
         super().__init__(*args, **kwargs)
         check_arguments(self.args, self.long_context)
         check_trainer(self)
-        check_strategies(self)
+        check_streams(self)
         check_model(self.model, self.long_context)
         warn_about_dropout(self.model, self.long_context.sequence_parallel_size)
         self.mesh = SequenceMesh.build(

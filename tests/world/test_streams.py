@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from hf_longctx import PackingCollator
 from hf_longctx.data.endless import endless_loader
 
+from ..harness import WorldFailure
 from ..training import Rows, Stream, assert_same_trajectory, train
 
 
@@ -115,6 +116,16 @@ def test_workers_that_each_read_everything_are_told_of(caplog, data, workers):
     train(1, rows=rows, attention="packed", dataloader_num_workers=workers)
     told = "each worker reads all of `Stream` unless" in caplog.text
     assert told == (data == "torch" and workers == 2)
+
+
+def train_with_dispatcher(name):
+    train(1, rows=Stream(Rows()), attention="packed", accelerator_config={name: True})
+
+
+@pytest.mark.parametrize("name", ["dispatch_batches", "split_batches"])
+def test_dealing_a_stream_by_pieces_of_batches_is_refused(world2, name):
+    with pytest.raises(WorldFailure, match=rf"`accelerator_config.{name}` \(True\) .*reads a training stream itself"):
+        world2.run(train_with_dispatcher, name)
 
 
 @pytest.mark.parametrize("name", ["logging_strategy", "eval_strategy", "save_strategy"])
