@@ -69,7 +69,8 @@ class PackingCollator:
         `attention_mask`: a model that sees one ignores the bounds.
 
     Raises on a call:
-        ValueError: an empty or padded row, columns of different lengths, or more than `max_tokens` tokens.
+        ValueError: an empty or padded row, columns of different lengths, positions that skip within a document, or
+            more than `max_tokens` tokens.
     """
 
     max_tokens: int | None = None
@@ -208,7 +209,21 @@ def _read(document: Mapping, name: str) -> _Tokens:
     for key, value in document.items():
         if key not in _OWN_KEYS and (column := _numbers(value, len(ids))) is not None:
             columns[key] = column
-    return _Tokens(_inner_lengths(document, len(ids), name), columns)
+    lengths = _inner_lengths(document, len(ids), name)
+    if document.get("position_ids") is not None:
+        _check_positions(_column(document, "position_ids", len(ids), name), lengths, name)
+    return _Tokens(lengths, columns)
+
+
+def _check_positions(positions: np.ndarray, lengths: np.ndarray, name: str) -> None:
+    """Refuse positions that mean something; a part of a longer document may begin anywhere."""
+    is_first = np.zeros(len(positions), dtype=bool)
+    is_first[np.cumsum(lengths[:-1])] = True
+    if not np.all((np.diff(positions) == 1) | is_first[1:]):
+        raise ValueError(
+            f"`position_ids` of {name} do not go up by one within each document, and packing counts them anew: drop "
+            "the column if that is meant, and `seq_lengths` tells where documents begin."
+        )
 
 
 def _labels(document: Mapping, ids: np.ndarray, name: str) -> np.ndarray:

@@ -239,6 +239,9 @@ IDS = {"input_ids": [1, 2, 3]}
         ([IDS, IDS | {"attention_mask": [1, 1, 0]}], {}, "`attention_mask` of row 1 has zeros.*`padding=False`"),
         ([IDS | {"seq_lengths": [1, 1]}], {}, r"`seq_lengths` of row 0 \(\[1, 1\]\) sum to 2, but.*its 3 `input_ids`"),
         ([IDS | {"seq_lengths": [3, 0]}], {}, "must be positive"),
+        ([IDS | {"position_ids": [0, 1, 5]}], {}, "`position_ids` of row 0 do not go up by one within each document"),
+        ([IDS | {"position_ids": [0, 1, 0]}], {}, "`seq_lengths` tells where documents begin"),
+        ([IDS | {"position_ids": [0, 1]}], {}, r"`position_ids` of row 0 has shape \(2,\)"),
         ([IDS, IDS], {"max_tokens": 5}, "the batch has 2 documents of 6 tokens together, over `max_tokens` .5."),
         ([IDS], {"max_tokens": 2}, r"row 0 has 3 tokens, over `max_tokens` \(2\): set `long_documents`"),
         ([IDS], {"max_tokens": 2, "long_documents": "split"}, "the batch has 1 documents of 3 tokens together"),
@@ -249,6 +252,11 @@ IDS = {"input_ids": [1, 2, 3]}
 def test_rows_that_cannot_be_flattened_are_refused(rows, options, sentence):
     with pytest.raises(ValueError, match=sentence):
         PackingCollator(**options)(rows)
+
+
+def test_positions_that_only_count_are_counted_anew():
+    rows = [IDS | {"position_ids": [4, 5, 6]}, IDS | {"position_ids": [0, 0, 1], "seq_lengths": [1, 2]}]
+    assert PackingCollator(position_ids_start=2)(rows)["position_ids"].tolist() == [[2, 3, 4, 2, 2, 3]]
 
 
 def test_a_batch_over_the_budget_is_told_who_counts_tokens():
