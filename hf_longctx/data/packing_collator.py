@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # Columns of TRL that say which tokens are trained (1) where there are no labels.
 TRAINED_TOKEN_MASKS = ("completion_mask", "assistant_masks")
 # Columns that are read and that no model takes, so that a trainer would drop them.
-READ_COLUMNS = ("seq_lengths", *TRAINED_TOKEN_MASKS)
+READ_COLUMNS = ("seq_lengths", "seq_idx", *TRAINED_TOKEN_MASKS)
 # Columns that are read, made here or dropped, and so are not carried over.
 _OWN_KEYS = {"input_ids", "labels", "attention_mask", "position_ids", "seq_lengths", "seq_idx", *TRAINED_TOKEN_MASKS}
 
@@ -58,8 +58,8 @@ class PackingCollator:
             tokens.
         buffer_size (`int`, *optional*, defaults to 1000): see [`PackedStream`].
 
-    A call takes rows that are documents (mappings with `input_ids`), [`PackedRow`]s, rows that TRL packed (with
-    `seq_lengths`), or any mix. Labels are the row's `labels`; without them the `input_ids`, of which TRL's
+    A call takes rows that are documents (mappings with `input_ids`), [`PackedRow`]s, rows that are packed already (with
+    TRL's `seq_lengths`, or `seq_idx`, the document of every token), or any mix. Labels are the row's `labels`; without them the `input_ids`, of which TRL's
     `completion_mask` and `assistant_masks` leave out the tokens that they mark 0.
 
     Returns of a call:
@@ -222,7 +222,7 @@ def _check_positions(positions: np.ndarray, lengths: np.ndarray, name: str) -> N
     if not np.all((np.diff(positions) == 1) | is_first[1:]):
         raise ValueError(
             f"`position_ids` of {name} do not go up by one within each document, and packing counts them anew: drop "
-            "the column if that is meant, and `seq_lengths` tells where documents begin."
+            "the column if that is meant; `seq_lengths` tells where documents begin."
         )
 
 
@@ -248,7 +248,10 @@ def _column(document: Mapping, key: str, num_tokens: int, name: str) -> np.ndarr
 
 def _inner_lengths(document: Mapping, num_tokens: int, name: str) -> np.ndarray:
     if document.get("seq_lengths") is None:
-        return np.array([num_tokens])
+        if document.get("seq_idx") is None:
+            return np.array([num_tokens])
+        index = _column(document, "seq_idx", num_tokens, name)
+        return np.diff(np.flatnonzero(np.diff(index, prepend=index[0] - 1, append=index[-1] + 1)))
     lengths = np.asarray(document["seq_lengths"], dtype=np.int64)
     if lengths.sum() != num_tokens or (lengths < 1).any():
         raise ValueError(

@@ -72,6 +72,14 @@ def test_rows_that_trl_packed_as_trl_collates_them():
         assert_same(PackingCollator()(batch), trl(batch))
 
 
+def test_the_document_of_every_token_tells_where_documents_begin():
+    rows = [{"input_ids": [5, 6, 7, 8], "seq_idx": [0, 0, 4, 3]}, {"input_ids": [9, 10], "seq_idx": [3, 3]}]
+    told = [{"input_ids": [5, 6, 7, 8], "seq_lengths": [2, 1, 1]}, {"input_ids": [9, 10]}]
+    ours, wanted = PackingCollator()(rows), PackingCollator()(told)
+    assert ours["cu_seq_lens_q"].tolist() == [0, 2, 3, 4, 6]
+    assert all(torch.equal(torch.as_tensor(ours[key]), torch.as_tensor(wanted[key])) for key in wanted)
+
+
 def test_trl_packed_rows_can_be_packed_once_more():
     data_utils = pytest.importorskip("trl.data_utils")
     rows = Dataset.from_list(documents(0, count=40))
