@@ -58,7 +58,7 @@ class PackingCollator:
             tokens.
         buffer_size (`int`, *optional*, defaults to 1000): see [`PackedStream`].
 
-    A call takes rows that are documents (mappings with `input_ids`), [`PackedRow`]s, rows that are packed already (TRL's
+    A call takes rows that are documents (mappings with `input_ids`), [`PackedRow`]s, rows packed already (TRL's
     `seq_lengths`, or `seq_idx`, the document of every token), or any mix. Labels are the row's `labels`; without them
     the `input_ids`, of which TRL's `completion_mask` and `assistant_masks` leave out the tokens that they mark 0.
 
