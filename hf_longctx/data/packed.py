@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import count, islice
 from numbers import Integral
 
 import numpy as np
@@ -17,7 +17,9 @@ import torch
 from torch.utils.data import Dataset, IterableDataset
 
 from .packing import (
+    Packing,
     Piece,
+    balanced_order,
     cut_documents,
     pack_lengths,
     validate_long_documents,
@@ -127,14 +129,19 @@ class PackedDataset(Dataset):
 class PackedStream(IterableDataset):
     """Rows of several documents over a stream: yields [`PackedRow`]s, each document whole and in exactly one of them.
 
-    Documents are read and packed `buffer_size` at a time. Those of the least full row wait for the next buffer, with
-    `"in_order"` those of the last row, which is then the same as without buffers; at the end everything is yielded.
+    Documents are read and packed `buffer_size` at a time, and rows come in full steps of `group_size`. Documents of
+    the least full rows wait for the next buffer, with `"in_order"` those of the last rows, which are then the same as
+    without buffers; at the end everything is yielded.
 
     Args:
         dataset (`datasets.IterableDataset` or any iterable): tokenized documents.
         max_tokens (`int`): the budget of a row, in tokens.
         strategy, long_documents, seed: see [`pack_lengths`].
         buffer_size (`int`, *optional*, defaults to 1000): documents that are looked at together.
+        group_size (`int`, *optional*, defaults to 1):
+            Rows of one step over all data-parallel ranks. Above 1 they come in a random order in which those of one
+            step cost nearly the same, see [`balanced_order`], unless `"in_order"`.
+        linear_tokens (`float`, *optional*, defaults to `12 * 1024`): 12 times the hidden size; see [`packing_cost`].
 
     Raises:
         ValueError: a setting out of range; on reading, see [`pack_lengths`].
@@ -149,34 +156,52 @@ class PackedStream(IterableDataset):
         long_documents: str = "error",
         seed: int | None = 0,
         buffer_size: int = 1000,
+        group_size: int = 1,
+        linear_tokens: float = 12 * 1024,
     ) -> None:
         validate_max_tokens(max_tokens)
         validate_strategy(strategy)
         validate_long_documents(long_documents)
         validate_buffer_size(buffer_size)
+        balanced_order([], group_size, seed=0)  # refuses what is out of range
         self.dataset, self.max_tokens, self.buffer_size = dataset, max_tokens, buffer_size
         self.strategy, self.long_documents, self.seed = strategy, long_documents, seed
+        self.group_size, self.linear_tokens, self.epoch = group_size, linear_tokens, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Tell the stream below which epoch it is."""
+        """Draw another order of rows, and tell the stream below."""
+        self.epoch = epoch
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[PackedRow]:
-        stream, num_read, carried = iter(self.dataset), 0, []
-        while buffer := list(islice(stream, self.buffer_size)):
+        stream, num_read, waiting = iter(self.dataset), 0, []
+        for turn in count():
+            buffer = list(islice(stream, self.buffer_size))
+            if not buffer and not waiting:
+                return
             lengths = [_length_of_row(document) for document in buffer]
             pieces = cut_documents(lengths, self.max_tokens, self.long_documents, first_row=num_read)
             num_read += len(buffer)
             pieces = zip(*(array.tolist() for array in pieces))
-            documents = carried + [cut_document(buffer[row], start, stop) for row, start, stop in pieces]
+            documents = waiting + [cut_document(buffer[row], start, stop) for row, start, stop in pieces]
             lengths = [len(document["input_ids"]) for document in documents]
             packing = pack_lengths(lengths, self.max_tokens, strategy=self.strategy, seed=self.seed)
-            rows = [PackedRow(documents[piece.row] for piece in pieces) for pieces in packing]
-            carried = rows.pop(-1 if self.strategy == "in_order" else int(packing.bin_tokens.argmin()))
-            yield from rows
-        if carried:
-            yield PackedRow(carried)
+            rows, held_back = self._deal(packing, turn, is_last=not buffer)
+            yield from (PackedRow(documents[piece.row] for piece in packing[row]) for row in rows)
+            waiting = [documents[piece.row] for row in held_back for piece in packing[row]]
+
+    def _deal(self, packing: Packing, turn: int, is_last: bool) -> tuple[list[int], list[int]]:
+        """The rows of a buffer in the order in which they come, and those whose documents wait."""
+        in_order = self.strategy == "in_order"
+        fullest_first = np.arange(len(packing)) if in_order else np.argsort(-packing.bin_tokens, kind="stable")
+        num_waiting = 0 if is_last else len(packing) % self.group_size or self.group_size
+        split = max(len(packing) - num_waiting, 0)
+        rows, held_back = np.sort(fullest_first[:split]), np.sort(fullest_first[split:])
+        if self.group_size > 1 and not in_order:
+            costs, seed = packing.costs(self.linear_tokens)[rows], self.seed or 0
+            rows = rows[balanced_order(costs, self.group_size, seed=seed, epoch=(self.epoch, turn))]
+        return rows.tolist(), held_back.tolist()
 
 
 def cut_document(document: Mapping, start: int, stop: int) -> Mapping:

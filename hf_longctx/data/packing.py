@@ -185,7 +185,7 @@ def packing_cost(lengths: Sequence[int] | np.ndarray, linear_tokens: float) -> f
 
 
 def balanced_order(
-    costs: Sequence[float] | np.ndarray, group_size: int, *, seed: int, epoch: int = 0, window: int = 32
+    costs: Sequence[float] | np.ndarray, group_size: int, *, seed: int, epoch: int | tuple = 0, window: int = 32
 ) -> np.ndarray:
     """A random order of all bins in which every `group_size` consecutive ones cost nearly the same.
 
@@ -197,7 +197,7 @@ def balanced_order(
         costs (`Sequence[float]`): cost of every bin, as [`Packing.costs`] tells it.
         group_size (`int`): bins of one step, one a data-parallel rank. With 1 the order is a plain shuffle.
         seed (`int`): of the run.
-        epoch (`int`, *optional*, defaults to 0): every epoch has an order of its own.
+        epoch (`int` or `tuple` of them, *optional*, defaults to 0): every epoch has an order of its own.
         window (`int`, *optional*, defaults to 32): groups that are sorted together.
 
     Returns:
@@ -210,7 +210,7 @@ def balanced_order(
         if value < 1:
             raise ValueError(f"`{name}` ({value}) must be at least 1.")
     costs = np.asarray(costs, dtype=np.float64)
-    rng = np.random.default_rng((seed, epoch))
+    rng = np.random.default_rng((seed, *epoch) if isinstance(epoch, tuple) else (seed, epoch))
     order = rng.permutation(len(costs))
     groups = len(order) // group_size
     if group_size == 1 or not groups:

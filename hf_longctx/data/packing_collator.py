@@ -97,6 +97,8 @@ class PackingCollator:
         *,
         lengths: Sequence[int] | np.ndarray | None = None,
         seed: int | None = 0,
+        group_size: int = 1,
+        linear_tokens: float = 12 * 1024,
     ) -> PackedDataset | PackedStream:
         """The rows of `dataset` that this collator flattens one at a time, within `max_tokens`.
 
@@ -104,6 +106,7 @@ class PackingCollator:
             dataset: map-style or a stream, of `torch` or `datasets`.
             lengths (`Sequence[int]`, *optional*): tokens of every document of a map-style data set.
             seed (`int`, *optional*, defaults to 0): see [`pack_lengths`].
+            group_size, linear_tokens: of a stream, see [`PackedStream`]; [`BalancedSampler`] orders map-style rows.
 
         Returns:
             [`PackedDataset`], or [`PackedStream`] for a stream.
@@ -122,7 +125,14 @@ class PackingCollator:
             raise ValueError(
                 "`lengths` of a stream are not used, its documents are counted as they come: leave it out."
             )
-        return PackedStream(dataset, self.max_tokens, buffer_size=self.buffer_size, **options)
+        return PackedStream(
+            dataset,
+            self.max_tokens,
+            buffer_size=self.buffer_size,
+            group_size=group_size,
+            linear_tokens=linear_tokens,
+            **options,
+        )
 
     def __call__(self, rows: Sequence[Mapping | PackedRow]) -> dict[str, object]:
         parts: list[_Tokens] = []

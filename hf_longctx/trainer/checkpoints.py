@@ -81,7 +81,7 @@ def run_facts(trainer) -> dict[str, object]:
     strategy = getattr(args, "train_sampling_strategy", "random")
     num_rows, sources = _count_rows(trainer)
     is_sized = num_rows is not None
-    packs = packs_rows(trainer)
+    packs, is_dealt = packs_rows(trainer), split_stream(trainer.train_dataset, trainer.mesh) is not None
     loader = trainer.callback_handler.train_dataloader if is_sized and sources is None else None
     return {
         "world_size": args.world_size,
@@ -96,11 +96,11 @@ def run_facts(trainer) -> dict[str, object]:
         "train_sampling_strategy": strategy,
         "max_tokens": trainer.data_collator.max_tokens if packs else None,
         # These orders are made for so many rows at a time, or for so many groups.
-        "balanced_rows": rows if packs and is_sized and strategy == "random" else None,
+        "balanced_rows": rows if packs and not is_dealt and strategy == "random" else None,
         "sorted_rows": args.train_batch_size * args.gradient_accumulation_steps
         if strategy == "group_by_length"
         else None,
-        "stream_shards": None if split_stream(trainer.train_dataset, trainer.mesh) is None else groups,
+        "stream_shards": groups if is_dealt else None,
     }
 
 

@@ -40,7 +40,9 @@ def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn
     own_stream = split_stream(dataset, mesh) if is_endless else None
     dataset = dataset if own_stream is None else own_stream
     if packs_rows(trainer):
-        dataset, sampler_fn = pack_dataset(trainer, dataset, description, batch_size, sampler_fn, is_training)
+        # A group that has shards of its own does not know what the others draw.
+        group_size = batch_size * mesh.data_parallel_size if own_stream is None else 1
+        dataset, sampler_fn = pack_dataset(trainer, dataset, description, group_size, sampler_fn, is_training)
     elif is_datasets_available() and _is_hub_dataset(dataset):
         dataset = trainer._remove_unused_columns(dataset, description=description)
     else:

@@ -117,7 +117,8 @@ class SequenceParallelMixin(SurvivalMixin, ShardedEvaluationMixin):
         if self.shards_batches or (is_training and never_ends(self, dataset)):
             return build_loader(self, dataset, description, batch_size, sampler_fn, is_training)
         if packs_rows(self):
-            dataset, sampler_fn = pack_dataset(self, dataset, description, batch_size, sampler_fn, is_training)
+            group_size = batch_size * self.mesh.data_parallel_size
+            dataset, sampler_fn = pack_dataset(self, dataset, description, group_size, sampler_fn, is_training)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def _prepare_inputs(self, inputs):

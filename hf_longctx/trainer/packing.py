@@ -37,11 +37,11 @@ def check_collator(trainer) -> None:
         )
 
 
-def pack_dataset(trainer, dataset, description: str, batch_size: int, sampler_fn, is_training: bool):
+def pack_dataset(trainer, dataset, description: str, group_size: int, sampler_fn, is_training: bool):
     """The data set's documents as packed rows, and who orders them.
 
-    Columns that the model does not know are dropped first, where the host would. In training, rows of like cost are
-    dealt to the groups of one step where the host would shuffle.
+    Columns that the model does not know are dropped first, where the host would. In training, where the host would
+    shuffle, the `group_size` rows of one step have nearly the same cost; those of a stream are chosen within a buffer.
 
     Returns:
         tuple of the packed rows and the function that makes their sampler, as the host's `sampler_fn`.
@@ -61,12 +61,12 @@ def pack_dataset(trainer, dataset, description: str, batch_size: int, sampler_fn
         if isinstance(dataset, datasets.Dataset):
             dataset = trainer._remove_unused_columns(dataset, description=description)
     seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
-    packed = trainer.data_collator.pack(dataset, seed=seed)
-    group_size = batch_size * trainer.mesh.data_parallel_size
-    if not is_training or isinstance(packed, IterableDataset) or strategy != "random" or group_size == 1:
+    group_size = group_size if is_training and strategy == "random" else 1
+    linear_tokens = 12 * getattr(unwrap(trainer.model).config.get_text_config(), "hidden_size", 1024)
+    packed = trainer.data_collator.pack(dataset, seed=seed, group_size=group_size, linear_tokens=linear_tokens)
+    if isinstance(packed, IterableDataset) or group_size == 1:
         return packed, sampler_fn
-    hidden_size = getattr(unwrap(trainer.model).config.get_text_config(), "hidden_size", 1024)
-    costs = packed.packing.costs(12 * hidden_size)
+    costs = packed.packing.costs(linear_tokens)
     return packed, lambda _: BalancedSampler(costs, group_size, seed=seed)
 
 

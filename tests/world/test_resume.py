@@ -98,7 +98,7 @@ def test_two_groups_go_on_as_one_group_of_two(world2, tmp_path, kind):
     run = {**RUN, **DATA[kind], "output_dir": str(tmp_path)}
     whole = world2.run(run_here, 1, {**run, **SAVE, "attention": "packed", "per_device_train_batch_size": 2})[0]
     splits = [{"per_device_train_batch_size": 4}]
-    if kind in ("rows", "packed stream"):
+    if kind == "rows":
         splits.append({"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
     for split in splits:
         for after in world2.run(run_here, 2, {**run, **split, "resume": str(tmp_path / "checkpoint-3")}):
