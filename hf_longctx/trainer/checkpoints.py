@@ -81,7 +81,8 @@ def run_facts(trainer) -> dict[str, object]:
     strategy = getattr(args, "train_sampling_strategy", "random")
     num_rows, sources = _count_rows(trainer)
     is_sized = num_rows is not None
-    packs, is_dealt = packs_rows(trainer), split_stream(trainer.train_dataset, trainer.mesh) is not None
+    packs = packs_rows(trainer)
+    is_dealt = trainer.deals_shards and split_stream(trainer.train_dataset, trainer.mesh) is not None
     loader = trainer.callback_handler.train_dataloader if is_sized and sources is None else None
     return {
         "world_size": args.world_size,

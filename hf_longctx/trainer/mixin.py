@@ -36,6 +36,8 @@ class SequenceParallelMixin(SurvivalMixin, ShardedEvaluationMixin):
         long_context ([`LongContextConfig`], *optional*): how to treat long sequences; everything else is the host's.
     """
 
+    deals_shards = True
+
     def __init__(self, *args, long_context: LongContextConfig | None = None, **kwargs) -> None:
         self.long_context = long_context or LongContextConfig()
         given = dict(zip(("model", "args", "data_collator"), args)) | kwargs

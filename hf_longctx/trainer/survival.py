@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 class SurvivalMixin:
     """Watches each optimizer step; has `long_context` and everything of a host trainer."""
 
+    deals_shards = False  # whether groups read shards of a stream by themselves, see `split_stream`
     _num_skipped_steps = 0
     _draws_rows, _iterator = False, None
 

@@ -69,7 +69,12 @@ def test_a_run_equals_the_hosts_padded_one_with_its_evaluation(tmp_path):
 
 @pytest.mark.parametrize(
     ("data", "config"),
-    [("pairs", {}), ("sources", {"swap_probability": 0.5}), ("streams", {"source_weights": {"short": 1, "long": 2}})],
+    [
+        ("pairs", {}),
+        ("sources", {"swap_probability": 0.5}),
+        ("streams", {"source_weights": {"short": 1, "long": 2}}),
+        ("stream", {}),
+    ],
 )
 def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(tmp_path, data, config):
     settings = {"data": data, "loss": "learnable", "config": config, "attention": "packed", "optim": "adamw_torch"}
