@@ -5,8 +5,8 @@
 1. MiniLM goes on learning on pairs of docstring and function from installed packages, and searches the functions of
    packages that it never saw: accuracy@1 and MRR@10 before and after. Beside it, the time of one step of the same rows
    padded by sentence-transformers and packed by us, with both losses.
-2. Whole files are searched by their docstrings. MiniLM has 512 positions, so they are interpolated to 4,096, and every
-   file is shared by two processes. The first steps are repeated by one process, and the losses must be equal.
+2. It learns to find whole files by their docstrings. MiniLM has 512 positions, so they are interpolated to 4,096, and
+   every file is shared by two processes. One process repeats the steps, and the losses must be equal.
 
 Everything printed is measured here. It goes to `runs/demo-embed/`, which this script owns and replaces; it takes under
 eight minutes on two quiet cores and needs no network. The exit code is 1 if losses differ.
