@@ -5,16 +5,21 @@ Tolerances are those of [`assert_same_trajectory`].
 
 from __future__ import annotations
 
+import tempfile
+
 import datasets
 import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from hf_longctx import PackingCollator
+from hf_longctx import LongContextTrainer, PackingCollator
 from hf_longctx.data.endless import endless_loader
+from hf_longctx.trainer.checkpoints import run_facts
 
+from ..embedding_training import build_trainer
 from ..harness import WorldFailure
-from ..training import Rows, Stream, assert_same_trajectory, train
+from ..models import build
+from ..training import Rows, Stream, arguments, assert_same_trajectory, reset_host, train
 
 
 ROWS = Rows(11).rows
@@ -58,6 +63,22 @@ def test_groups_whose_shards_end_at_different_steps_train_alike(world2, accumula
     actual = world2.run(train_with, 1, options)
     for ranks in actual:
         assert_same_trajectory(ranks, expected)
+
+
+def shards_in_checkpoints():
+    """What a run on two groups writes down, of a language model and of an embedder, which reads all shards."""
+    reset_host()
+    dealt = LongContextTrainer(
+        model=build("llama", "packed"), args=arguments(tempfile.mkdtemp()), train_dataset=uneven_stream()
+    )
+    reset_host()
+    read_by_all = build_trainer(data="stream")
+    read_by_all.train_dataset = uneven_stream()
+    return run_facts(dealt)["stream_shards"], run_facts(read_by_all)["stream_shards"]
+
+
+def test_only_runs_whose_groups_read_their_own_shards_are_bound_to_their_number(world2):
+    assert world2.run(shards_in_checkpoints) == [(2, None)] * 2
 
 
 def test_a_step_of_several_batches_goes_on_where_the_stream_begins_again():
