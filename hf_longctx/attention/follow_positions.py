@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from ..parallel.segments import DOCUMENT_BOUND_KEYS, segment_rows
 from ..parallel.shard import SequenceShard
+from .cache_names import CACHE_LENGTH_NAMES, find_cache
 from .own_positions import FOLLOWED, counts_own_positions, local_positions, longest_document
 from .packed import refuse_cache
 from .registry import ATTENTION_FUNCTIONS
@@ -80,9 +81,12 @@ def _is_decoder(module: torch.nn.Module) -> bool:
 
 def _tables(decoder: torch.nn.Module) -> list[torch.nn.Module]:
     """The table of positions, or those inside an adapter that has replaced it."""
-    named = {"past_key_values_length", "position_ids"}
-    inside = decoder.embed_positions.modules()
-    return [module for module in inside if named <= set(inspect.signature(type(module).forward).parameters)]
+    return [module for module in decoder.embed_positions.modules() if _looks_up_positions(type(module))]
+
+
+def _looks_up_positions(kind: type) -> bool:
+    names = set(inspect.signature(kind.forward).parameters)
+    return "position_ids" in names and not names.isdisjoint(CACHE_LENGTH_NAMES)
 
 
 def _cover_tables(decoder: torch.nn.Module) -> list[torch.nn.Module]:
@@ -118,10 +122,12 @@ def _own_forward(module: torch.nn.Module) -> Callable:
 def _decoder_forward(kind: type) -> Callable:
     """The covering forward of a class of decoders, with the signature of its own, which hosts inspect."""
 
+    names = tuple(inspect.signature(kind.forward).parameters)[1:]
+
     @functools.wraps(kind.forward)
     def forward(self, *args, **kwargs):
-        own = _own_forward(self)
-        shard = None if _OFF in vars(self) else kwargs.get("sequence_shard") or _documents_of_call(self, kwargs)
+        own, given = _own_forward(self), {**dict(zip(names, args)), **kwargs}
+        shard = None if _OFF in vars(self) else given.get("sequence_shard") or _documents_of_call(self, given)
         if shard is None:
             return own(*args, **kwargs)
         tables, positions = _cover_tables(self), local_positions(shard)
@@ -138,33 +144,37 @@ def _decoder_forward(kind: type) -> Callable:
     return forward
 
 
-def _table_forward(self, tokens, past_key_values_length: int = 0, position_ids: torch.Tensor | None = None):
+def _table_forward(self, tokens, *args, **kwargs):
     """The host's lookup, of the positions that the decoder lent."""
     lent = vars(self).get(_LENT)
     if lent is None:
-        return _own_forward(self)(tokens, past_key_values_length, position_ids=position_ids)
+        return _own_forward(self)(tokens, *args, **kwargs)
     lent = lent.to(self.weight.device)
-    # The host's own takes one row of positions.
-    embedded = _own_forward(self)(tokens, past_key_values_length, position_ids=lent.flatten())
+    # The host's own takes one row of positions; given them, it does not ask for the length of the cache.
+    embedded = _own_forward(self)(tokens, position_ids=lent.flatten())
     return embedded if lent.dim() == 1 else embedded.view(*lent.shape, -1)
 
 
-def _documents_of_call(decoder: torch.nn.Module, kwargs: dict[str, object]) -> SequenceShard | None:
+def _documents_of_call(decoder: torch.nn.Module, given: dict[str, object]) -> SequenceShard | None:
     """The documents of a batch that no one has cut. The decoder makes a mask of ones, behind which they would hide."""
-    tokens = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    hidden = kwargs.get("attention_mask") is not None or kwargs.get("past_key_values") is not None
-    if tokens is None or hidden or decoder.config._attn_implementation not in ATTENTION_FUNCTIONS:
+    tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+    if (
+        tokens is None
+        or given.get("attention_mask") is not None
+        or decoder.config._attn_implementation not in ATTENTION_FUNCTIONS
+    ):
         return None
     rows, num_tokens = tokens.shape[:2]
-    facts = {name: kwargs[name] for name in DOCUMENT_BOUND_KEYS if kwargs.get(name) is not None}
-    positions = kwargs.get("position_ids")
+    facts = {name: given[name] for name in DOCUMENT_BOUND_KEYS if given.get(name) is not None}
+    positions = given.get("position_ids")
     if isinstance(positions, torch.Tensor) and positions.dim() == 2 and positions.shape[1] == num_tokens:
         facts["position_ids"] = positions
     segments, only_right_padding = segment_rows(facts, rows, num_tokens, tokens.device)
     if segments is None:
         return None
-    use_cache = kwargs.get("use_cache")
-    if getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache:
+    use_cache = given.get("use_cache")
+    fills_cache = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
+    if fills_cache or find_cache(given) is not None:
         refuse_cache()
     return SequenceShard(1, 0, num_tokens, num_tokens, segments, only_right_padding)
 

@@ -25,6 +25,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
+from ..attention.cache_names import OUTPUT_NAME, find_cache
 from ..parallel.shard import IGNORE_INDEX
 from .aligned_labels import aligns_labels
 from .logits_transform import read_logits_transform
@@ -240,9 +241,9 @@ def _forward_with_loss(
     _validate_hooks(self, head)
     return CausalLMOutputWithPast(
         loss=head(hidden, tiled_loss=_Question(plan, shift_labels, num_items_in_batch, ignore_index)),
-        past_key_values=getattr(outputs, "past_key_values", None),
         hidden_states=getattr(outputs, "hidden_states", None),
         attentions=getattr(outputs, "attentions", None),
+        **{OUTPUT_NAME: find_cache(outputs)},
     )
 
 

@@ -15,11 +15,12 @@ import torch
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
+from ..attention.cache_names import CACHE_NAMES
 from ..attention.leaks import evaluation_mode
 
 
 # Arguments of modules whose tokens see each other.
-_MIXING_ARGUMENTS = {"attention_mask", "position_embeddings", "position_ids", "past_key_values", "cache_params"}
+_MIXING_ARGUMENTS = {"attention_mask", "position_embeddings", "position_ids", *CACHE_NAMES}
 # Relative differences that summing in another order leaves; a module that mixes tokens differs by about one.
 _NOISE = {torch.float64: 1e-9, torch.float32: 1e-4}
 _HALF_NOISE = 3e-2

@@ -15,6 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hf_longctx.attention import kernels
 from hf_longctx.attention.blocks import BlockPlan
+from hf_longctx.attention.cache_names import OUTPUT_NAME
 from hf_longctx.attention.deferred import DeferredMask, deferred_mask
 from hf_longctx.attention.masks import (
     AttentionRule,
@@ -369,7 +370,7 @@ def mask_of(maker: str, rows: str, attention: str):
     """What the host prepares for a model on `attention`."""
     make, config, _ = MAKERS[maker]
     config._attn_implementation = attention
-    inputs = {"attention_mask": None, "past_key_values": None, **MASKS[rows]}
+    inputs = {"attention_mask": None, OUTPUT_NAME: None, **MASKS[rows]}
     if not maker.startswith("bidirectional"):
         inputs.setdefault("position_ids", None)
     return make(config=config, inputs_embeds=torch.zeros(2, 6, 4), **inputs)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BartForConditionalGeneration
+from transformers import AutoModelForCausalLM, BartForConditionalGeneration, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_longctx import assert_no_cross_document, explain_attention
+from hf_longctx.attention.cache_names import CACHE_LENGTH_NAMES, OUTPUT_NAME, find_cache
 from hf_longctx.attention.follow_positions import follow_positions
 from hf_longctx.attention.own_positions import COUNTING_TYPES, local_positions, longest_document
 from hf_longctx.parallel.shard import cut_batch
@@ -227,6 +229,31 @@ def test_a_cache_beside_documents_is_refused():
     follow_positions(model)
     with pytest.raises(ValueError, match="`use_cache` is on"):
         model(**{**packed(documents()), "use_cache": True})
+    with pytest.raises(ValueError, match="`use_cache` is on"):
+        model(**{**packed(documents()), OUTPUT_NAME: DynamicCache(config=model.config)})
+    assert find_cache({"cache": None, "past_key_values": 1, "cache_params": None}) == 1
+    assert find_cache({"cache": 2, "position_ids": 1}) == 2 and find_cache({"use_cache": True}) is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_given_by_place_are_seen(name):
+    """A decoder called by hand: its documents, or the mask that hides them, need no keyword."""
+    model = build(name, "packed").eval()
+    follow_positions(model)
+    decoder, row = model.get_decoder(), packed(documents())
+    alone = [decoder(piece, use_cache=False)[0] for piece in documents()]
+    together = decoder(row["input_ids"], position_ids=row["position_ids"], use_cache=False)[0]
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), rtol=1e-5, atol=1e-6)  # fp32, other row lengths
+    mask = torch.ones_like(row["input_ids"])
+    with pytest.raises(ValueError, match="attention_mask"):
+        decoder(row["input_ids"], mask, position_ids=row["position_ids"], use_cache=False)
+    (table,) = [module for module in decoder.modules() if module is not decoder and "forward" in vars(module)]
+    of = {length: torch.zeros(1, length) if name == "bart" else torch.Size((1, length)) for length in (3, 5)}
+    whole, positions = table(of[5], 0).view(5, -1), torch.tensor([4, 2, 0])
+    assert torch.equal(table(of[3], 0, positions).view(3, -1), whole[positions])
+    assert torch.equal(table(of[3], position_ids=positions).view(3, -1), whole[positions])
+    (length_name,) = set(CACHE_LENGTH_NAMES) & set(inspect.signature(type(table).forward).parameters)
+    assert torch.equal(table(of[3], **{length_name: 2}).view(3, -1), whole[2:])
 
 
 def test_a_host_that_looks_up_positions_otherwise_is_refused():

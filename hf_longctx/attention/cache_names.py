@@ -1,0 +1,23 @@
+"""What transformers calls a cache of keys, values or states: `cache` since 5.24, other names before.
+
+The older names are still taken until 5.40, so both are looked for wherever an argument or an output may hold one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+# By which a table of positions is told how many tokens a cache holds.
+CACHE_LENGTH_NAMES = ("cache_length", "past_key_values_length")
+# The field of an output of a causal language model, in the transformers that is installed.
+OUTPUT_NAME = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
+
+
+def find_cache(values: Mapping[str, object]) -> object | None:
+    """The cache among the arguments of a call or the fields of an output, or `None`."""
+    return next((values[name] for name in CACHE_NAMES if name in values and values[name] is not None), None)
