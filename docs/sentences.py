@@ -16,19 +16,19 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ERRORS = {"ValueError", "NotImplementedError", "ImportError", "RuntimeError", "TypeError", "AttributeError"}
 # Raised by the check that a user calls on purpose, or that a trainer runs on its first packed batch.
-CHECKS = {"attention/leaks.py"}
+CHECKS = {"attention/contamination.py"}
 # Functions that only run after the first step has begun. What any other raises is told before it.
 LATER = {"backward", "remove", "write_checkpoint", "_refuse_step"}
 # No sentence of its own: it says the sentence of another error, or keeps a protocol of Python.
 PASSED_ON = {
     ("attention/deferred.py", "__getattr__"),
     ("proof/ranks.py", "_collect"),
-    ("trainer/checkpoints.py", "_refuse_everywhere"),
+    ("resilience/checkpoints.py", "_refuse_everywhere"),
 }
 # Never an error to a user: the package itself catches it and makes a result of it.
 CAUGHT = {"Verdict"}
 # Never an error to a user: a caller logs it and goes on.
-LOGGED = {("trainer/planned.py", "_plan")}
+LOGGED = {("reporting/planned_memory.py", "_plan")}
 HOLE = "\0"  # where a sentence is filled in, or a test leaves open what stands there
 
 

@@ -16,46 +16,46 @@ from .on_import import call_after_import
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "LongContextConfig": ".config",
+    "LongContextConfig": ".config.run",
     "SequenceMesh": ".parallel.mesh",
     "SequenceShard": ".parallel.shard",
     "shard_batch": ".parallel.shard",
     "gather_sequence": ".parallel.collectives",
-    "ShardCollator": ".data.collator",
-    "PackingCollator": ".data.packing_collator",
-    "PackedDataset": ".data.packed",
-    "TokenBudgetSampler": ".data.token_budget",
-    "assert_no_cross_document": ".attention.leaks",
+    "ShardCollator": ".data.shard_collator",
+    "PackingCollator": ".data.packing.collator",
+    "PackedDataset": ".data.packing.datasets",
+    "TokenBudgetSampler": ".data.packing.samplers",
+    "assert_no_cross_document": ".attention.contamination",
     "explain_attention": ".attention.explain",
     "LongContextTrainer": ".trainer.causal_lm",
     "LongContextSFTTrainer": ".trainer.sft",
-    "LongContextSentenceTransformerTrainer": ".trainer.embedding",
+    "LongContextSentenceTransformerTrainer": ".embedding.trainer",
     "SpanRankingLoss": ".embedding.span_loss",
     "encode_spans": ".embedding.spans",
-    "pack_embeddings": ".embedding.packing",
-    "TiledMultipleNegativesRankingLoss": ".embedding.loss",
-    "verify": ".proof.verify",
+    "pack_embeddings": ".embedding.packed_model",
+    "TiledMultipleNegativesRankingLoss": ".embedding.tiled_ranking_loss",
+    "verify": ".proof.verification",
 }
 __all__ = sorted(_PUBLIC)
 
 if TYPE_CHECKING:
+    from .attention.contamination import assert_no_cross_document  # noqa: F401
     from .attention.explain import explain_attention  # noqa: F401
-    from .attention.leaks import assert_no_cross_document  # noqa: F401
-    from .config import LongContextConfig  # noqa: F401
-    from .data.collator import ShardCollator  # noqa: F401
-    from .data.packed import PackedDataset  # noqa: F401
-    from .data.packing_collator import PackingCollator  # noqa: F401
-    from .data.token_budget import TokenBudgetSampler  # noqa: F401
-    from .embedding.loss import TiledMultipleNegativesRankingLoss  # noqa: F401
-    from .embedding.packing import pack_embeddings  # noqa: F401
+    from .config.run import LongContextConfig  # noqa: F401
+    from .data.packing.collator import PackingCollator  # noqa: F401
+    from .data.packing.datasets import PackedDataset  # noqa: F401
+    from .data.packing.samplers import TokenBudgetSampler  # noqa: F401
+    from .data.shard_collator import ShardCollator  # noqa: F401
+    from .embedding.packed_model import pack_embeddings  # noqa: F401
     from .embedding.span_loss import SpanRankingLoss  # noqa: F401
     from .embedding.spans import encode_spans  # noqa: F401
+    from .embedding.tiled_ranking_loss import TiledMultipleNegativesRankingLoss  # noqa: F401
+    from .embedding.trainer import LongContextSentenceTransformerTrainer  # noqa: F401
     from .parallel.collectives import gather_sequence  # noqa: F401
     from .parallel.mesh import SequenceMesh  # noqa: F401
     from .parallel.shard import SequenceShard, shard_batch  # noqa: F401
-    from .proof.verify import verify  # noqa: F401
+    from .proof.verification import verify  # noqa: F401
     from .trainer.causal_lm import LongContextTrainer  # noqa: F401
-    from .trainer.embedding import LongContextSentenceTransformerTrainer  # noqa: F401
     from .trainer.sft import LongContextSFTTrainer  # noqa: F401
 
 

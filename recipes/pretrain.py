@@ -8,58 +8,7 @@ of `TrainingArguments`, of TRL's `ModelConfig`, of `LongContextConfig`, and the 
 the YAML file.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
-
-from inputs import RecipeArguments, check_output_dir, load_model, make_report, read_documents, train_and_save
-from torch.distributed.elastic.multiprocessing.errors import record
-from transformers import TrainingArguments, default_data_collator
-from trl import ModelConfig, TrlParser, get_peft_config
-
-from hf_longctx import LongContextConfig, LongContextTrainer
-from hf_longctx.data.documents import split_into_rows
-
-
-@dataclass
-class PretrainArguments(RecipeArguments):
-    row_tokens: int = field(default=4096, metadata={"help": "Tokens of every row, all of them real."})
-    text_field: str = field(default="text", metadata={"help": "Column that holds the text."})
-    from_scratch: bool = field(default=False, metadata={"help": "Start from random weights of the model's config."})
-    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
-
-
-ARGUMENTS = (PretrainArguments, TrainingArguments, ModelConfig, LongContextConfig)
-
-
-@record
-def main() -> None:
-    recipe, args, model_args, long_context = TrlParser(ARGUMENTS).parse_args_and_config()
-    check_output_dir(recipe, args)
-    if args.include_num_input_tokens_seen == "no":
-        args.include_num_input_tokens_seen = "all"  # rows have no padding
-    model, tokenizer = load_model(recipe, args, model_args, long_context, recipe.from_scratch)
-    peft_config = get_peft_config(model_args)
-    if peft_config is not None:
-        from peft import get_peft_model
-
-        model = get_peft_model(model, peft_config)
-    with args.main_process_first(desc="reading documents"):
-        options = {"text_field": recipe.text_field, "num_proc": recipe.dataset_num_proc, "join_documents": True}
-        rows, eval_rows = (
-            part and split_into_rows(part, tokenizer, recipe.row_tokens, **options)
-            for part in read_documents(recipe, args, recipe.text_field)
-        )
-    trainer = LongContextTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        data_collator=default_data_collator,
-        processing_class=tokenizer,
-        long_context=long_context,
-    )
-    train_and_save(trainer, make_report(recipe, long_context, recipe.row_tokens), args)
+from hf_longctx.tasks.pretrain import main
 
 
 if __name__ == "__main__":

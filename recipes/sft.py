@@ -8,64 +8,7 @@ consecutive rows; nothing is truncated away. Conversations (`messages`, or `prom
 beyond `max_length`, truncated by TRL, as always; `packing: true` puts several of them in a row, kept apart.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass, field
-
-from inputs import RecipeArguments, check_output_dir, load_model, make_report, read_documents, train_and_save
-from torch.distributed.elastic.multiprocessing.errors import record
-from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config
-
-from hf_longctx import LongContextConfig, LongContextSFTTrainer
-from hf_longctx.data.documents import column_names, split_into_rows
-
-
-CONVERSATIONS = {"messages", "prompt", "conversations"}
-
-
-@dataclass
-class SFTArguments(RecipeArguments):
-    join_documents: bool = field(
-        default=False,
-        metadata={"help": "Let documents follow one another, so that every row has exactly `max_length` tokens."},
-    )
-
-
-def make_rows(documents, tokenizer, args, join_documents: bool):
-    """Rows of tokens from documents; conversations as they are."""
-    if documents is None or args.max_length is None or CONVERSATIONS & set(column_names(documents)):
-        return documents
-    options = {"text_field": args.dataset_text_field, "num_proc": args.dataset_num_proc}
-    options["join_documents"] = join_documents
-    return split_into_rows(documents, tokenizer, args.max_length, **options)
-
-
-ARGUMENTS = (SFTArguments, SFTConfig, ModelConfig, LongContextConfig)
-
-
-@record
-def main() -> None:
-    recipe, args, model_args, long_context = TrlParser(ARGUMENTS).parse_args_and_config()
-    check_output_dir(recipe, args)
-    if args.include_num_input_tokens_seen == "no":  # the report's throughput counts real tokens
-        is_flat = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
-        args.include_num_input_tokens_seen = "all" if is_flat else "non_padding"
-    model, tokenizer = load_model(recipe, args, model_args, long_context)
-    with args.main_process_first(desc="reading documents"):
-        documents, eval_documents = read_documents(recipe, args, text_field=None)
-        rows, eval_rows = (
-            make_rows(part, tokenizer, args, recipe.join_documents) for part in (documents, eval_documents)
-        )
-    trainer = LongContextSFTTrainer(
-        model=model,
-        args=args,
-        train_dataset=rows,
-        eval_dataset=eval_rows,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        long_context=long_context,
-    )
-    train_and_save(trainer, make_report(recipe, long_context, args.max_length), args)
+from hf_longctx.tasks.sft import main
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import count, islice
 
 from hf_longctx import LongContextConfig, SequenceMesh
-from hf_longctx.data.source_loader import build_source_loader
+from hf_longctx.data.sources.loader import build_source_loader
 
 
 def pairs(name: str, rows: int, texts: int | None = None, **columns) -> list[dict]:

@@ -1,5 +1,18 @@
-"""Floor 2, the science: attention functions, on torch and transformers' registries alone."""
+"""Attention functions on torch and transformers' registries, and the checks of what documents see."""
 
-# The names are registered when this module is first imported (see `on_import`). Let that happen here, before one of
-# our own files is half imported itself.
-import transformers.modeling_utils  # noqa: F401
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy_exports import lazy_exports
+
+
+if TYPE_CHECKING:
+    from .contamination import assert_no_cross_document as assert_no_cross_document
+    from .explain import explain_attention as explain_attention
+
+_EXPORTS = {
+    "contamination": ("assert_no_cross_document",),
+    "explain": ("explain_attention",),
+}
+__getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

@@ -15,8 +15,8 @@ import torch
 from ..parallel.segments import PAD_SEGMENT
 from ..parallel.shard import SequenceShard, cut_batch
 from .blocks import BlockPlan
+from .contamination import evaluation_mode
 from .kernels import is_flash
-from .leaks import evaluation_mode
 from .masks import AttentionRule, KernelPlan
 from .registry import ATTENTION_FUNCTIONS
 from .varlen import VarlenBounds

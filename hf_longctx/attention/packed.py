@@ -17,10 +17,10 @@ import torch
 from ..parallel.segments import DOCUMENT_BOUND_KEYS, segment_rows
 from ..parallel.shard import SequenceShard
 from .deferred import DeferredMask
+from .implicit_positions import validate_positions
 from .kernels import choose_kernel, is_flash, plan_for_kernel, refuse_unsupported, run_plain, run_planned
 from .masks import AttentionRule, KernelPlan, packed_documents, plan_row
-from .own_masks import without_padding_mask
-from .own_positions import validate_positions
+from .padding_masks import without_padding_mask
 
 
 # Keyword arguments that change the result and that no inner kernel can take on a part of the heads.

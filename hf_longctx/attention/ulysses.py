@@ -15,8 +15,8 @@ import torch
 from ..parallel.collectives import heads_to_sequence, sequence_to_heads
 from ..parallel.heads import split_heads
 from ..parallel.shard import SequenceShard
-from .own_masks import without_padding_mask
 from .packed import attend_rows, packed_attention, validate_call
+from .padding_masks import without_padding_mask
 
 
 def ulysses_attention(

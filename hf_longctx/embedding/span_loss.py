@@ -22,7 +22,7 @@ try:
     from sentence_transformers.base.losses.gradcache import CachedLossMixin
 
     from .gradient_cache import cached_loss
-    from .loss import negatives_group
+    from .tiled_ranking_loss import negatives_group
 except ImportError as error:
     raise ImportError("`SpanRankingLoss` needs sentence-transformers: `pip install hf-longctx[embedding]`.") from error
 

@@ -11,7 +11,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from ..config import validate_sequence_parallel_size
+from ..config.run import validate_sequence_parallel_size
 
 
 @dataclass(frozen=True)

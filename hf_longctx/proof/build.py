@@ -7,7 +7,7 @@ import copy
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
-from .subject import Subject
+from .model_under_test import Subject
 from .tiny import validate_tiny
 
 

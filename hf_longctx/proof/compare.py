@@ -11,19 +11,19 @@ import time
 
 import torch
 
-from ..attention.follow_positions import follow_positions
-from ..attention.leaks import assert_no_cross_document
-from ..config import LongContextConfig
+from ..adapters.positions import follow_positions
+from ..attention.contamination import assert_no_cross_document
+from ..config.run import LongContextConfig
 from ..parallel.mesh import SequenceMesh
 from ..trainer.checks import check_model
-from ..trainer.probe import ProbeResult, probe_model
+from ..trainer.sanity_check import ProbeResult, probe_model
 from .build import build_model, model_on_meta
+from .model_under_test import Setting, Subject
 from .numbers import Numbers, blind_outputs, compare, of_one_process, on_the_ranks, relative, wrap
+from .outcomes import SENSITIVE, Verdict, attempt, first_line, worst_of_ranks
+from .random_rows import ROWS_OF_A_GROUP, Rows, make_rows, num_tokens_of
 from .result import REFUSED, UNBUILDABLE, WRONG, RowsResult, judge, tolerance
-from .rows import ROWS_OF_A_GROUP, Rows, make_rows, num_tokens_of
-from .subject import Setting, Subject
 from .tiny import FIRST_TOKEN
-from .verdicts import SENSITIVE, Verdict, attempt, first_line, worst_of_ranks
 
 
 # The same numbers by the same operations, on one process.
@@ -76,7 +76,7 @@ def _pair_of(subject: Subject, setting: Setting, dtype: str, pairs: dict) -> Pai
 
 def _pair_class(subject: Subject) -> type:
     if subject.task == "embedding":
-        from .embedding import EmbeddingPair  # needs sentence-transformers
+        from .embedding_pair import EmbeddingPair  # needs sentence-transformers
 
         return EmbeddingPair
     return Pair

@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..parallel.pooling import POOLING_MODES
 from .build import build_model, loading_options, turn_dropout_off
-from .subject import Subject, read_config
+from .model_under_test import Subject, read_config
 from .tiny import FIRST_TOKEN, VOCABULARY
 
 

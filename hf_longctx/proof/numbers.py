@@ -16,10 +16,10 @@ from ..losses.token_mean import token_mean
 from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import shard_batch
-from ..trainer.probe import ProbeResult
+from ..trainer.sanity_check import ProbeResult
+from .model_under_test import Setting
+from .random_rows import Rows
 from .result import Errors
-from .rows import Rows
-from .subject import Setting
 
 
 # A key's bias cannot change a softmax: its gradient is a sum that cancels, and what rounding leaves of it is as large

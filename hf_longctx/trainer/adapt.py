@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ..attention.follow_positions import follow_positions
-from ..losses.aligned_labels import aligns_labels
+from ..adapters.positions import follow_positions
+from ..adapters.unshifted_labels import aligns_labels
 from .checks import runs_our_attention, unwrap
 
 

@@ -9,7 +9,7 @@ import torch
 
 from ..attention.kernels import validate_kernel_available
 from ..attention.registry import ATTENTION_FUNCTIONS
-from ..config import SOURCE_FIELDS, LongContextConfig
+from ..config.run import SOURCE_FIELDS, LongContextConfig
 from ..parallel.heads import validate_head_count
 
 

@@ -15,13 +15,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import seed_worker
 from transformers.utils import is_datasets_available
 
-from ..data.collator import ShardCollator
 from ..data.endless import endless_loader
-from ..data.packed import is_stream
-from ..data.sampler import evaluation_loader
+from ..data.evaluation_rows import evaluation_loader
+from ..data.packing.datasets import is_stream
+from ..data.shard_collator import ShardCollator
 from ..parallel.mesh import SequenceMesh
 from .checks import refuse_dispatcher
-from .packing import pack_dataset, packs_rows
+from .packed_rows import pack_dataset, packs_rows
 
 
 logger = logging.getLogger(__name__)

@@ -11,15 +11,15 @@ import os
 
 import torch
 
-from ..config import LongContextConfig
-from ..data.packing_collator import PackingCollator
-from ..losses.tiled_forward import tile_loss
-from ..losses.tiled_proof import prove_tiled_loss
-from ..memory.measure import free_bytes
-from ..memory.presets import MLP_TILE_SIZE, PRESETS, Preset
-from ..memory.tiled_mlp import tile_mlp
+from ..adapters.tiled_loss import tile_loss
+from ..adapters.tiled_loss_check import prove_tiled_loss
+from ..adapters.tiled_mlp import tile_mlp
+from ..config.run import LongContextConfig
+from ..data.packing.collator import PackingCollator
+from ..planner.measure import free_bytes
+from ..planner.presets import MLP_TILE_SIZE, PRESETS, Preset
+from ..reporting.planned_memory import PlannedMemory, settings_of
 from .checks import unwrap
-from .planned import PlannedMemory, settings_of
 
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ def _validate_own_loss(trainer) -> None:
 
 def _plan(config: LongContextConfig, args, model, collator) -> Preset:
     """The cheapest preset under which this run fits the device."""
-    from ..memory.ledger import Planner  # its simulations import half of torch, and most runs do without
+    from ..planner.memory_plan import Planner  # its simulations import half of torch, and most runs do without
 
     tokens = _row_tokens(config, args, collator)
     if tokens is None:
@@ -155,7 +155,7 @@ def _validate_host_memory(config: LongContextConfig, args, model, collator, pres
 
     Where nobody tells how long rows are, or the model cannot be planned, nothing can be said.
     """
-    from ..memory.ledger import Planner
+    from ..planner.memory_plan import Planner
 
     tokens = _row_tokens(config, args, collator)
     if tokens is None:

@@ -13,20 +13,20 @@ import torch
 import torch.distributed as dist
 from transformers.loss.loss_utils import LOSS_MAPPING
 
-from ..config import LongContextConfig
-from ..data.packing_collator import READ_COLUMNS, PackingCollator
+from ..config.run import LongContextConfig
+from ..data.packing.collator import READ_COLUMNS, PackingCollator
 from ..losses.token_mean import token_mean
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import SequenceShard, validate_same_rows
+from ..resilience.fault_tolerance import SurvivalMixin
 from .adapt import adapt_model
 from .checks import check_arguments, check_model, check_trainer, unwrap, warn_about_dropout
 from .evaluation import ShardedEvaluationMixin
 from .loaders import build_loader, check_streams, never_ends
-from .loss import AlignedLoss
 from .memory import apply_memory, prepare_memory, tile_trainer_loss
-from .packing import check_collator, check_packed_batch, pack_dataset, packs_rows
-from .probe import ProbeResult, probe_model
-from .survival import SurvivalMixin
+from .packed_rows import check_collator, check_packed_batch, pack_dataset, packs_rows
+from .sanity_check import ProbeResult, probe_model
+from .shifting_loss import AlignedLoss
 
 
 class SequenceParallelMixin(SurvivalMixin, ShardedEvaluationMixin):

@@ -20,14 +20,13 @@ from ulysses_worker import Meter
 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from docstrings import FUNCTIONS, mine_functions
-
 from hf_longctx import (
     LongContextConfig,
     LongContextSentenceTransformerTrainer,
     TiledMultipleNegativesRankingLoss,
     pack_embeddings,
 )
+from hf_longctx.tasks.docstrings import FUNCTIONS, mine_functions
 
 
 STOCK, PACKED, OURS = "padded, ST", "packed, ST's loss", "ours"

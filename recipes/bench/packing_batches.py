@@ -112,8 +112,8 @@ def packed_by_trl(documents: list[dict], batch_size: int, row_tokens: int) -> li
 
 def packed_by_us(documents: list[dict], batch_size: int, row_tokens: int) -> list[dict]:
     """`PackedDataset` and `PackingCollator`."""
-    from hf_longctx.data.packed import PackedDataset
-    from hf_longctx.data.packing_collator import PackingCollator
+    from hf_longctx.data.packing.collator import PackingCollator
+    from hf_longctx.data.packing.datasets import PackedDataset
 
     rows, collate = PackedDataset(documents, row_tokens), PackingCollator(max_tokens=row_tokens)
     return [collate([rows[index]]) for index in range(len(rows))]

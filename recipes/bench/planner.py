@@ -4,7 +4,7 @@ What: three shapes of models (Llama; Qwen3 with grouped heads and a large tied v
 and fused projections), each at two lengths and on every rung of `memory` that a CPU has, with AdamW in fp32. The plan
 is made from the configuration alone, before anything runs.
 
-How: each measurement is a process of its own (`hf_longctx/memory/measure.py`) that loads its libraries, warms up,
+How: each measurement is a process of its own (`hf_longctx/planner/measure.py`) that loads its libraries, warms up,
 builds the model and takes two steps; measured is the largest resident set during the second less what the process held
 before there was a model. `max` differs from `checkpoint` on a GPU only and is left out. Memory does not depend on how
 busy the machine is. Price: some 15 minutes on 2 cores, and 5 GB.
@@ -28,10 +28,10 @@ from planner_report import HEADERS, cells, describe, summary, write_report
 from rich.console import Console
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from hf_longctx.memory.ledger import Planner
-from hf_longctx.memory.measure import can_measure, free_bytes, measure_in_process
-from hf_longctx.memory.presets import PRESETS
-from hf_longctx.memory.settings import Settings
+from hf_longctx.planner.measure import can_measure, free_bytes, measure_in_process
+from hf_longctx.planner.memory_plan import Planner
+from hf_longctx.planner.presets import PRESETS
+from hf_longctx.planner.settings import Settings
 
 
 console = Console(width=max(Console().width, 120))

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
 from ulysses_worker import Meter
 
-from hf_longctx.memory.tiled_mlp import tile_mlp
+from hf_longctx.adapters.tiled_mlp import tile_mlp
 
 
 # (label, tiled, checkpointed); the first of each kind is what the second is compared with.

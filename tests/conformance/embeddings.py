@@ -17,10 +17,10 @@ from pathlib import Path
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_longctx.proof.model_under_test import EMBEDDING_KINDS, Setting, Subject
 from hf_longctx.proof.ranks import Ranks
 from hf_longctx.proof.result import EXACT, UNBUILDABLE, WRONG, RowsResult
-from hf_longctx.proof.subject import EMBEDDING_KINDS, Setting, Subject
-from hf_longctx.proof.verify import run_proof
+from hf_longctx.proof.verification import run_proof
 
 from .page import WORDS
 from .terminal import Terminal

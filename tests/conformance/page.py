@@ -6,8 +6,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
+from hf_longctx.proof.model_under_test import KINDS
 from hf_longctx.proof.result import EXACT, REFUSED, UNBUILDABLE, WORST_FIRST, WRONG
-from hf_longctx.proof.subject import KINDS
 
 
 WORDS = {EXACT: "exact", WRONG: "**wrong**", REFUSED: "refused", UNBUILDABLE: "not buildable"}

@@ -13,8 +13,8 @@ import pytest
 import transformers
 
 from hf_longctx.cli import main
-from hf_longctx.data.packing import STRATEGIES, pack_lengths, packing_cost
-from hf_longctx.pack_command import Padded
+from hf_longctx.cli.pack import Padded
+from hf_longctx.data.packing.lengths import STRATEGIES, pack_lengths, packing_cost
 
 from ..models import config_of
 from ..tokenizer import tiny_tokenizer, words

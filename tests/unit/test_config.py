@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from hf_longctx import LongContextConfig
-from hf_longctx.config import INNER_ATTENTIONS
+from hf_longctx.config.run import INNER_ATTENTIONS
 
 
 FIELDS = {field.name for field in dataclasses.fields(LongContextConfig)}

@@ -12,16 +12,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_longctx.losses.contrastive import contrastive_loss
 from hf_longctx.losses.contrastive_rules import ContrastiveRule, Duplicates
 from hf_longctx.losses.contrastive_tiles import RowTiles
-from hf_longctx.memory.simulate import enable_checkpointing
 from hf_longctx.parallel.mesh import SequenceMesh
+from hf_longctx.planner.simulate import enable_checkpointing
 
 
 pytest.importorskip("sentence_transformers")
 from sentence_transformers import util
 from sentence_transformers.sentence_transformer import losses as st
 
-from hf_longctx.embedding.digests import text_digests
-from hf_longctx.embedding.loss import TiledMultipleNegativesRankingLoss, bind_losses, check_losses
+from hf_longctx.embedding.text_hashes import text_digests
+from hf_longctx.embedding.tiled_ranking_loss import TiledMultipleNegativesRankingLoss, bind_losses, check_losses
 
 from ..embedders import WIDTH, batch, flat, padded, random_texts, tiny_embedder
 

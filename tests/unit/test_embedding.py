@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
 from hf_longctx import TiledMultipleNegativesRankingLoss, encode_spans
-from hf_longctx.embedding.packing import is_packed, pack_embeddings
+from hf_longctx.embedding.packed_model import is_packed, pack_embeddings
 
 from ..embedding import columns, embedder, gradients_of, texts
 

@@ -19,9 +19,9 @@ from sentence_transformers.base.training_args import BatchSamplers
 from sentence_transformers.sentence_transformer import losses
 
 from hf_longctx import LongContextConfig, pack_embeddings
+from hf_longctx.embedding.text_collator import refuse_empty_texts
 from hf_longctx.losses.contrastive import contrastive_loss
-from hf_longctx.trainer.checkpoint_weights import check_weights
-from hf_longctx.trainer.embedding_collator import refuse_empty_texts
+from hf_longctx.resilience.checkpoint_weights import check_weights
 
 from ..embedding import columns, embedder, gradients_of
 from ..embedding_training import arguments, assert_same_run, build_trainer, evaluator, loss_of, pairs, run

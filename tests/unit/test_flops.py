@@ -7,8 +7,8 @@ import torch
 import transformers as tf
 from torch.utils.flop_counter import FlopCounterMode
 
-from hf_longctx.callbacks.flops import AttentionSpan, count_flops, count_products
-from hf_longctx.memory.tiled_mlp import tile_mlp
+from hf_longctx.adapters.tiled_mlp import tile_mlp
+from hf_longctx.reporting.flops import AttentionSpan, count_flops, count_products
 
 from ..models import VOCAB, build, config_of
 

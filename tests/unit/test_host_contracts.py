@@ -19,7 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.generic import GeneralInterface
 
-from hf_longctx.losses.aligned_labels import ALIGNED_TYPES
+from hf_longctx.adapters.unshifted_labels import ALIGNED_TYPES
 from hf_longctx.parallel.shard import SequenceShard
 from hf_longctx.proof.tiny import shrink
 

@@ -22,8 +22,8 @@ import torch
 import yaml
 from transformers import TrainingArguments
 
-from hf_longctx.callbacks.report import RunReport
 from hf_longctx.cli import main
+from hf_longctx.reporting.report import RunReport
 
 from ..models import build, config_of
 from ..training import train
@@ -160,7 +160,7 @@ def test_every_recipe_reports_nowhere_and_uploads_nothing(path):
 def test_a_recipe_without_a_file_reports_nowhere_and_trusts_nobody(name, tmp_path, monkeypatch):
     trl = pytest.importorskip("trl")
     monkeypatch.syspath_prepend(str(RECIPES))
-    recipe = importlib.import_module(name)
+    recipe = importlib.import_module(f"hf_longctx.tasks.{name}")
     arguments = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
     parsed = trl.TrlParser(recipe.ARGUMENTS).parse_args_and_config(arguments)
     assert parsed[1].report_to == [] and parsed[1].push_to_hub is False
@@ -276,7 +276,7 @@ def test_a_models_own_code_is_not_run_by_a_recipe(model_with_code, tmp_path, mon
     trl = pytest.importorskip("trl")
     monkeypatch.syspath_prepend(str(RECIPES))
     monkeypatch.setattr("builtins.input", lambda *_: "n")
-    sft = importlib.import_module("sft")
+    sft = importlib.import_module("hf_longctx.tasks.sft")
     arguments = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--bf16", "false"]
     arguments += ["--model_name_or_path", str(model_with_code)]
     recipe, args, model_args, context = trl.TrlParser(sft.ARGUMENTS).parse_args_and_config(arguments)

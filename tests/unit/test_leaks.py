@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_longctx import PackingCollator, SequenceMesh, assert_no_cross_document
-from hf_longctx.attention.leaks import evaluation_mode
+from hf_longctx.attention.contamination import evaluation_mode
 
 from ..models import MASKED_LM, VOCAB, build
 from .test_packed import documents_of

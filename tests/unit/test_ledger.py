@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, MambaConfig
 
-from hf_longctx.memory.fake_model import Adapter, add_adapters, fake_mode, find_stack, model_on_meta
-from hf_longctx.memory.ledger import DEVICE_KINDS, USABLE_SHARE, Planner, on_device
-from hf_longctx.memory.measure import can_measure, measure_in_process, shorten
-from hf_longctx.memory.planned_attention import PLANNED, _Kernel
-from hf_longctx.memory.presets import PRESETS
-from hf_longctx.memory.settings import Settings
-from hf_longctx.memory.simulate import prepare, run_step, simulate
-from hf_longctx.memory.tracker import StorageTracker
-from hf_longctx.memory.watch import watch_layers
+from hf_longctx.planner.fake_attention import PLANNED, _Kernel
+from hf_longctx.planner.fake_model import Adapter, add_adapters, fake_mode, find_stack, model_on_meta
+from hf_longctx.planner.layer_watch import watch_layers
+from hf_longctx.planner.measure import can_measure, measure_in_process, shorten
+from hf_longctx.planner.memory_plan import DEVICE_KINDS, USABLE_SHARE, Planner, on_device
+from hf_longctx.planner.presets import PRESETS
+from hf_longctx.planner.settings import Settings
+from hf_longctx.planner.simulate import prepare, run_step, simulate
+from hf_longctx.planner.tracker import StorageTracker
 
 from ..models import VOCAB, config_of
 

@@ -27,7 +27,7 @@ from hf_longctx.attention.masks import (
     read_rule,
     segment_bounds,
 )
-from hf_longctx.attention.own_masks import without_padding_mask
+from hf_longctx.attention.padding_masks import without_padding_mask
 from hf_longctx.attention.ulysses import ulysses_attention
 from hf_longctx.parallel.shard import SequenceShard, cut_batch
 

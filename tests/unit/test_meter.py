@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, MambaConfig, MambaForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-from hf_longctx.callbacks.flops import count_flops
-from hf_longctx.callbacks.meter import ThroughputMeter, document_lengths, known_peak_tflops
-from hf_longctx.callbacks.report import RunReport
 from hf_longctx.parallel.shard import cut_batch
+from hf_longctx.reporting.flops import count_flops
+from hf_longctx.reporting.meter import ThroughputMeter, document_lengths, known_peak_tflops
+from hf_longctx.reporting.report import RunReport
 
 from ..models import build, config_of
 from ..training import Rows, pad_right
@@ -22,7 +22,7 @@ class Clock:
 
     def __init__(self, monkeypatch) -> None:
         self.now = 0.0
-        monkeypatch.setattr("hf_longctx.callbacks.meter.time.perf_counter", lambda: self.now)
+        monkeypatch.setattr("hf_longctx.reporting.meter.time.perf_counter", lambda: self.now)
 
 
 class TwoSecondsAStep(TrainerCallback):

@@ -259,16 +259,16 @@ def test_arrows_point_down(path):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("hf_longctx.config", "import torch"),
-        ("hf_longctx.config", "from .parallel import mesh"),
+        ("hf_longctx.config.run", "import torch"),
+        ("hf_longctx.config.run", "from .parallel import mesh"),
         ("hf_longctx.parallel.mesh", "from ..attention.masks import read_rule"),
         ("hf_longctx.parallel.mesh", "def f():\n    from ..trainer import mixin"),
         ("hf_longctx.parallel.mesh", "from transformers import PreTrainedModel"),
         ("hf_longctx.attention.masks", "from hf_longctx.trainer.mixin import SequenceParallelMixin"),
         ("hf_longctx.attention.masks", "from .. import LongContextTrainer"),
         ("hf_longctx.attention.masks", "from transformers import Trainer"),
-        ("hf_longctx.data.collator", "from transformers.trainer_utils import seed_worker"),
-        ("hf_longctx.data.collator", "from transformers import TrainingArguments"),
+        ("hf_longctx.data.shard_collator", "from transformers.trainer_utils import seed_worker"),
+        ("hf_longctx.data.shard_collator", "from transformers import TrainingArguments"),
         ("hf_longctx.losses.dft", "import trl.trainer"),
         ("hf_longctx.trainer.mixin", "from ..experimental import idea"),
     ],
@@ -280,7 +280,7 @@ def test_arrow_checker_sees_an_upward_import(module, source):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("hf_longctx.config", "from dataclasses import dataclass"),
+        ("hf_longctx.config.run", "from dataclasses import dataclass"),
         ("hf_longctx.parallel.mesh", "import torch\nfrom ..config import LongContextConfig\nfrom .. import config"),
         ("hf_longctx.attention.masks", "from transformers import masking_utils\nfrom ..parallel.shard import x"),
         ("hf_longctx.trainer.mixin", "import trl\nfrom transformers import Trainer\nfrom .. import __version__"),

@@ -13,8 +13,15 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
-from hf_longctx.data.packed import PackedDataset, PackedRow, PackedStream, cut_document, is_stream, measure_lengths
-from hf_longctx.data.packing import (
+from hf_longctx.data.packing.datasets import (
+    PackedDataset,
+    PackedRow,
+    PackedStream,
+    cut_document,
+    is_stream,
+    measure_lengths,
+)
+from hf_longctx.data.packing.lengths import (
     STRATEGIES,
     Packing,
     Piece,
@@ -152,7 +159,7 @@ def test_a_million_documents_take_seconds(strategy, spread):
 
 
 def test_packing_needs_no_torch():
-    code = "import json, sys, hf_longctx.data.packing; print(json.dumps('torch' in sys.modules))"
+    code = "import json, sys, hf_longctx.data.packing.lengths; print(json.dumps('torch' in sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert json.loads(done.stdout) is False, done.stderr
 

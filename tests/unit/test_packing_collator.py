@@ -12,8 +12,8 @@ import torch
 from datasets import Dataset
 from transformers import BatchEncoding, DataCollatorWithFlattening
 
-from hf_longctx.data.packed import PackedDataset, PackedRow, PackedStream
-from hf_longctx.data.packing_collator import PackingCollator
+from hf_longctx.data.packing.collator import PackingCollator
+from hf_longctx.data.packing.datasets import PackedDataset, PackedRow, PackedStream
 from hf_longctx.parallel.segments import segment_rows
 
 

@@ -12,12 +12,12 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from hf_longctx import cli, plan_command
-from hf_longctx.callbacks.flops import count_flops
-from hf_longctx.memory.ledger import DEVICE_KINDS, USABLE_SHARE, Ledger, Planner
-from hf_longctx.memory.presets import PRESETS
-from hf_longctx.memory.settings import Settings
-from hf_longctx.plan_command import parse_tokens
-from hf_longctx.plan_report import Cell, Speed, print_cells
+from hf_longctx.cli.plan import parse_tokens
+from hf_longctx.cli.plan_report import Cell, Speed, print_cells
+from hf_longctx.planner.memory_plan import DEVICE_KINDS, USABLE_SHARE, Ledger, Planner
+from hf_longctx.planner.presets import PRESETS
+from hf_longctx.planner.settings import Settings
+from hf_longctx.reporting.flops import count_flops
 
 
 CONFIG = LlamaConfig(

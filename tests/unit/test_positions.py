@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM, BartForConditionalGeneration, Dyn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_longctx import assert_no_cross_document, explain_attention
+from hf_longctx.adapters.positions import follow_positions
 from hf_longctx.attention.cache_names import CACHE_LENGTH_NAMES, OUTPUT_NAME, find_cache
-from hf_longctx.attention.follow_positions import follow_positions
-from hf_longctx.attention.own_positions import COUNTING_TYPES, local_positions, longest_document
+from hf_longctx.attention.implicit_positions import COUNTING_TYPES, local_positions, longest_document
 from hf_longctx.parallel.shard import cut_batch
 from hf_longctx.proof.tiny import shrink
 

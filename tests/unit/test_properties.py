@@ -27,10 +27,10 @@ from hf_longctx.attention.deferred import DeferredMask
 from hf_longctx.attention.masks import AttentionRule, build_mask, plan_row
 from hf_longctx.attention.packed import attend_rows
 from hf_longctx.attention.reference import _sees, reference_attention
-from hf_longctx.config import INNER_ATTENTIONS, MEMORY_PRESETS
-from hf_longctx.data.packed import PackedDataset, PackedStream
-from hf_longctx.data.packing import LONG_DOCUMENTS, STRATEGIES, balanced_order, pack_lengths
-from hf_longctx.data.token_budget import TokenBudgetSampler
+from hf_longctx.config.run import INNER_ATTENTIONS, MEMORY_PRESETS
+from hf_longctx.data.packing.datasets import PackedDataset, PackedStream
+from hf_longctx.data.packing.lengths import LONG_DOCUMENTS, STRATEGIES, balanced_order, pack_lengths
+from hf_longctx.data.packing.samplers import TokenBudgetSampler
 from hf_longctx.parallel.heads import split_heads
 from hf_longctx.parallel.shard import IGNORE_INDEX, cut_batch
 

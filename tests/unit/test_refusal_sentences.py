@@ -19,21 +19,21 @@ from transformers import masking_utils
 
 import hf_longctx
 from hf_longctx import LongContextConfig, PackingCollator, pack_command, plan_command, plan_report
+from hf_longctx.adapters.tiled_loss import tile_loss
 from hf_longctx.attention import kernels
 from hf_longctx.attention.masks import AttentionRule, KernelPlan, read_rule
 from hf_longctx.attention.packed import packed_attention
 from hf_longctx.callbacks import flops
 from hf_longctx.data.documents import load_documents
-from hf_longctx.data.packing import balanced_order
+from hf_longctx.data.packing.lengths import balanced_order
 from hf_longctx.losses import tiled_forward, tiled_head, tiled_proof
-from hf_longctx.losses.tiled_forward import tile_loss
 from hf_longctx.losses.tiled_scores import tiled_token_scores
 from hf_longctx.losses.tiles import TokenLoss, validate_tile_size
 from hf_longctx.memory import fake_model, measure, simulate, tiled_mlp
-from hf_longctx.memory.ledger import Planner
-from hf_longctx.memory.planned_attention import planned_attention
-from hf_longctx.memory.settings import Settings
 from hf_longctx.parallel.shard import SequenceShard, cut_batch
+from hf_longctx.planner.fake_attention import planned_attention
+from hf_longctx.planner.memory_plan import Planner
+from hf_longctx.planner.settings import Settings
 from hf_longctx.trainer import checks, memory, packing
 
 from ..models import build, config_of

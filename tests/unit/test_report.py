@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-from hf_longctx.callbacks.command import launch_command, redact
-from hf_longctx.callbacks.report import RunReport
+from hf_longctx.reporting.launch_command import launch_command, redact
+from hf_longctx.reporting.report import RunReport
 from tests.models import config_of
 
 
@@ -72,7 +72,7 @@ def test_loggers_see_tokens_per_second(tmp_path):
 def test_tokens_per_second_leaves_evaluation_out(tmp_path, monkeypatch):
     """A clock that only evaluation moves: training then takes no time, and no speed can be told."""
     now = [0.0]
-    monkeypatch.setattr("hf_longctx.callbacks.meter.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("hf_longctx.reporting.meter.time.perf_counter", lambda: now[0])
     evaluate = Trainer.evaluate
 
     def slow_evaluate(self, *args, **kwargs):

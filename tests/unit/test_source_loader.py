@@ -8,8 +8,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from hf_longctx import LongContextConfig, SequenceMesh
-from hf_longctx.data.source_loader import build_source_loader
-from hf_longctx.data.sources import SourcePlan
+from hf_longctx.data.sources.loader import build_source_loader
+from hf_longctx.data.sources.plan import SourcePlan
 from tests.sources import TWO, as_rows, draw, flat, loaders, name_of, number_of, pairs
 
 

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_longctx import SequenceMesh
-from hf_longctx.data.dealing import RankBudgets, deal_evenly
-from hf_longctx.data.global_batches import GlobalBatches
-from hf_longctx.data.packing import packing_cost
-from hf_longctx.data.shuffled import WRITTEN_DOWN, ShuffledRange
-from hf_longctx.data.source_loader import build_source_loader
-from hf_longctx.data.source_rows import Candidate
-from hf_longctx.data.sources import SourcePlan, load_source_weights
+from hf_longctx.data.packing.lengths import packing_cost
+from hf_longctx.data.sources.assignment import RankBudgets, deal_evenly
+from hf_longctx.data.sources.batches import GlobalBatches
+from hf_longctx.data.sources.loader import build_source_loader
+from hf_longctx.data.sources.plan import SourcePlan, load_source_weights
+from hf_longctx.data.sources.rows import Candidate
+from hf_longctx.data.sources.shuffled import WRITTEN_DOWN, ShuffledRange
 from tests.sources import TWO, as_rows, draw, flat, loaders, name_of, number_of, pairs
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 pytest.importorskip("sentence_transformers")
 
 from hf_longctx import SpanRankingLoss, pack_embeddings
-from hf_longctx.trainer.embedding_collator import EmbeddingCollator
+from hf_longctx.embedding.text_collator import EmbeddingCollator
 
 from ..embedding import embedder, gradients_of, texts
 from .test_embedding import DOCS, SPANS, TOLERANCE, WORDS, assert_same_gradients

@@ -17,10 +17,10 @@ import transformers as tf
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hf_longctx.adapters.tiled_loss import tile_loss
+from hf_longctx.adapters.tiled_loss_check import prove_tiled_loss
 from hf_longctx.attention.cache_names import find_cache
 from hf_longctx.losses.logits_transform import read_logits_transform
-from hf_longctx.losses.tiled_forward import tile_loss
-from hf_longctx.losses.tiled_proof import prove_tiled_loss
 
 from ..models import _BASE, VOCAB, build
 

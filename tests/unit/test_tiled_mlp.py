@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
-from hf_longctx.memory.tiled_mlp import tile_mlp
+from hf_longctx.adapters.tiled_mlp import tile_mlp
 
 from ..models import VOCAB, build
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from hf_longctx.data.packed import PackedDataset
-from hf_longctx.data.packing import pack_lengths, packing_cost
-from hf_longctx.data.packing_collator import PackingCollator
-from hf_longctx.data.token_budget import BalancedSampler, TokenBudgetSampler
+from hf_longctx.data.packing.collator import PackingCollator
+from hf_longctx.data.packing.datasets import PackedDataset
+from hf_longctx.data.packing.lengths import pack_lengths, packing_cost
+from hf_longctx.data.packing.samplers import BalancedSampler, TokenBudgetSampler
 
 
 LENGTHS = np.random.default_rng(0).lognormal(3, 1, 500).astype(int).clip(1, 256)

@@ -13,13 +13,13 @@ import transformers as tf
 
 from hf_longctx.cli import main
 from hf_longctx.proof.build import build_model
+from hf_longctx.proof.model_under_test import KINDS, Setting, Subject, read_config, task_of
 from hf_longctx.proof.numbers import Numbers, compare
+from hf_longctx.proof.random_rows import make_rows, num_tokens_of
 from hf_longctx.proof.ranks import RanksError
 from hf_longctx.proof.result import Errors, RowsResult, VerifyResult, judge, tolerance
-from hf_longctx.proof.rows import make_rows, num_tokens_of
-from hf_longctx.proof.subject import KINDS, Setting, Subject, read_config, task_of
 from hf_longctx.proof.tiny import shrink
-from hf_longctx.proof.verify import merge, run_proof
+from hf_longctx.proof.verification import merge, run_proof
 
 from ..conformance.page import worse
 

@@ -18,9 +18,9 @@ from hf_longctx.cli import main
 from hf_longctx.parallel.pooling import POOLING_MODES
 from hf_longctx.proof import compare, embedding
 from hf_longctx.proof.embedder import LENGTHS, build_embedder, texts_of_group
+from hf_longctx.proof.model_under_test import EMBEDDING_KINDS, Setting, Subject, read_config
 from hf_longctx.proof.result import EXACT, REFUSED, UNBUILDABLE, WRONG
-from hf_longctx.proof.subject import EMBEDDING_KINDS, Setting, Subject, read_config
-from hf_longctx.proof.verify import _config_and_weights, verify
+from hf_longctx.proof.verification import _config_and_weights, verify
 
 from ..conformance.embeddings import DECODERS
 from ..embedding import _folder, embedder

@@ -11,11 +11,11 @@ import transformers as tf
 from hf_longctx.parallel.mesh import SequenceMesh
 from hf_longctx.proof.build import build_model
 from hf_longctx.proof.compare import Pair
+from hf_longctx.proof.model_under_test import Setting, Subject, read_config, validate_task
 from hf_longctx.proof.numbers import of_one_process
-from hf_longctx.proof.rows import make_rows
-from hf_longctx.proof.subject import Setting, Subject, read_config, validate_task
+from hf_longctx.proof.random_rows import make_rows
 from hf_longctx.proof.tiny import CannotShrink, shrink, validate_tiny
-from hf_longctx.proof.verify import verify
+from hf_longctx.proof.verification import verify
 
 
 def test_a_configuration_that_stays_large_names_its_largest_field():

@@ -169,7 +169,7 @@ def test_what_is_wrong_on_one_rank_is_said_on_all(world2, kind, message):
 
 
 def losses_of(model, mesh=None, **arguments):
-    from hf_longctx.embedding.loss import TiledMultipleNegativesRankingLoss
+    from hf_longctx.embedding.tiled_ranking_loss import TiledMultipleNegativesRankingLoss
 
     arguments = {"learnable_scale": True, "loss_tile_size": 4, **arguments}
     return TiledMultipleNegativesRankingLoss(model, mesh=mesh, gather_across_devices=mesh is not None, **arguments)
@@ -296,7 +296,7 @@ def test_a_frozen_last_column_is_refused_under_fsdp(world2):
 
 
 def unbound() -> None:
-    from hf_longctx.embedding.loss import TiledMultipleNegativesRankingLoss
+    from hf_longctx.embedding.tiled_ranking_loss import TiledMultipleNegativesRankingLoss
 
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_embedder(folder)

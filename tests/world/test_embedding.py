@@ -13,7 +13,7 @@ pytest.importorskip("sentence_transformers")
 from sentence_transformers.sentence_transformer import losses
 
 from hf_longctx import SequenceMesh
-from hf_longctx.embedding.packing import pack_embeddings
+from hf_longctx.embedding.packed_model import pack_embeddings
 
 from ..embedding import columns, embedder, gradients_of, texts
 from ..unit.test_embedding import DOCUMENTS, MODES, QUERIES, TOLERANCE, assert_same_gradients

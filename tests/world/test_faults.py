@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from hf_longctx.resilience.failed_ranks import clear_fault, describe_hang, report_fault
+from hf_longctx.resilience.termination import EXIT_CODE
 from hf_longctx.trainer import faults
-from hf_longctx.trainer.faults import clear_fault, describe_hang, report_fault
-from hf_longctx.trainer.termination import EXIT_CODE
 
 from ..training import Rows, reset_host, train
 from .test_resume import loads_moments

@@ -11,12 +11,12 @@ import torch
 from trl import SFTConfig
 
 from hf_longctx import LongContextConfig, PackingCollator
-from hf_longctx.callbacks.report import RunReport
-from hf_longctx.config import MEMORY_PRESETS
+from hf_longctx.config.run import MEMORY_PRESETS
 from hf_longctx.memory import ledger
-from hf_longctx.memory.ledger import Planner
-from hf_longctx.memory.presets import PRESETS
-from hf_longctx.memory.settings import Settings
+from hf_longctx.planner.memory_plan import Planner
+from hf_longctx.planner.presets import PRESETS
+from hf_longctx.planner.settings import Settings
+from hf_longctx.reporting.report import RunReport
 from hf_longctx.trainer import memory, planned
 
 from ..models import build, config_of

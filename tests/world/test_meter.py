@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers import Trainer
 
 from hf_longctx import LongContextConfig, LongContextTrainer
-from hf_longctx.callbacks.meter import ThroughputMeter
+from hf_longctx.reporting.meter import ThroughputMeter
 
 from ..models import build
 from ..training import Rows, arguments, pad_right, reset_host

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from transformers import masking_utils
 
 from hf_longctx import SequenceMesh, gather_sequence, shard_batch
-from hf_longctx.attention.follow_positions import follow_positions
+from hf_longctx.adapters.positions import follow_positions
 from hf_longctx.losses.token_mean import token_mean
 
 from ..models import ALIGNED, MASKED_LM, VOCAB, build

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from hf_longctx import SequenceMesh, assert_no_cross_document, explain_attention, gather_sequence, shard_batch
-from hf_longctx.attention.follow_positions import follow_positions
+from hf_longctx.adapters.positions import follow_positions
 
 from ..models import MASKED_LM, build
 from ..unit.test_packed import assert_same, documents_of, gradients, one_by_one, pack, weights_like

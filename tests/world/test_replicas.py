@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from hf_longctx.callbacks.replicas import ReplicaGuard, checksums
+from hf_longctx.resilience.replicas import ReplicaGuard, checksums
 
 from ..training import train
 
@@ -145,7 +145,7 @@ def compare_under_fsdp2(what: str):
 
     from torch.distributed.fsdp import fully_shard
 
-    from hf_longctx.trainer.nonfinite import has_finite_step
+    from hf_longctx.resilience.nonfinite import has_finite_step
 
     from ..models import build
 

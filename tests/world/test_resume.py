@@ -16,7 +16,7 @@ import torch
 from transformers import Trainer
 
 from hf_longctx import PackingCollator
-from hf_longctx.trainer.checkpoints import UNFINISHED, last_whole_checkpoint
+from hf_longctx.resilience.checkpoints import UNFINISHED, last_whole_checkpoint
 
 from ..training import Rows, Stream, reset_host, train
 from .test_replicas import with_dropout
@@ -174,7 +174,7 @@ def test_distributed_checkpoint_is_read_by_its_directory(tmp_path):
     """As accelerate writes it for FSDP2: the model's tensors under `model.`, the optimizer in a folder of its own."""
     from torch.distributed import checkpoint
 
-    from hf_longctx.trainer.checkpoint_weights import check_weights
+    from hf_longctx.resilience.checkpoint_weights import check_weights
 
     from ..models import build
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_longctx import LongContextTrainer, PackingCollator
 from hf_longctx.data.endless import endless_loader
-from hf_longctx.trainer.checkpoints import run_facts
+from hf_longctx.resilience.checkpoints import run_facts
 
 from ..embedding_training import build_trainer
 from ..harness import WorldFailure

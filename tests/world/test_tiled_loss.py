@@ -16,8 +16,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from hf_longctx import SequenceMesh
-from hf_longctx.losses.tiled_forward import tile_loss
-from hf_longctx.losses.tiled_proof import prove_tiled_loss
+from hf_longctx.adapters.tiled_loss import tile_loss
+from hf_longctx.adapters.tiled_loss_check import prove_tiled_loss
 
 from ..models import build
 from ..training import Rows, pad_right

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_longctx import SequenceMesh, shard_batch
-from hf_longctx.memory.tiled_mlp import tile_mlp
+from hf_longctx.adapters.tiled_mlp import tile_mlp
 
 from ..models import build
 from ..training import Rows, pad_right

@@ -13,9 +13,9 @@ import transformers as tf
 
 from hf_longctx.parallel import collectives
 from hf_longctx.proof import compare
-from hf_longctx.proof.subject import KINDS, Setting, Subject
-from hf_longctx.proof.verify import merge
-from hf_longctx.trainer.probe import ProbeResult
+from hf_longctx.proof.model_under_test import KINDS, Setting, Subject
+from hf_longctx.proof.verification import merge
+from hf_longctx.trainer.sanity_check import ProbeResult
 
 
 COMMAND = Path(sys.executable).with_name("hf-longctx")

@@ -10,9 +10,9 @@ pytest.importorskip("sentence_transformers")
 
 from hf_longctx.parallel import collectives
 from hf_longctx.proof import compare
+from hf_longctx.proof.model_under_test import EMBEDDING_KINDS, Setting, Subject
 from hf_longctx.proof.result import EXACT, REFUSED, WRONG
-from hf_longctx.proof.subject import EMBEDDING_KINDS, Setting, Subject
-from hf_longctx.proof.verify import merge
+from hf_longctx.proof.verification import merge
 
 
 def verdicts(world, config, setting, function=compare.prove):

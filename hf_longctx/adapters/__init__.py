@@ -1,0 +1,20 @@
+"""What is put on a model instance so that it trains exactly, and what is known about model families by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy_exports import lazy_exports
+
+
+if TYPE_CHECKING:
+    from .positions import follow_positions as follow_positions
+    from .tiled_loss import tile_loss as tile_loss
+    from .tiled_mlp import tile_mlp as tile_mlp
+
+_EXPORTS = {
+    "positions": ("follow_positions",),
+    "tiled_loss": ("tile_loss",),
+    "tiled_mlp": ("tile_mlp",),
+}
+__getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

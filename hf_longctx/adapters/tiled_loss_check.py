@@ -1,0 +1,100 @@
+"""Prove on a tiny random batch that a model's tiled loss is the model's own.
+
+What a configuration says can be wrong, and what a model does between its head and its loss need not be in it. So the
+loss and the gradient of the embeddings' output are computed both ways; that gradient passes the head and all layers.
+Price: two forwards and two backwards of 2 x 9 tokens. No gradient of a parameter is kept or changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from ..attention.contamination import evaluation_mode
+from ..parallel.shard import IGNORE_INDEX
+from .tiled_loss import PLAN, TiledLossHandle, find_causal_lm, tile_loss
+
+
+# Noise that reordered sums may leave, of the largest entry. Half precision keeps two to three digits.
+_NOISE = {torch.float64: 1e-4, torch.float32: 1e-4}
+_HALF_NOISE = 3e-2
+
+
+def prove_tiled_loss(model: torch.nn.Module) -> None:
+    """Raise unless the tiled loss of `model`, and its gradient, are those that the model computes itself.
+
+    Args:
+        model (`torch.nn.Module`): as for [`tile_loss`], covered by it or not, in its precision or under autocast;
+            every rank calls this where its parameters are sharded.
+
+    Raises:
+        NotImplementedError: they differ, so the model does something between its head and its loss; or see
+            [`tile_loss`].
+
+    Communication: that of two forwards, and two backwards down to the embeddings.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # DDP would wait for the gradients of its parameters
+    inner = find_causal_lm(model)
+    covered = PLAN in vars(inner) and not vars(inner)[PLAN].removed
+    handle = TiledLossHandle(inner) if covered else tile_loss(inner)
+    try:
+        with evaluation_mode(model):
+            with handle.paused():
+                expected = _loss_and_gradient(model, inner)
+            actual = _loss_and_gradient(model, inner)
+    except ValueError as error:
+        reason = str(error).rstrip(".")
+        raise NotImplementedError(
+            f"the loss of `{type(inner).__name__}` cannot be tiled: {reason}; train it without a tiled loss."
+        ) from error
+    finally:
+        if not covered:
+            handle.remove()
+    gradient = expected["gradient of the embeddings"]
+    half = torch.is_autocast_enabled(gradient.device.type)
+    allowed = _HALF_NOISE if half else _NOISE.get(gradient.dtype, _HALF_NOISE)
+    for name, theirs in expected.items():
+        error = float((actual[name] - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+        if not error <= allowed:
+            raise NotImplementedError(
+                f"the tiled loss of `{type(inner).__name__}` is not its own: the {name} is off by {error:.1e} of its "
+                f"largest entry (allowed {allowed:.0e}), so the model does something between its head and its loss "
+                "that its configuration does not say; train it without a tiled loss."
+            )
+
+
+def _loss_and_gradient(model: torch.nn.Module, inner: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Of one forward with the model as it is now."""
+    seen: list[torch.Tensor] = []
+
+    def capture(module, inputs, output):
+        seen.append(output.detach().requires_grad_())
+        return seen[-1].clone()  # which the model may overwrite
+
+    handle = inner.get_input_embeddings().register_forward_hook(capture)
+    try:
+        with torch.enable_grad():
+            loss = model(**_tiny_batch(inner)).loss
+    finally:
+        handle.remove()
+    (gradient,) = torch.autograd.grad(loss, seen[:1])
+    return {"loss": loss.detach(), "gradient of the embeddings": gradient}
+
+
+def _tiny_batch(model: PreTrainedModel) -> dict[str, torch.Tensor | float]:
+    """Two rows of tokens with labels that have nothing to do with them; some are ignored."""
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    generator = torch.Generator().manual_seed(0)
+    lowest = min(10, vocabulary // 2)  # skip the special tokens
+    ids, labels = torch.randint(lowest, min(vocabulary, 1000), (2, 2, 9), generator=generator)
+    labels[0, 2:4] = IGNORE_INDEX
+    device = model.get_input_embeddings().weight.device
+    batch = {"input_ids": ids.to(device), "labels": labels.to(device)}
+    kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
+    if inspect.Parameter.VAR_KEYWORD in kinds:  # else the host does not tell the model a count, and it takes the mean
+        batch["num_items_in_batch"] = 7.0
+    return batch

@@ -1,0 +1,76 @@
+"""Decoders that number their tokens themselves, and the positions that they need instead.
+
+BART and its kin count from 0 whatever they are given: on a share of a row, and across the documents of a packed one,
+that is wrong, and `position_ids` never reach their table of positions. What they should look up follows from the
+shard: the place in the row, or in the document. [`follow_positions`][hf_longctx.adapters.positions] hands it
+to them; without it their attention refuses such rows.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..parallel.shard import SequenceShard
+
+
+# By name, since an attention layer does not see the decoder around it.
+COUNTING_TYPES = frozenset(
+    {"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart"}
+)
+# The keyword by which a decoder that follows the shard tells its attention layers.
+FOLLOWED = "positions_follow_shard"
+
+
+def counts_own_positions(config) -> bool:
+    """Whether a model of this configuration is a decoder that numbers its tokens itself."""
+    return config.model_type in COUNTING_TYPES and not getattr(config, "is_encoder_decoder", False)
+
+
+def local_positions(shard: SequenceShard) -> torch.Tensor | None:
+    """What a decoder on its own would number this rank's tokens, each document and row from 0.
+
+    Returns:
+        `torch.Tensor` of shape `(t,)` if rows are one document each, else `(B, t)`; 0 for the tokens that make rows
+        divisible. `None` if counting from 0 is right.
+    """
+    if _packs_documents(shard):
+        segments = shard.segment_ids
+        index = torch.arange(segments.shape[1], device=segments.device)
+        begins = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
+        positions = index - torch.where(begins, index, 0).cummax(dim=1).values
+    elif shard.size > 1:
+        positions = torch.arange(shard.num_tokens)
+    else:
+        return None
+    padding = shard.size * shard.local_len - shard.num_tokens
+    positions = torch.nn.functional.pad(positions, (0, padding))
+    return positions[..., shard.rank * shard.local_len :][..., : shard.local_len]
+
+
+def longest_document(shard: SequenceShard) -> int:
+    """Tokens of the longest document of the whole rows; padding counts as one."""
+    if not _packs_documents(shard):
+        return shard.num_tokens
+    return max(int(row.unique_consecutive(return_counts=True)[1].max()) for row in shard.segment_ids)
+
+
+def validate_positions(module: torch.nn.Module, shard: SequenceShard, extras: dict[str, object]) -> None:
+    """Refuse an attention layer whose decoder counted from 0 where it may not.
+
+    Raises:
+        NotImplementedError: it is one of those decoders, and nobody told it.
+    """
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    if kind not in COUNTING_TYPES or FOLLOWED in extras:
+        return
+    if shard.size > 1 or _packs_documents(shard):
+        raise NotImplementedError(
+            f"a decoder of type `{kind}` numbers its tokens itself, from 0 on every rank and across documents: build "
+            "one of our trainers, or call `hf_longctx.adapters.positions.follow_positions(model)` before the "
+            "first batch of a loop of your own."
+        )
+
+
+def _packs_documents(shard: SequenceShard) -> bool:
+    """Whether a row holds several documents; padding alone has no segment above 0."""
+    return shard.segment_ids is not None and bool((shard.segment_ids > 0).any())

@@ -1,0 +1,259 @@
+"""How `hf-longctx plan` shows a plan: a table, a picture, and the YAML file of a run."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import yaml
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import PretrainedConfig
+
+from ..planner.memory_plan import DEVICE_KINDS, USABLE_SHARE, Ledger, Planner
+from ..planner.presets import PRESETS, Preset
+from ..planner.settings import Settings
+from ..reporting.flops import ModelFlops, count_flops
+
+
+GIB = 2**30
+_PICTURES = (".png", ".svg")
+_NAMES = {"mlp": "MLP", "hidden": "hidden states"}
+# Short enough for all columns in 120 characters; longer names stand below the table.
+_SHORT_NAMES = {
+    "gradients": "grads",
+    "optimizer": "optim",
+    "hidden": "hidden",
+    "attention": "attn",
+    "mlp": "MLP",
+    "workspace": "work",
+}
+_COLORS = ("#264653", "#2a9d8f", "#8ab17d", "#e9c46a", "#f4a261", "#e76f51", "#9d4edd", "#adb5bd")
+_ACCELERATE = {"ddp": "recipes/accelerate/ddp_1node.yaml", "fsdp2": "recipes/accelerate/fsdp2_8gpu.yaml"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One preset on one number of ranks a row.
+
+    Args:
+        preset ([`Preset`]): the rung.
+        settings ([`Settings`]): with the tokens that are shown: the target, or the longest row.
+        longest (`int`): tokens of the longest row that fits; 0 if none does.
+        ledger ([`Ledger`], *optional*): bytes at the tokens that are shown.
+    """
+
+    preset: Preset
+    settings: Settings
+    longest: int
+    ledger: Ledger | None
+
+    @property
+    def size(self) -> int:
+        """Ranks that share a row."""
+        return self.settings.sequence_parallel_size
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds of a step, by counting operations.
+
+    Args:
+        flops (`ModelFlops`, *optional*): `None` for a model whose operations cannot be counted.
+        unknown (`str`): why not.
+        tflops (`float`): 10^12 operations a second that one GPU is taken to reach.
+    """
+
+    flops: ModelFlops | None
+    unknown: str
+    tflops: float
+
+    @classmethod
+    def of(cls, config: PretrainedConfig, peak_tflops: float, utilisation: float) -> Speed:
+        """At this share of this peak."""
+        try:
+            return cls(count_flops(config), "", peak_tflops * utilisation)
+        except NotImplementedError as error:
+            return cls(None, str(error), peak_tflops * utilisation)
+
+    def cells(self, settings: Settings) -> tuple[str, str]:
+        """10^15 model FLOPs of one row, and seconds until the ranks that share it are through."""
+        if self.flops is None:
+            return "-", "-"
+        recompute = "layers" if settings.checkpointing else "mlp" if settings.mlp_tile_size else "none"
+        trained = 0.0 if settings.optimizer == "lora" else 1.0
+        step = self.flops.step([settings.tokens], recompute=recompute, trained_share=trained)
+        seconds = step.hardware / (settings.sequence_parallel_size * self.tflops * 1e12)
+        return format_number(step.model / 1e15), format_number(seconds)
+
+
+def print_facts(
+    console: Console, options: argparse.Namespace, planner: Planner, settings: Settings, speed: Speed
+) -> None:
+    """What the plan is for, and what it takes for granted."""
+    numel = sum(p.numel() for p in planner.model.parameters())
+    host = "" if options.host_memory is None else f", {options.host_memory:g} GiB a host"
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("model", f"{escape(options.model)}, {numel / 1e9:.2f}B parameters")
+    planned = f"{USABLE_SHARE:.0%} of it planned with"
+    facts.add_row("machine", f"{options.gpus} x {options.gpu_memory:g} GiB, {planned}{host}")
+    kind = str(settings.weights_dtype).removeprefix("torch.")
+    facts.add_row("training", f"{settings.optimizer}, weights in {kind}, bf16 compute, wrapper {settings.wrapper}")
+    facts.add_row("attention", "a flash kernel; without one, sliding windows and softcap take more")
+    if speed.flops is None:
+        facts.add_row("time", f"not known: {escape(speed.unknown)}")
+    else:
+        facts.add_row("time", f"an estimate at {speed.tflops:,.0f} TFLOP/s a GPU, without exchanges and copies")
+    console.print(facts)
+
+
+def print_cells(console: Console, cells: list[Cell], best: Cell | None, target: int | None, speed: Speed) -> None:
+    """The ledger of every preset and number of ranks, in GiB of one GPU."""
+    shown = f"rows of {target:,} tokens" if target else "the longest row of each line"
+    console.print(f"GiB of one GPU at the fullest moment of a step, for {shown}:")
+    names = [_SHORT_NAMES.get(kind, kind) for kind in DEVICE_KINDS]
+    look = {"box": box.SIMPLE, "padding": 0} if console.is_terminal else {"box": None, "padding": (0, 1, 0, 0)}
+    table = Table(show_edge=False, **look)
+    for name in ("", "preset", "P"):
+        table.add_column(name, no_wrap=True)
+    for name in (*names, "all", "host", "PFLOP", "sec", "longest"):
+        table.add_column(name, justify="right", overflow="fold")
+    for cell in cells:
+        style = "bold green" if cell is best else None
+        mark = "->" if cell is best else ""
+        row = ["-"] * (len(names) + 4)
+        if cell.ledger is not None:
+            amounts = [*(getattr(cell.ledger, kind) for kind in DEVICE_KINDS), cell.ledger.device, cell.ledger.host]
+            row = [*(_format_gib(amount) for amount in amounts), *speed.cells(cell.settings)]
+        table.add_row(mark, cell.preset.name, str(cell.size), *row, f"{cell.longest:,}", style=style)
+    console.print(table)
+    console.print(
+        "P: GPUs that share a row · grads: gradients · optim: optimizer · hidden: hidden states · attn: attention · "
+        "work: workspace\nall: of one GPU · host: of one host · PFLOP and sec: of one row · longest: tokens of the "
+        "longest row that fits",
+        style="dim",
+    )
+    if best is not None:
+        console.print(
+            f"-> '{best.preset.name}' with {best.size} GPUs a row fits {best.longest:,} tokens; beside the rung "
+            f"before it costs {best.preset.price}"
+        )
+
+
+def _format_gib(amount: int) -> str:
+    gib = amount / GIB
+    return f"{gib:,.1f}" if gib >= 0.05 else f"{gib:.2g}" if gib >= 0.0005 else "0"
+
+
+def draw_plan(path: Path, planner: Planner, cells: list[Cell], shown: Cell, device_bytes: int) -> bool:
+    """Bytes by kind over the length of a row, beside the longest row of every preset; `False` without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    figure = Figure(figsize=(13, 5), dpi=150, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    lengths = _lengths(max(shown.longest, 8 * shown.size))
+    ledgers = [planner.ledger(shown.settings.of(tokens=length)) for length in lengths]
+    labels = [format_tokens(length) for length in lengths]
+    bottom = [0.0] * len(lengths)
+    for kind, color in zip(DEVICE_KINDS, _COLORS):
+        heights = [getattr(ledger, kind) / GIB for ledger in ledgers]
+        left.bar(labels, heights, bottom=bottom, color=color, label=_NAMES.get(kind, kind))
+        bottom = [low + height for low, height in zip(bottom, heights)]
+    left.axhline(device_bytes / GIB, color="black", linewidth=1, label="memory of one GPU")
+    left.axhline(device_bytes * USABLE_SHARE / GIB, color="black", linestyle="--", label="planned with")
+    left.set(
+        title=f"'{shown.preset.name}', {shown.size} GPUs a row", xlabel="tokens of a row", ylabel="GiB of one GPU"
+    )
+    left.legend(frameon=False, fontsize=8)
+    sizes = sorted({cell.size for cell in cells})
+    width = 0.8 / len(sizes)
+    for index, size in enumerate(sizes):
+        longest = [max(cell.longest, 1) for cell in cells if cell.size == size]
+        places = [place + (index - (len(sizes) - 1) / 2) * width for place in range(len(longest))]
+        bars = right.bar(places, longest, width, label=f"{size} GPUs a row", color=_COLORS[index % len(_COLORS)])
+        right.bar_label(bars, [format_tokens(length) for length in longest], fontsize=6, rotation=90, padding=2)
+    right.set(title="Longest row that fits", ylabel="tokens", yscale="log", xticks=range(len(PRESETS)))
+    right.set_xticklabels(list(PRESETS))
+    right.margins(y=0.12)
+    right.legend(frameon=False, fontsize=8)
+    for panel in (left, right):
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+    return True
+
+
+def _lengths(longest: int) -> list[int]:
+    """Seven powers of two, the last of which is the first over `longest`."""
+    last = longest.bit_length()
+    return [2**power for power in range(max(last - 6, 3), last + 1)]
+
+
+def format_number(value: float) -> str:
+    """With two digits at least, and none behind the point where they say nothing."""
+    return f"{value:.2g}" if value < 1 else f"{value:,.1f}" if value < 100 else f"{value:,.0f}"
+
+
+def format_tokens(tokens: int) -> str:
+    """Short, for a picture: `512`, `131K`, `1.2M`."""
+    if tokens < 1000:
+        return str(tokens)
+    return f"{tokens / 1e3:.0f}K" if tokens < 10**6 else f"{tokens / 1e6:.1f}M"
+
+
+def validate_outputs(picture: str | None, recipe: str | None) -> None:
+    """Raise `ValueError` before anything is simulated if an output could not be written."""
+    if picture is not None and Path(picture).suffix.lower() not in _PICTURES:
+        raise ValueError(
+            f"`--output` ({picture}) must be a picture, which may be written over: end it in .png or .svg."
+        )
+    for name, value in (("output", picture), ("write", recipe)):
+        if value is not None and (Path(value).is_dir() or not Path(value).parent.is_dir()):
+            raise ValueError(f"`--{name}` ({value}) must be a file in a folder that exists: make the folder first.")
+    if recipe is not None and Path(recipe).exists():
+        raise ValueError(f"`--write` ({recipe}) exists already and is not written over: choose another name.")
+
+
+def write_recipe(path: Path, model: str, cell: Cell, target: int | None) -> None:
+    """The YAML that `recipes/sft.py` takes, with the settings of `cell` and the tokens that were asked for."""
+    settings = cell.settings
+    precision = str(settings.weights_dtype).removeprefix("torch.")
+    values: dict[str, object] = {
+        "max_length": target or max(cell.longest // 1024 * 1024, min(cell.longest, 1024)),
+        "sequence_parallel_size": cell.size,
+        "memory": cell.preset.name,
+        "dtype": precision,
+        "bf16": settings.compute_dtype == torch.bfloat16,
+        "gradient_checkpointing": settings.checkpointing,
+        "per_device_train_batch_size": settings.rows,
+    }
+    if settings.checkpointing:
+        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False, "offload": settings.offload}
+    if settings.optimizer == "lora":
+        values |= {"use_peft": True, "lora_r": settings.lora_rank, "lora_target_modules": "all-linear"}
+        values["lora_dropout"] = 0.0
+    elif settings.optimizer != "adamw":
+        values["optim"] = settings.optimizer
+    launcher = "python"
+    if settings.wrapper in _ACCELERATE:
+        launcher = f"accelerate launch --config_file {_ACCELERATE[settings.wrapper]}"
+        launcher += f" --num_processes {settings.world_size}"
+    needed = yaml.safe_dump({"model_name_or_path": model}).strip()
+    ledger = cell.ledger
+    lines = [
+        f"# Planned: {ledger.device / GIB:.1f} GiB of each of {settings.world_size} GPUs for rows of "
+        f"{ledger.tokens:,} tokens; {cell.longest:,} would fit.",
+        f"#   {launcher} recipes/sft.py --config {path.name}",
+        "",
+        f"{needed}  # <- a model on the Hub, or a folder",
+        "dataset_name: documents  # <- a folder of documents, a jsonl or parquet file, or a data set on the Hub",
+        "output_dir: runs/planned  # <- a new folder",
+        "",
+        yaml.safe_dump(values, sort_keys=False),
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")

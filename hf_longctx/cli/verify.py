@@ -1,0 +1,117 @@
+"""`hf-longctx verify`: a table of the proof, and an exit code for a script.
+
+0 exact, 1 wrong, 2 refused with the sentence, 3 could not be built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..proof.model_under_test import Setting, validate_task
+from ..proof.result import EXACT, EXIT_CODES, REFUSED, UNBUILDABLE, WRONG, RowsResult, VerifyResult
+from ..proof.verification import verify
+
+
+_STYLES = {EXACT: "bold green", WRONG: "bold red", REFUSED: "bold yellow", UNBUILDABLE: "bold yellow"}
+_WORDS = {EXACT: "exact", WRONG: "WRONG", REFUSED: "refused", UNBUILDABLE: "could not be built"}
+_TABLE_WIDTH = 150
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Print the proof and return the exit code."""
+    console = Console(soft_wrap=True, highlight=False)
+    console.width = max(console.width, _TABLE_WIDTH)
+    try:
+        setting = Setting(
+            options.sequence_parallel_size,
+            options.data_parallel_size,
+            options.inner_attention,
+            wrapper=options.wrapper,
+            dtype=options.dtype,
+        )
+        validate_task(options.task, options.bidirectional)
+        _validate_writable(options.json)
+    except (ValueError, ImportError) as error:
+        return _end(console, REFUSED, str(error))
+    cores = os.cpu_count() or 1
+    if setting.world_size > cores:
+        console.print(f"warning: {setting.world_size} processes on {cores} cores take turns: right, but slow")
+    names = ("sequence_parallel_size", "data_parallel_size", "inner_attention", "packed", "wrapper", "dtype", "full")
+    settings = {name: getattr(options, name) for name in (*names, "bidirectional")}
+    try:
+        with console.status(f"{setting.world_size} processes and {options.model}"):
+            result = verify(options.model, task=options.task, **settings)
+    except ValueError as error:
+        return _end(console, UNBUILDABLE, str(error))
+    _print(console, options, result)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        console.print(f"wrote {options.json}", markup=False)
+    return result.exit_code
+
+
+def _end(console: Console, verdict: str, sentence: str) -> int:
+    console.print(f"[{_STYLES[verdict]}]{_WORDS[verdict]}[/]: {escape(sentence)}")
+    return EXIT_CODES[verdict]
+
+
+def _print(console: Console, options: argparse.Namespace, result: VerifyResult) -> None:
+    groups = result.world_size // result.sequence_parallel_size
+    size = "its own weights" if options.full else "tiny random weights"
+    embeds = result.task == "embedding"
+    oracle = "padded rows" if embeds else "whole rows"
+    console.print(
+        f"{result.model} ({result.task}, {size}): {groups} x {result.sequence_parallel_size} processes share rows, "
+        f"against 1 process on {oracle}; wrapper {options.wrapper}",
+        markup=False,
+    )
+    plain = not console.is_terminal
+    table = Table(box=box.SIMPLE if plain else box.ROUNDED, show_edge=not plain)
+    outputs = "embeddings" if embeds else "outputs"
+    columns = ("rows", "loss", outputs, "worst gradient", "of parameter", "eval", "allowed", "verdict", "seconds")
+    for name in columns:
+        table.add_column(name, justify="left" if name in ("rows", "of parameter", "verdict") else "right")
+    for rows in result.rows:
+        table.add_row(*_cells(rows))
+    console.print(table)
+    blind = [rows.blind for rows in result.rows if rows.blind is not None]
+    if blind and embeds:
+        seen = ", ".join(f"{value:.1e}" for value in blind)
+        console.print(f"if texts saw each other, or ranks exchanged nothing, embeddings would be off by {seen}")
+    elif blind:
+        console.print(f"without the exchange between processes the outputs would be off by {max(blind):.1e}")
+    verdict = result.verdict
+    sentence = f"{len(result.rows)} kinds of rows in {result.seconds:.1f} s" if result else result.sentence
+    console.print(f"[{_STYLES[verdict]}]{_WORDS[verdict]}[/]: {escape(sentence)}")
+
+
+def _cells(rows: RowsResult) -> list[str]:
+    verdict = f"[{_STYLES[rows.verdict]}]{_WORDS[rows.verdict]}[/]"
+    seconds = f"{rows.seconds:.1f}"
+    errors = rows.errors
+    if errors is None:
+        return [rows.rows, "-", "-", "-", "-", "-", "-", verdict, seconds]
+    numbers = [f"{value:.1e}" for value in (errors.loss, errors.logits, errors.gradient)]
+    allowed = f"{rows.tolerance:.1e} ({rows.dtype})"
+    return [rows.rows, *numbers, escape(errors.parameter), f"{errors.evaluation:.1e}", allowed, verdict, seconds]
+
+
+def _validate_writable(output: str | None) -> None:
+    """Refuse before the work what could not be written after it."""
+    if output is None:
+        return
+    path = Path(output)
+    if path.is_dir():
+        raise ValueError(f"`--json` ({output}) is a folder: name a file in it.")
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder of `--json` ({output}) does not exist: make it first.")
+    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
+        raise ValueError(f"`--json` ({output}) cannot be written: name a file in a folder that you may write to.")

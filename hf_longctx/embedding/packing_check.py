@@ -1,0 +1,68 @@
+"""The proof that a packed or shared model gives every text the embedding it has alone."""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Router, Transformer
+from sentence_transformers.sentence_transformer.modules import Pooling
+
+from ..attention.contamination import evaluation_mode
+
+
+_LENGTHS = (7, 2, 12)
+# Of the largest coordinate. Kernels round differently for other row lengths; a leak or a shifted position moves
+# embeddings by a tenth and more.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
+
+
+def prove_packing(model: SentenceTransformer, transformers: list[Transformer], *, shared: bool) -> None:
+    """Embed three short rows in one, and each alone as the host would pad it; raise if they differ.
+
+    Raises:
+        NotImplementedError: a text's embedding depends on its neighbours, or its positions are others.
+
+    Communication: with `shared`, that of one forward, so every rank of a group must call it.
+    """
+    if isinstance(model[0], Router) or any(p.device.type == "meta" for p in model.parameters()):
+        return  # which route a text takes is not ours to guess; every route is checked by its kind
+    module = transformers[0]
+    device = next(module.model.parameters()).device
+    texts = _texts(module)
+    flat = module.data_collator([{"input_ids": ids} for ids in texts])
+    flat["position_ids"] = flat["position_ids"] + module._flatten_position_offset
+    flat = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in flat.items()}
+    flat["modality"] = "text"
+    with evaluation_mode(model), torch.no_grad():
+        packed = model(flat)["sentence_embedding"]
+        alone = torch.cat([_embed_alone(model, ids, device) for ids in texts])
+    tolerance = _TOLERANCE.get(alone.dtype, 5e-2)
+    difference = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-30))
+    if not difference <= tolerance:
+        way = "shared by the ranks of a group" if shared else "packed in one row"
+        raise NotImplementedError(
+            f"`{type(module.model).__name__}` embeds texts {way} otherwise than alone (by {difference:.2g} of the "
+            f"largest coordinate, {tolerance:.0e} allowed): something in it reads across texts or counts positions "
+            "itself; leave it padded, with attn_implementation='sdpa'."
+        )
+
+
+def _texts(module: Transformer) -> list[list[int]]:
+    """Rows of ordinary tokens: a special one may change how a model counts positions."""
+    special = set(module.tokenizer.all_special_ids) if module.tokenizer is not None else set()
+    size = module.config.get_text_config().vocab_size
+    ordinary = [token for token in range(min(size, 1000)) if token not in special]
+    draws = iter(range(sum(_LENGTHS)))
+    return [[ordinary[(7919 * next(draws) + 31) % len(ordinary)] for _ in range(length)] for length in _LENGTHS]
+
+
+def _embed_alone(model: SentenceTransformer, ids: list[int], device: torch.device) -> torch.Tensor:
+    """One unpadded text through the classes' own forwards, with a mask and no positions, as the host would."""
+    features: dict[str, object] = {"input_ids": torch.tensor([ids], device=device), "modality": "text"}
+    features["attention_mask"] = torch.ones_like(features["input_ids"])
+    for child in model.children():
+        own = MethodType(type(child).forward, child) if isinstance(child, (Transformer, Pooling)) else child
+        features = own(features)
+    return features["sentence_embedding"]

@@ -1,0 +1,129 @@
+"""`LongContextSentenceTransformerTrainer`: sentence-transformers' trainer without padding and on shared documents."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+from ..config.run import LongContextConfig
+from ..parallel.mesh import SequenceMesh
+from ..resilience.fault_tolerance import SurvivalMixin
+from ..trainer.checks import check_arguments, check_trainer, warn_about_dropout
+
+
+try:
+    from sentence_transformers import SentenceTransformerTrainer
+except ImportError as error:
+    raise ImportError(
+        "`LongContextSentenceTransformerTrainer` needs sentence-transformers: `pip install hf-longctx[embedding]`."
+    ) from error
+
+from ..trainer.loaders import check_streams
+from .evaluators import evaluate_everywhere
+from .loss_checkpoint import load_loss, save_loss
+from .packed_model import pack_embeddings, shared_rows
+from .run_checks import check_embedding_run, report_truncation
+from .text_collator import EmbeddingCollator
+from .tiled_ranking_loss import bind_losses, check_losses
+from .training_loaders import build_evaluation_loader, build_training_loader, describe_streams
+
+
+_POSITIONAL = ("model", "args", "train_dataset", "eval_dataset", "loss")
+
+
+class LongContextSentenceTransformerTrainer(SurvivalMixin, SentenceTransformerTrainer):
+    """`sentence_transformers.SentenceTransformerTrainer` with one more argument.
+
+    Args:
+        long_context ([`LongContextConfig`], *optional*): number of processes that share a document, and how sources
+            are mixed.
+        args, kwargs: those of `SentenceTransformerTrainer`, unchanged: any loss, evaluator and model card. The model
+            must be loaded with `model_kwargs={"attn_implementation": "packed"}` or `"ulysses"`.
+
+    Texts are never padded, whatever the kernel. With `sequence_parallel_size` above 1 the ranks of a group share the
+    tokens of a batch, and losses and evaluators still see whole embeddings. What cannot equal one process raises
+    before the first step.
+
+    Example:
+    ```python
+    model = SentenceTransformer(name, model_kwargs={"attn_implementation": "ulysses"})
+    trainer = LongContextSentenceTransformerTrainer(
+        model=model,
+        args=args,
+        train_dataset={"nli": nli, "docs": docs},
+        loss=TiledMultipleNegativesRankingLoss(model, mini_batch_num_tokens=16_384),
+        long_context=LongContextConfig(sequence_parallel_size=2, source_weights={"nli": 1, "docs": 4}),
+    )
+    trainer.train()
+    ```
+    """
+
+    data_collator_class = EmbeddingCollator
+
+    def __init__(self, *args, long_context: LongContextConfig | None = None, **kwargs) -> None:
+        self.long_context = long_context or LongContextConfig()
+        given = dict(zip(_POSITIONAL, args)) | kwargs
+        check_arguments(given.get("args"), self.long_context)
+        check_embedding_run(given, self.long_context)
+        for name in ("train_dataset", "eval_dataset"):
+            given[name] = describe_streams(given.get(name))
+        super().__init__(*args[len(_POSITIONAL) :], **given)
+        check_arguments(self.args, self.long_context)
+        check_trainer(self)
+        check_streams(self)
+        warn_about_dropout(self.model, self.long_context.sequence_parallel_size)
+        self.mesh = SequenceMesh.build(
+            self.long_context.sequence_parallel_size, timedelta(seconds=self.args.ddp_timeout)
+        )
+        # The proof is run on rows as training has them. Outside its own steps every process has rows of its own, so
+        # that `model.encode` on one rank waits for nobody.
+        pack_embeddings(self.model, self.mesh, inner_attention=self.long_context.inner_attention)
+        pack_embeddings(self.model, prove=False)
+        check_losses(self.loss, self.mesh)
+        # A step that is to be skipped must not raise in its forward.
+        bind_losses(self.loss, self.mesh, refuse_nonfinite=self.long_context.on_nonfinite == "raise")
+        self._attach_guards()
+        report_truncation(self)
+
+    def call_model_init(self, trial=None):
+        model = super().call_model_init(trial)
+        return pack_embeddings(model, prove=False)
+
+    def get_train_dataloader(self):
+        loader = build_training_loader(self)
+        if loader is None:
+            return super().get_train_dataloader()
+        self._train_dataloader = loader
+        return loader
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        if self.mesh.sequence_parallel_size == 1 or (eval_dataset is None and self.eval_dataset is None):
+            return super().get_eval_dataloader(eval_dataset)
+        return build_evaluation_loader(self, self.eval_dataset if eval_dataset is None else eval_dataset)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        with self._shared_rows():
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        with self._shared_rows():
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def evaluation_loop(self, *args, **kwargs):
+        if self.mesh.sequence_parallel_size == 1 or self.evaluator is None:
+            return super().evaluation_loop(*args, **kwargs)
+        with self._shared_rows():
+            return evaluate_everywhere(self, super().evaluation_loop, *args, **kwargs)
+
+    def _save_optimizer_and_scheduler(self, output_dir):
+        super()._save_optimizer_and_scheduler(output_dir)
+        save_loss(self, output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        load_loss(self, checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _shared_rows(self):
+        return shared_rows(self.model, self.mesh, self.long_context.inner_attention)
+
+    def get_total_train_batch_size(self, args) -> int:
+        return super().get_total_train_batch_size(args) // self.mesh.sequence_parallel_size

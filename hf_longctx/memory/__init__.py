@@ -1,1 +1,0 @@
-"""What makes a longer row fit: less memory for the same numbers."""

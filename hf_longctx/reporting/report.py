@@ -1,0 +1,205 @@
+"""`RunReport`: what a run leaves behind beside the model - numbers, a picture and a model card.
+
+It reads the host's own logs and counters, and what [`ThroughputMeter`] adds to them. At the end it writes
+`metrics.json`, `loss_and_throughput.png` and `README.md` into `output_dir`, on rank 0. It changes no number of the
+run.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from transformers import Trainer, TrainerCallback
+
+from .launch_command import launch_command
+from .meter import ThroughputMeter, device_memory, host_memory
+from .model_card import is_hub_name, write_model_card
+
+
+logger = logging.getLogger(__name__)
+
+METRICS_FILE, PICTURE_FILE = "metrics.json", "loss_and_throughput.png"
+_LIBRARIES = (
+    "hf-longctx",
+    "torch",
+    "transformers",
+    "accelerate",
+    "trl",
+    "peft",
+    "sentence-transformers",
+    "datasets",
+    "tokenizers",
+)
+
+
+class RunReport(TrainerCallback):
+    """Report on one training run.
+
+    Args:
+        sequence_parallel_size (`int`, *optional*, defaults to 1): processes that share a row.
+        row_tokens (`int`, *optional*): longest row, in tokens: the context length that was trained.
+        base_model (`str`, *optional*): name of the model that training started from; otherwise the model's own name.
+        dataset (`str`, *optional*): name of the data.
+
+    Use [`RunReport.attach`] rather than `callbacks=[...]`: it brings a [`ThroughputMeter`], without which the report
+    has no throughput.
+
+    Communication: one gather of a few numbers at the end of training, and the meter's; every rank must have the
+    callback.
+    """
+
+    loss_unit = "loss (nats per token)"
+
+    def __init__(
+        self,
+        *,
+        sequence_parallel_size: int = 1,
+        row_tokens: int | None = None,
+        base_model: str | None = None,
+        dataset: str | None = None,
+    ) -> None:
+        self.sequence_parallel_size, self.row_tokens = sequence_parallel_size, row_tokens
+        self.base_model, self.dataset = base_model, dataset
+        self.metrics: dict | None = None
+        self._earlier_card: str | None = None
+
+    def attach(self, trainer: Trainer) -> RunReport:
+        """Add this report to `trainer`, and a meter in front of its callbacks unless it has one."""
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, self)
+        if not any(isinstance(callback, ThroughputMeter) for callback in callbacks):
+            ThroughputMeter().attach(trainer)
+        return self
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        card = Path(args.output_dir, "README.md")
+        self._earlier_card = (
+            card.read_text(encoding="utf-8") if state.is_world_process_zero and card.is_file() else None
+        )
+
+    def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
+        peak = {"rank": args.process_index, "host_bytes": host_memory(), "device_bytes": device_memory()}
+        peaks = gather_object([peak])
+        if not state.is_world_process_zero:
+            return
+        self.metrics = self._collect(args, state, peaks, model)
+        self.write(args.output_dir)
+
+    def write(self, folder: str | Path) -> None:
+        """Write everything into `folder`; does nothing but on rank 0 and after training.
+
+        Saving a model may put a host's card in the place of ours, so call this again after `trainer.save_model()`.
+        """
+        if self.metrics is None:
+            return
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / METRICS_FILE).write_text(json.dumps(self.metrics, indent=2) + "\n", encoding="utf-8")
+        name, points = self._evaluations(self.metrics)
+        drawn = draw_curves(self.metrics, folder / PICTURE_FILE, self.loss_unit, name, points)
+        self._write_card(folder, PICTURE_FILE if drawn else None)
+
+    def _evaluations(self, metrics: dict) -> tuple[str, list[tuple[int, float]]]:
+        """What the orange curve shows, and its points."""
+        return "evaluation", [(entry["step"], entry["eval_loss"]) for entry in metrics["eval_history"]]
+
+    def _write_card(self, folder: Path, picture: str | None) -> None:
+        write_model_card(folder, self.metrics, picture, self._earlier_card)
+        self._earlier_card = None  # kept once
+
+    def _collect(self, args, state, peaks: list[dict], model) -> dict:
+        history = [entry for entry in state.log_history if "loss" in entry]
+        evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
+        summary = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
+        keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "achieved_tflops", "mfu")
+        name = getattr(getattr(model, "config", None), "_name_or_path", None)
+        data_parallel_size = args.world_size // self.sequence_parallel_size
+        return {
+            "name": (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1],
+            "command": launch_command(),
+            "base_model": self.base_model or (name if is_hub_name(name) else None),
+            "dataset": self.dataset,
+            "row_tokens": self.row_tokens,
+            "world_size": args.world_size,
+            "data_parallel_size": data_parallel_size,
+            "sequence_parallel_size": self.sequence_parallel_size,
+            "num_steps": state.global_step,
+            "settings": _settings(args, data_parallel_size, getattr(model, "dtype", None)),
+            "versions": _versions(),
+            "history": [{key: entry.get(key) for key in keys} for entry in history],
+            "eval_history": [{"step": entry["step"], "eval_loss": entry["eval_loss"]} for entry in evaluations],
+            "train": {key: value for key, value in summary.items() if isinstance(value, (int, float))},
+            "peak_memory": sorted(peaks, key=lambda peak: peak["rank"]),
+        }
+
+
+def draw_curves(metrics: dict, path: Path, unit: str, name: str, points: list[tuple[int, float]]) -> bool:
+    """Draw loss, `points` of an evaluation and throughput; `False`, with a warning, where matplotlib is missing."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("`%s` was not drawn, matplotlib is missing: run `pip install hf-longctx[demo]`", path.name)
+        return False
+    history = metrics["history"]
+    figure = Figure(figsize=(11, 4), dpi=150, layout="constrained")
+    losses, speeds = figure.subplots(1, 2)
+    few = "o" if len(history) <= 50 else None
+    steps = [entry["step"] for entry in history]
+    losses.plot(steps, [entry["loss"] for entry in history], marker=few, color="tab:blue", label="training")
+    if points:
+        panel = losses if name == "evaluation" else losses.twinx()  # a score has a scale of its own
+        panel.plot(*zip(*points), marker="s", color="tab:orange", label=name)
+        figure.legend(frameon=False, loc="outside lower left", ncols=2)
+    losses.set(title="Loss", xlabel="optimizer step", ylabel=unit)
+    measured = [(entry["step"], entry["tokens_per_second"]) for entry in history if entry["tokens_per_second"]]
+    if measured:
+        speeds.plot(*zip(*measured), marker=few, color="tab:green")
+        speeds.set_ylim(bottom=0)
+    speeds.set(title="Throughput", xlabel="optimizer step", ylabel="tokens per second (all processes)")
+    for panel in (losses, speeds):
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(_headline(metrics), fontsize=11)
+    figure.savefig(path)
+    return True
+
+
+def _headline(metrics: dict) -> str:
+    words = [metrics["base_model"] or "model"]
+    if metrics["row_tokens"]:
+        words.append(f"{metrics['row_tokens']:,} tokens per row")
+    words.append(
+        f"{metrics['data_parallel_size']} data-parallel x {metrics['sequence_parallel_size']} sequence-parallel"
+    )
+    return ", ".join(words)
+
+
+def _settings(args, data_parallel_size: int, dtype: torch.dtype | None) -> dict[str, object]:
+    rows = args.per_device_train_batch_size * args.gradient_accumulation_steps * data_parallel_size
+    return {
+        "rows_per_optimizer_step": rows,
+        "learning_rate": args.learning_rate,
+        "schedule": str(getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
+        "optimizer": str(getattr(args.optim, "value", args.optim)),
+        "weights": str(dtype).removeprefix("torch."),
+        "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "no",
+        "activation_checkpointing": bool(args.gradient_checkpointing),  # the name that older hosts know too
+        "seed": args.seed,
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in _LIBRARIES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

