@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import posixpath
 import re
+from importlib import import_module
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -19,8 +20,8 @@ from mkdocs.structure.pages import Page
 ROOT = Path(__file__).parents[1]
 SOURCE = "source/"
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
-# A line of the API page's tables: [`name`](../hf_longctx/room/module.py)
-API_NAME = re.compile(r"^\| \[`(\w+)`\]\(\.\./(hf_longctx/[\w/]+)\.py\)", re.MULTILINE)
+# A row of the API page's tables: | `hf_longctx.room.name` |
+API_NAME = re.compile(r"^\| `(hf_longctx[\w.]*)\.(\w+)` \|", re.MULTILINE)
 DOCSTRINGS = "<!-- docstrings -->"
 # In docstrings: [`Name`], with no address, as the hosts write it; and names that have no page of their own.
 CODE_IN_BRACKETS = re.compile(r"\[(<code>[\w.]+</code>)\](?!\()")
@@ -53,6 +54,12 @@ def linked_files(src_uri: str, text: str) -> list[str]:
     folder = posixpath.dirname(repository_path(src_uri))
     found = (posixpath.normpath(posixpath.join(folder, match[1])) for match in LINK.finditer(text))
     return sorted({path for path in found if not path.startswith("docs/")})
+
+
+def source_of(room: str, name: str) -> str:
+    """The dotted name of what a room exports, in the module that defines it."""
+    exports = import_module(room)._EXPORTS
+    return next(f"{room}.{module}.{name}" for module, names in exports.items() if name in names)
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -98,7 +105,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return posixpath.relpath(target, here or ".") + (match[2] or "")
 
     if DOCSTRINGS in markdown:
-        names = [f"{module.replace('/', '.')}.{name}" for name, module in API_NAME.findall(markdown)]
+        names = [source_of(room, name) for room, name in API_NAME.findall(markdown)]
         markdown = markdown.replace(DOCSTRINGS, "\n\n".join(f"::: {name}" for name in names))
     return LINK.sub(turn, markdown)
 

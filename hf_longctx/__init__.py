@@ -7,56 +7,59 @@ listed below and loaded when first used.
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import TYPE_CHECKING
 
+from .lazy_exports import lazy_exports
 from .on_import import call_after_import
 
 
 __version__ = "0.1.0"
 
-_PUBLIC = {
-    "LongContextConfig": ".config.run",
-    "SequenceMesh": ".parallel.mesh",
-    "SequenceShard": ".parallel.shard",
-    "shard_batch": ".parallel.shard",
-    "gather_sequence": ".parallel.collectives",
-    "ShardCollator": ".data.shard_collator",
-    "PackingCollator": ".data.packing.collator",
-    "PackedDataset": ".data.packing.datasets",
-    "TokenBudgetSampler": ".data.packing.samplers",
-    "assert_no_cross_document": ".attention.contamination",
-    "explain_attention": ".attention.explain",
-    "LongContextTrainer": ".trainer.causal_lm",
-    "LongContextSFTTrainer": ".trainer.sft",
-    "LongContextSentenceTransformerTrainer": ".embedding.trainer",
-    "SpanRankingLoss": ".embedding.span_loss",
-    "encode_spans": ".embedding.spans",
-    "pack_embeddings": ".embedding.packed_model",
-    "TiledMultipleNegativesRankingLoss": ".embedding.tiled_ranking_loss",
-    "verify": ".proof.verification",
-}
-__all__ = sorted(_PUBLIC)
-
 if TYPE_CHECKING:
-    from .attention.contamination import assert_no_cross_document  # noqa: F401
-    from .attention.explain import explain_attention  # noqa: F401
-    from .config.run import LongContextConfig  # noqa: F401
-    from .data.packing.collator import PackingCollator  # noqa: F401
-    from .data.packing.datasets import PackedDataset  # noqa: F401
-    from .data.packing.samplers import TokenBudgetSampler  # noqa: F401
-    from .data.shard_collator import ShardCollator  # noqa: F401
-    from .embedding.packed_model import pack_embeddings  # noqa: F401
-    from .embedding.span_loss import SpanRankingLoss  # noqa: F401
-    from .embedding.spans import encode_spans  # noqa: F401
-    from .embedding.tiled_ranking_loss import TiledMultipleNegativesRankingLoss  # noqa: F401
-    from .embedding.trainer import LongContextSentenceTransformerTrainer  # noqa: F401
-    from .parallel.collectives import gather_sequence  # noqa: F401
-    from .parallel.mesh import SequenceMesh  # noqa: F401
-    from .parallel.shard import SequenceShard, shard_batch  # noqa: F401
-    from .proof.verification import verify  # noqa: F401
-    from .trainer.causal_lm import LongContextTrainer  # noqa: F401
-    from .trainer.sft import LongContextSFTTrainer  # noqa: F401
+    from .attention.contamination import assert_no_cross_document as assert_no_cross_document
+    from .attention.explain import explain_attention as explain_attention
+    from .config.run import LongContextConfig as LongContextConfig
+    from .data.packing.collator import PackingCollator as PackingCollator
+    from .data.packing.datasets import PackedDataset as PackedDataset
+    from .data.packing.samplers import TokenBudgetSampler as TokenBudgetSampler
+    from .data.shard_collator import ShardCollator as ShardCollator
+    from .embedding.packed_model import pack_embeddings as pack_embeddings
+    from .embedding.span_loss import SpanRankingLoss as SpanRankingLoss
+    from .embedding.spans import encode_spans as encode_spans
+    from .embedding.tiled_ranking_loss import TiledMultipleNegativesRankingLoss as TiledMultipleNegativesRankingLoss
+    from .embedding.trainer import LongContextSentenceTransformerTrainer as LongContextSentenceTransformerTrainer
+    from .parallel.collectives import gather_sequence as gather_sequence
+    from .parallel.mesh import SequenceMesh as SequenceMesh
+    from .parallel.shard import SequenceShard as SequenceShard
+    from .parallel.shard import shard_batch as shard_batch
+    from .proof.verification import verify as verify
+    from .trainer.causal_lm import LongContextTrainer as LongContextTrainer
+    from .trainer.sft import LongContextSFTTrainer as LongContextSFTTrainer
+
+_EXPORTS = {
+    "attention.contamination": ("assert_no_cross_document",),
+    "attention.explain": ("explain_attention",),
+    "config.run": ("LongContextConfig",),
+    "data.packing.collator": ("PackingCollator",),
+    "data.packing.datasets": ("PackedDataset",),
+    "data.packing.samplers": ("TokenBudgetSampler",),
+    "data.shard_collator": ("ShardCollator",),
+    "embedding.packed_model": ("pack_embeddings",),
+    "embedding.span_loss": ("SpanRankingLoss",),
+    "embedding.spans": ("encode_spans",),
+    "embedding.tiled_ranking_loss": ("TiledMultipleNegativesRankingLoss",),
+    "embedding.trainer": ("LongContextSentenceTransformerTrainer",),
+    "parallel.collectives": ("gather_sequence",),
+    "parallel.mesh": ("SequenceMesh",),
+    "parallel.shard": (
+        "SequenceShard",
+        "shard_batch",
+    ),
+    "proof.verification": ("verify",),
+    "trainer.causal_lm": ("LongContextTrainer",),
+    "trainer.sft": ("LongContextSFTTrainer",),
+}
+__getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)
 
 
 def _register_attention_names() -> None:
@@ -66,13 +69,3 @@ def _register_attention_names() -> None:
 
 
 call_after_import("transformers.modeling_utils", _register_attention_names)
-
-
-def __getattr__(name: str) -> object:
-    if name not in _PUBLIC:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it offers {', '.join(__all__)}")
-    return getattr(import_module(_PUBLIC[name], __name__), name)
-
-
-def __dir__() -> list[str]:
-    return [*__all__, "__version__"]

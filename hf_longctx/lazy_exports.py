@@ -28,4 +28,4 @@ def lazy_exports(
             raise AttributeError(f"module {package!r} has no attribute {name!r}; it offers {', '.join(names)}")
         return getattr(import_module(f".{modules[name]}", package), name)
 
-    return get, lambda: names, names
+    return get, lambda: sorted({*vars(import_module(package)), *names}), names

@@ -24,10 +24,11 @@ from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
 
+from hf_longctx.planner.settings import GIB
+
 
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-4  # fp32: the order of sums differs between one and two processes, nothing else does
-GIB = 2**30
 
 
 @dataclass

@@ -16,14 +16,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..attention.cache_names import CACHE_NAMES
-from ..attention.contamination import evaluation_mode
+from ..tiny_check import OTHER_TILES, evaluation_mode
 
 
 # Arguments of modules whose tokens see each other.
 _MIXING_ARGUMENTS = {"attention_mask", "position_embeddings", "position_ids", *CACHE_NAMES}
-# Relative differences that summing in another order leaves; a module that mixes tokens differs by about one.
-_NOISE = {torch.float64: 1e-9, torch.float32: 1e-4}
-_HALF_NOISE = 3e-2
 _PROOF_TOKENS = 5
 
 
@@ -96,7 +93,7 @@ def find_mixing(
             return f"`{type(mlp).__name__}` does not run on {tuple(tokens.shape)} tokens alone ({error})"
     expected = whole.index_select(-2, order)
     error = float((torch.cat(pieces, dim=-2) - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-    if error <= _NOISE.get(whole.dtype, _HALF_NOISE):
+    if error <= OTHER_TILES.of(whole.dtype):
         return None
     return f"`{type(mlp).__name__}` mixes tokens (tiles differ from the whole by {error:.1e})"
 

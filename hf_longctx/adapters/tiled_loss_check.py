@@ -13,14 +13,9 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from ..attention.contamination import evaluation_mode
 from ..parallel.shard import IGNORE_INDEX
+from ..tiny_check import REORDERED_SUMS, evaluation_mode, random_tokens
 from .tiled_loss import PLAN, TiledLossHandle, find_causal_lm, tile_loss
-
-
-# Noise that reordered sums may leave, of the largest entry. Half precision keeps two to three digits.
-_NOISE = {torch.float64: 1e-4, torch.float32: 1e-4}
-_HALF_NOISE = 3e-2
 
 
 def prove_tiled_loss(model: torch.nn.Module) -> None:
@@ -56,7 +51,7 @@ def prove_tiled_loss(model: torch.nn.Module) -> None:
             handle.remove()
     gradient = expected["gradient of the embeddings"]
     half = torch.is_autocast_enabled(gradient.device.type)
-    allowed = _HALF_NOISE if half else _NOISE.get(gradient.dtype, _HALF_NOISE)
+    allowed = REORDERED_SUMS.half if half else REORDERED_SUMS.of(gradient.dtype)
     for name, theirs in expected.items():
         error = float((actual[name] - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
         if not error <= allowed:
@@ -78,19 +73,17 @@ def _loss_and_gradient(model: torch.nn.Module, inner: PreTrainedModel) -> dict[s
     handle = inner.get_input_embeddings().register_forward_hook(capture)
     try:
         with torch.enable_grad():
-            loss = model(**_tiny_batch(inner)).loss
+            loss = model(**_labelled_rows(inner)).loss
     finally:
         handle.remove()
     (gradient,) = torch.autograd.grad(loss, seen[:1])
     return {"loss": loss.detach(), "gradient of the embeddings": gradient}
 
 
-def _tiny_batch(model: PreTrainedModel) -> dict[str, torch.Tensor | float]:
+def _labelled_rows(model: PreTrainedModel) -> dict[str, torch.Tensor | float]:
     """Two rows of tokens with labels that have nothing to do with them; some are ignored."""
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    generator = torch.Generator().manual_seed(0)
-    lowest = min(10, vocabulary // 2)  # skip the special tokens
-    ids, labels = torch.randint(lowest, min(vocabulary, 1000), (2, 2, 9), generator=generator)
+    ids, labels = random_tokens(vocabulary, 2, 2, 9)
     labels[0, 2:4] = IGNORE_INDEX
     device = model.get_input_embeddings().weight.device
     batch = {"input_ids": ids.to(device), "labels": labels.to(device)}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import transformers.modeling_utils  # noqa: F401  its import registers our names, which needs this room whole
+
 from ..lazy_exports import lazy_exports
 
 

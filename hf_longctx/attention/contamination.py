@@ -9,8 +9,7 @@ computed or changed.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -18,12 +17,9 @@ from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.segments import PAD_SEGMENT, segment_rows
 from ..parallel.shard import shard_batch
+from ..tiny_check import SAME_SUMS, evaluation_mode, first_ordinary_token
 
 
-# What rounding may leave, relative to the largest output. The other documents' numbers are the same in both runs, so
-# only kernels whose order of summation depends on other rows (grouped experts) leave anything at all.
-_NOISE = {torch.float64: 1e-9, torch.float32: 1e-5}
-_HALF_NOISE = 1e-2
 _LABELS = ("labels", "shift_labels", "num_items_in_batch")
 
 
@@ -70,18 +66,6 @@ def assert_no_cross_document(
         _validate_moved(before, after, chosen, others)
         if check_gradients:
             _validate_gradients(*run.gradients(batch, chosen), chosen, others)
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Run a block without dropout; every module gets its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 class _Run:
@@ -152,14 +136,14 @@ def _choose_documents(segments: torch.Tensor) -> torch.Tensor:
 def _other_tokens(model: torch.nn.Module, ids: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """The same rows with another ordinary token at each chosen place."""
     vocabulary = model.config.get_text_config().vocab_size
-    lowest = min(10, vocabulary // 2)  # special tokens may mean more than themselves
+    lowest = first_ordinary_token(vocabulary)
     other = lowest + (ids - lowest + 1 + (vocabulary - lowest) // 3) % (vocabulary - lowest)
     return torch.where(chosen, other, ids)
 
 
 def _validate_moved(before: torch.Tensor, after: torch.Tensor, chosen: torch.Tensor, others: torch.Tensor) -> None:
     moved = (before - after).abs().amax(dim=-1) / before.abs().amax().clamp(min=1e-30)
-    noise = _NOISE.get(before.dtype, _HALF_NOISE)
+    noise = SAME_SUMS.of(before.dtype)
     leak = float(moved[others].max())
     if not leak <= noise:
         raise AssertionError(
@@ -175,7 +159,7 @@ def _validate_moved(before: torch.Tensor, after: torch.Tensor, chosen: torch.Ten
 
 
 def _validate_gradients(size: torch.Tensor, largest: torch.Tensor, chosen: torch.Tensor, others: torch.Tensor) -> None:
-    noise = _NOISE.get(size.dtype, _HALF_NOISE)
+    noise = SAME_SUMS.of(size.dtype)
     leak = float(size[others].max() / largest.clamp(min=1e-30))
     if not leak <= noise or not float(largest) > 0:
         raise AssertionError(

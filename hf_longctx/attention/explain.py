@@ -14,8 +14,8 @@ import torch
 
 from ..parallel.segments import PAD_SEGMENT
 from ..parallel.shard import SequenceShard, cut_batch
+from ..tiny_check import evaluation_mode
 from .blocks import BlockPlan
-from .contamination import evaluation_mode
 from .kernels import is_flash
 from .masks import AttentionRule, KernelPlan
 from .registry import ATTENTION_FUNCTIONS

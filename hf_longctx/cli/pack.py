@@ -18,8 +18,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..data.documents import load_documents
-from ..data.packing.datasets import is_stream, measure_lengths
+from ..data.packing.datasets import measure_lengths
 from ..data.packing.lengths import STRATEGIES, Packing, cut_documents, pack_lengths, packing_cost
+from ..data.streams import is_stream
 
 
 _LENGTH_COLUMN = "length"

@@ -16,11 +16,10 @@ from transformers import PretrainedConfig
 
 from ..planner.memory_plan import DEVICE_KINDS, USABLE_SHARE, Ledger, Planner
 from ..planner.presets import PRESETS, Preset
-from ..planner.settings import Settings
+from ..planner.settings import GIB, Settings
 from ..reporting.flops import ModelFlops, count_flops
 
 
-GIB = 2**30
 _PICTURES = (".png", ".svg")
 _NAMES = {"mlp": "MLP", "hidden": "hidden states"}
 # Short enough for all columns in 120 characters; longer names stand below the table.

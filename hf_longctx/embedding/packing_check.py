@@ -9,13 +9,10 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
-from ..attention.contamination import evaluation_mode
+from ..tiny_check import OTHER_ROW_LENGTHS, evaluation_mode
 
 
 _LENGTHS = (7, 2, 12)
-# Of the largest coordinate. Kernels round differently for other row lengths; a leak or a shifted position moves
-# embeddings by a tenth and more.
-_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-4}
 
 
 def prove_packing(model: SentenceTransformer, transformers: list[Transformer], *, shared: bool) -> None:
@@ -38,7 +35,7 @@ def prove_packing(model: SentenceTransformer, transformers: list[Transformer], *
     with evaluation_mode(model), torch.no_grad():
         packed = model(flat)["sentence_embedding"]
         alone = torch.cat([_embed_alone(model, ids, device) for ids in texts])
-    tolerance = _TOLERANCE.get(alone.dtype, 5e-2)
+    tolerance = OTHER_ROW_LENGTHS.of(alone.dtype)
     difference = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-30))
     if not difference <= tolerance:
         way = "shared by the ranks of a group" if shared else "packed in one row"

@@ -11,12 +11,10 @@ if TYPE_CHECKING:
     from .contrastive import contrastive_loss as contrastive_loss
     from .tiled_logits import tiled_cross_entropy as tiled_cross_entropy
     from .tiled_scores import tiled_token_scores as tiled_token_scores
-    from .token_mean import token_mean as token_mean
 
 _EXPORTS = {
     "contrastive": ("contrastive_loss",),
     "tiled_logits": ("tiled_cross_entropy",),
     "tiled_scores": ("tiled_token_scores",),
-    "token_mean": ("token_mean",),
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

@@ -9,12 +9,10 @@ from ..lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from .memory_plan import Planner as Planner
-    from .presets import PRESETS as PRESETS
     from .settings import Settings as Settings
 
 _EXPORTS = {
     "memory_plan": ("Planner",),
-    "presets": ("PRESETS",),
     "settings": ("Settings",),
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

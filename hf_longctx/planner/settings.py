@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 
+GIB = 2**30  # bytes
 OPTIMIZERS = ("adamw", "adafactor", "sgd", "lora")
 WRAPPERS = ("none", "ddp", "fsdp2")
 

@@ -53,7 +53,7 @@ def turn_dropout_off(model: torch.nn.Module) -> None:
             module.p = 0.0
 
 
-def model_on_meta(subject: Subject) -> torch.nn.Module:
+def sharded_model_on_meta(subject: Subject) -> torch.nn.Module:
     """The model as it was given, on our attention, without memory."""
     with torch.device("meta"):
         return _AUTO[subject.task].from_config(copy.deepcopy(subject.original), attn_implementation="ulysses")

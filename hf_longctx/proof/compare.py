@@ -17,7 +17,7 @@ from ..config.run import LongContextConfig
 from ..parallel.mesh import SequenceMesh
 from ..trainer.checks import check_model
 from ..trainer.sanity_check import ProbeResult, probe_model
-from .build import build_model, model_on_meta
+from .build import build_model, sharded_model_on_meta
 from .model_under_test import Setting, Subject
 from .numbers import Numbers, blind_outputs, compare, of_one_process, on_the_ranks, relative, wrap
 from .outcomes import SENSITIVE, Verdict, attempt, first_line, worst_of_ranks
@@ -230,7 +230,7 @@ def _refuse_by_configuration(subject: Subject, setting: Setting) -> None:
     """A model that has no tiny version may still be refused by what its own configuration says."""
     config = LongContextConfig(sequence_parallel_size=setting.sequence_parallel_size)
     try:
-        model = model_on_meta(subject)
+        model = sharded_model_on_meta(subject)
     except Exception:
         return
     try:

@@ -18,16 +18,16 @@ import torch
 from accelerate.utils import gather
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from ..adapters.wrapped import unwrap
 from ..parallel.segments import DOCUMENT_BOUND_KEYS, segment_rows
 from ..parallel.shard import SequenceShard
 from ..parallel.stopwatch import Stopwatch
-from ..trainer.checks import unwrap
+from ..planner.settings import GIB
 from .flops import ModelFlops, count_flops, count_products
 
 
 logger = logging.getLogger(__name__)
 
-GIB = 2**30
 # Dense bf16 of one device, from the makers' data sheets; the first name that is part of the device's is taken.
 _PEAK_TFLOPS = {
     "GB200": 2500.0,

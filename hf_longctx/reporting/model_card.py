@@ -13,13 +13,14 @@ from statistics import median
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..planner.settings import GIB
+
 
 logger = logging.getLogger(__name__)
 
 TAGS = ("hf_longctx", "long-context", "sequence-parallel")
 _TRAINER_TAGS = {*TAGS, "generated_from_trainer", "trl", "sft"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-GIB = 2**30
 
 
 def is_hub_name(name: object) -> bool:

@@ -19,8 +19,8 @@ from ..adapters.tiled_mlp import TiledForward
 from ..config.run import LongContextConfig
 from ..losses.tiles import choose_tile_size
 from ..planner.measure import resident_bytes
-from ..planner.settings import OPTIMIZERS, Settings
-from .meter import GIB, device_memory, host_memory, peak_memory
+from ..planner.settings import GIB, OPTIMIZERS, Settings
+from .meter import device_memory, host_memory, peak_memory
 
 
 logger = logging.getLogger(__name__)

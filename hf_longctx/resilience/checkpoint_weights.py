@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import FileSystemReader
 
-from ..trainer.checks import unwrap
+from ..adapters.wrapped import unwrap
 
 
 _ADAPTER, _WHOLE = "adapter_model.safetensors", "model.safetensors"

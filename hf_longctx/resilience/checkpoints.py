@@ -17,8 +17,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from ..config.run import SOURCE_FIELDS
-from ..trainer.loaders import split_stream
-from ..trainer.packed_rows import packs_rows
+from ..data.packing.collator import fills_rows
+from ..data.streams import split_stream
 from .checkpoint_weights import check_weights, read_json
 from .replicas import has_dropout
 
@@ -81,7 +81,7 @@ def run_facts(trainer) -> dict[str, object]:
     strategy = getattr(args, "train_sampling_strategy", "random")
     num_rows, sources = _count_rows(trainer)
     is_sized = num_rows is not None
-    packs = packs_rows(trainer)
+    packs = fills_rows(trainer.data_collator)
     is_dealt = trainer.deals_shards and split_stream(trainer.train_dataset, trainer.mesh) is not None
     loader = trainer.callback_handler.train_dataloader if is_sized and sources is None else None
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..adapters.positions import follow_positions
 from ..adapters.unshifted_labels import aligns_labels
-from .checks import runs_our_attention, unwrap
+from ..adapters.wrapped import runs_our_attention, unwrap
 
 
 def adapt_model(trainer) -> bool:

@@ -7,8 +7,8 @@ import logging
 
 import torch
 
+from ..adapters.wrapped import unwrap
 from ..attention.kernels import validate_kernel_available
-from ..attention.registry import ATTENTION_FUNCTIONS
 from ..config.run import SOURCE_FIELDS, LongContextConfig
 from ..parallel.heads import validate_head_count
 
@@ -166,14 +166,3 @@ def warn_about_dropout(model, size: int) -> None:
             "equal seeds: training is valid, but losses are not those of one process; set dropout (also "
             "`lora_dropout`) to 0 to compare."
         )
-
-
-def runs_our_attention(model) -> bool:
-    """Whether the text part of `model` runs an attention of ours, which reads a batch's `sequence_shard`."""
-    config = getattr(unwrap(model), "config", None)
-    return config is not None and config.get_text_config()._attn_implementation in ATTENTION_FUNCTIONS
-
-
-def unwrap(model):
-    """The transformers model inside a PEFT model, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model

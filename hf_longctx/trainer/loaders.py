@@ -17,11 +17,11 @@ from transformers.utils import is_datasets_available
 
 from ..data.endless import endless_loader
 from ..data.evaluation_rows import evaluation_loader
-from ..data.packing.datasets import is_stream
+from ..data.packing.collator import fills_rows
 from ..data.shard_collator import ShardCollator
-from ..parallel.mesh import SequenceMesh
+from ..data.streams import is_stream, split_stream
 from .checks import refuse_dispatcher
-from .packed_rows import pack_dataset, packs_rows
+from .packed_rows import pack_dataset
 
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn
     is_endless = is_training and never_ends(trainer, dataset)
     own_stream = split_stream(dataset, mesh) if is_endless else None
     dataset = dataset if own_stream is None else own_stream
-    if packs_rows(trainer):
+    if fills_rows(trainer.data_collator):
         # A group that has shards of its own does not know what the others draw.
         group_size = batch_size * mesh.data_parallel_size if own_stream is None else 1
         dataset, sampler_fn = pack_dataset(trainer, dataset, description, group_size, sampler_fn, is_training)
@@ -85,7 +85,7 @@ def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn
 
 def never_ends(trainer, dataset) -> bool:
     """Whether training reads `dataset` again and again: a stream of unknown length."""
-    return is_stream(dataset) and (packs_rows(trainer) or not hasattr(dataset, "__len__"))
+    return is_stream(dataset) and (fills_rows(trainer.data_collator) or not hasattr(dataset, "__len__"))
 
 
 def check_streams(trainer) -> None:
@@ -113,22 +113,6 @@ def warn_about_workers(num_workers: int, dataset) -> None:
             "unless its `__iter__` asks `torch.utils.data.get_worker_info()`: every row would be trained as often; "
             "set it to 1, or train on a `datasets` stream, which divides its shards"
         )
-
-
-def split_stream(dataset, mesh: SequenceMesh):
-    """This group's shards of a `datasets` stream, or `None` if it does not have one a group.
-
-    Documents are then dealt before they are packed, and no group reads what others train on.
-    """
-    groups = mesh.data_parallel_size
-    if groups == 1 or not is_datasets_available():
-        return None
-    import datasets
-    from datasets.distributed import split_dataset_by_node
-
-    if not isinstance(dataset, datasets.IterableDataset) or dataset.num_shards < groups:
-        return None
-    return split_dataset_by_node(dataset, rank=mesh.data_parallel_rank, world_size=groups)
 
 
 def _deal_to_groups(trainer, loader: DataLoader, groups: int) -> DataLoader:

@@ -14,17 +14,16 @@ import torch
 from ..adapters.tiled_loss import tile_loss
 from ..adapters.tiled_loss_check import prove_tiled_loss
 from ..adapters.tiled_mlp import tile_mlp
+from ..adapters.wrapped import unwrap
 from ..config.run import LongContextConfig
 from ..data.packing.collator import PackingCollator
 from ..planner.measure import free_bytes
 from ..planner.presets import MLP_TILE_SIZE, PRESETS, Preset
+from ..planner.settings import GIB
 from ..reporting.planned_memory import PlannedMemory, settings_of
-from .checks import unwrap
 
 
 logger = logging.getLogger(__name__)
-
-_GIB = 2**30
 
 
 def prepare_memory(config: LongContextConfig, args, model, collator) -> Preset:
@@ -137,14 +136,14 @@ def _plan(config: LongContextConfig, args, model, collator) -> Preset:
     if chosen is None:
         longest = planner.longest_tokens(planner.preset("max", settings), device_bytes)
         raise ValueError(
-            f"rows of {tokens:,} tokens need more than the {device_bytes / _GIB:.1f} GiB of a device on every rung of "
+            f"rows of {tokens:,} tokens need more than the {device_bytes / GIB:.1f} GiB of a device on every rung of "
             f"`memory`; the longest that the plan has room for are {longest:,}: shorten rows, raise "
             f"`sequence_parallel_size` ({config.sequence_parallel_size}), or set `memory` to 'max' and try."
         )
     preset, settings = chosen
     planned = planner.ledger(settings).device
     logger.info(
-        f"`memory` ('auto') takes {preset.name!r}: {planned / _GIB:.2f} of {device_bytes / _GIB:.1f} GiB are planned "
+        f"`memory` ('auto') takes {preset.name!r}: {planned / GIB:.2f} of {device_bytes / GIB:.1f} GiB are planned "
         f"for rows of {tokens:,} tokens"
     )
     return preset
@@ -169,8 +168,8 @@ def _validate_host_memory(config: LongContextConfig, args, model, collator, pres
         return
     if needed > host_bytes:
         raise ValueError(
-            f"`memory` ({config.memory!r}) keeps {needed / _GIB:.2f} GiB of checkpoints in the memory of this host "
-            f"for rows of {tokens:,} tokens, and {host_bytes / _GIB:.2f} GiB are free: shorten rows, start fewer "
+            f"`memory` ({config.memory!r}) keeps {needed / GIB:.2f} GiB of checkpoints in the memory of this host "
+            f"for rows of {tokens:,} tokens, and {host_bytes / GIB:.2f} GiB are free: shorten rows, start fewer "
             "processes on a host, or set `memory` to 'checkpoint'."
         )
 

@@ -13,18 +13,19 @@ import torch
 import torch.distributed as dist
 from transformers.loss.loss_utils import LOSS_MAPPING
 
+from ..adapters.wrapped import unwrap
 from ..config.run import LongContextConfig
-from ..data.packing.collator import READ_COLUMNS, PackingCollator
+from ..data.packing.collator import READ_COLUMNS, PackingCollator, fills_rows
 from ..losses.token_mean import token_mean
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import SequenceShard, validate_same_rows
 from ..resilience.fault_tolerance import SurvivalMixin
 from .adapt import adapt_model
-from .checks import check_arguments, check_model, check_trainer, unwrap, warn_about_dropout
+from .checks import check_arguments, check_model, check_trainer, warn_about_dropout
 from .evaluation import ShardedEvaluationMixin
 from .loaders import build_loader, check_streams, never_ends
 from .memory import apply_memory, prepare_memory, tile_trainer_loss
-from .packed_rows import check_collator, check_packed_batch, pack_dataset, packs_rows
+from .packed_rows import check_collator, check_packed_batch, pack_dataset
 from .sanity_check import ProbeResult, probe_model
 from .shifting_loss import AlignedLoss
 
@@ -118,7 +119,7 @@ class SequenceParallelMixin(SurvivalMixin, ShardedEvaluationMixin):
     ):
         if self.shards_batches or (is_training and never_ends(self, dataset)):
             return build_loader(self, dataset, description, batch_size, sampler_fn, is_training)
-        if packs_rows(self):
+        if fills_rows(self.data_collator):
             group_size = batch_size * self.mesh.data_parallel_size
             dataset, sampler_fn = pack_dataset(self, dataset, description, group_size, sampler_fn, is_training)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)

@@ -9,21 +9,17 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers.utils import is_datasets_available
 
+from ..adapters.wrapped import unwrap
 from ..attention.contamination import assert_no_cross_document
 from ..data.packing.collator import PackingCollator
 from ..data.packing.samplers import BalancedSampler
 from ..parallel.collectives import gather_integers
 from ..parallel.segments import PAD_SEGMENT, segment_rows
-from .checks import unwrap
+from ..tiny_check import random_tokens
 
 
 # The check needs several documents of several tokens; longer ones would prove the same.
 _CHECKED_DOCUMENTS, _CHECKED_TOKENS = 8, 12
-
-
-def packs_rows(trainer) -> bool:
-    """Whether the trainer's collator asks for rows of a token budget."""
-    return isinstance(trainer.data_collator, PackingCollator) and trainer.data_collator.max_tokens is not None
 
 
 def check_collator(trainer) -> None:
@@ -131,10 +127,7 @@ def _miniature(trainer, inputs: dict[str, object], lengths: list[int], vocabular
     device, shard = inputs["input_ids"].device, inputs.get("sequence_shard")
     sizes = torch.tensor([min(length, _CHECKED_TOKENS) for length in lengths[:_CHECKED_DOCUMENTS]])
     total, bounds = int(sizes.sum()), torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32).to(device)
-    generator = torch.Generator().manual_seed(0)
-    first = min(10, vocabulary // 2)  # special tokens may mean more than themselves
-    ids = torch.randint(first, min(vocabulary, 1000), (1, total), generator=generator)
-    batch = {"input_ids": ids.to(device)}
+    batch = {"input_ids": random_tokens(vocabulary, 1, total).to(device)}
     positions = inputs.get("position_ids")
     if positions is not None:
         start = int(positions[0, 0])  # RoBERTa-likes do not count from 0

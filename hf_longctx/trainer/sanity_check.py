@@ -17,17 +17,14 @@ from pathlib import Path
 import torch
 from torch.distributed import DistError
 
-from ..attention.contamination import evaluation_mode
+from ..adapters.wrapped import unwrap
 from ..losses.token_mean import token_mean
 from ..parallel.collectives import gather_integers, gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import IGNORE_INDEX, SequenceShard, shard_batch
-from .checks import unwrap
+from ..tiny_check import REORDERED_SUMS, evaluation_mode, random_tokens
 
 
-# Noise that reordered sums may leave, relative to the largest output. Half precision keeps two to three digits.
-_NOISE = {torch.float64: 1e-4, torch.float32: 1e-4}
-_HALF_NOISE = 3e-2
 _PACKAGE = str(Path(__file__).parents[1])
 
 
@@ -100,7 +97,7 @@ def probe_model(
 
 def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> ProbeResult:
     name, size = type(unwrap(model)).__name__, mesh.sequence_parallel_size
-    batch = _tiny_batch(model, size)
+    batch = _padded_rows(model, size)
     valid = batch["attention_mask"].bool()
     share = shard_batch(batch, mesh, inner_attention=inner_attention, shift_labels=shift_labels)
     forward = {key: value for key, value in share.items() if key != "shift_labels"}
@@ -147,13 +144,11 @@ def _on_a_share(model, name: str, share: dict[str, object]) -> torch.Tensor:
         ) from error
 
 
-def _tiny_batch(model, size: int) -> dict[str, torch.Tensor]:
+def _padded_rows(model, size: int) -> dict[str, torch.Tensor]:
     device = next(model.parameters()).device
     vocabulary = unwrap(model).config.get_text_config().vocab_size
     num_tokens = 4 * size - 1
-    generator = torch.Generator().manual_seed(0)
-    first = min(10, vocabulary // 2)  # skip the special tokens, which some models read positions from
-    ids = torch.randint(first, min(vocabulary, 1000), (2, num_tokens), generator=generator)
+    ids = random_tokens(vocabulary, 2, num_tokens)
     mask = torch.ones_like(ids)
     mask[1, : num_tokens // 3] = 0
     batch = {"input_ids": ids, "attention_mask": mask}
@@ -169,12 +164,12 @@ def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _noise(output: torch.Tensor) -> float:
-    return _NOISE.get(output.dtype, _HALF_NOISE)
+    return REORDERED_SUMS.of(output.dtype)
 
 
 def _validate_outputs(name: str, sharded, unaware, error: float, blind_error: float) -> None:
     # In half precision a router may choose another expert for a near tie; such an error stays far below the blind one.
-    near = sharded.dtype not in _NOISE and error < blind_error / 5
+    near = sharded.dtype not in (torch.float64, torch.float32) and error < blind_error / 5
     if error <= _noise(sharded) or near:
         return
     if torch.equal(sharded, unaware):

@@ -21,6 +21,8 @@ from trl import TrlParser
 
 from hf_longctx import LongContextConfig, LongContextSFTTrainer
 from hf_longctx.data.documents import load_documents, split_into_rows
+from hf_longctx.tasks import pretrain, sft
+from hf_longctx.tasks.inputs import read_functions
 
 
 ROOT = Path(__file__).parents[2]
@@ -65,13 +67,6 @@ def inputs(tmp_path_factory) -> dict:
     LlamaForCausalLM(config).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return {"folder": folder, "model": str(folder / "model"), "documents": str(documents)}
-
-
-@pytest.fixture
-def recipe_modules(monkeypatch):
-    """A function from a script's name to its module."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    return importlib.import_module
 
 
 def write_config(path: Path, inputs: dict, **changes) -> str:
@@ -185,8 +180,7 @@ def test_packed_sft_fills_rows_trains_and_saves(inputs, pairs, tmp_path):
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
 
 
-def test_packed_rows_keep_prompts_out_of_the_loss(inputs, pairs, tmp_path, recipe_modules):
-    sft = recipe_modules("sft")
+def test_packed_rows_keep_prompts_out_of_the_loss(inputs, pairs, tmp_path):
     config = write_packed_config(tmp_path, inputs, pairs)
     recipe, args, model_args, long_context = TrlParser(sft.ARGUMENTS).parse_args_and_config(["--config", config])
     model, tokenizer = sft.load_model(recipe, args, model_args, long_context)
@@ -211,8 +205,8 @@ def test_packed_rows_keep_prompts_out_of_the_loss(inputs, pairs, tmp_path, recip
     assert sorted(found) == sorted(documents_of(pairs, tokenizer))
 
 
-def test_functions_are_cut_behind_their_docstring(recipe_modules):
-    functions = list(recipe_modules("inputs").read_functions([textwrap.__file__]))
+def test_functions_are_cut_behind_their_docstring():
+    functions = list(read_functions([textwrap.__file__]))
     assert len(functions) > 5
     for row in functions:
         assert row["prompt"].endswith(('"""', "'''")) and row["completion"].startswith("\n")
@@ -223,20 +217,22 @@ def test_functions_are_cut_behind_their_docstring(recipe_modules):
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
-def test_every_recipe_is_understood_by_its_script(file, tmp_path, recipe_modules):
+def test_every_recipe_is_understood_by_its_script(file, tmp_path):
     (script,) = set(re.findall(r"recipes/(\w+)\.py", file.read_text()))
     here = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
-    parsed = TrlParser(recipe_modules(script).ARGUMENTS).parse_args_and_config(["--config", str(file), *here])
+    parsed = TrlParser(importlib.import_module(f"hf_longctx.tasks.{script}").ARGUMENTS).parse_args_and_config(
+        ["--config", str(file), *here]
+    )
     assert any(isinstance(part, LongContextConfig) for part in parsed)
 
 
 @pytest.fixture
-def run_pretrain(recipe_modules, monkeypatch):
+def run_pretrain(monkeypatch):
     """The pre-training script with these arguments, in this process."""
 
     def run(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["recipes/pretrain.py", *arguments])
-        recipe_modules("pretrain").main()
+        pretrain.main()
 
     return run
 

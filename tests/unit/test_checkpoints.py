@@ -13,9 +13,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
+from hf_longctx.resilience import checkpoints
 from hf_longctx.resilience.checkpoint_weights import check_weights
 from hf_longctx.resilience.checkpoints import RUN_FILE, check_whole, choose_checkpoint
-from hf_longctx.trainer import checkpoints
 
 
 def linear() -> torch.nn.Linear:

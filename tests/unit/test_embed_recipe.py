@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import ast
 import gzip
-import importlib
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
 
 from hf_longctx import LongContextConfig
+from hf_longctx.tasks import docstrings, embed, embed_model, embed_sources
 
 from ..embedding import embedder
-
-
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def module_of(monkeypatch):
-    """A function from a script's name to its module."""
-    monkeypatch.syspath_prepend(str(ROOT / "recipes"))
-    return importlib.import_module
 
 
 @pytest.fixture
@@ -43,15 +32,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-def arguments(module_of, folder, **changes):
+def arguments(folder, **changes):
     settings = {"sources_config": str(folder / "data_config.json"), "sources_folder": str(folder), "num_texts": 2}
-    return module_of("embed_sources").SourceArguments(**{**settings, "sources_at": {"reddit/": ""}, **changes})
+    return embed_sources.SourceArguments(**{**settings, "sources_at": {"reddit/": ""}, **changes})
 
 
-def test_what_is_missing_is_counted_in_sources_rows_and_weight(module_of, folder):
-    args = arguments(module_of, folder)
+def test_what_is_missing_is_counted_in_sources_rows_and_weight(folder):
+    args = arguments(folder)
     config = LongContextConfig()
-    present, held_out, config, facts = module_of("embed").read_sources(args, config, seed=0)
+    present, held_out, config, facts = embed.read_sources(args, config, seed=0)
     assert held_out is None
     assert {name: rows.column_names for name, rows in present.items()} == {
         "a/one.jsonl.gz": ["anchor", "positive"],
@@ -65,20 +54,20 @@ def test_what_is_missing_is_counted_in_sources_rows_and_weight(module_of, folder
     assert facts["absent_weight_share"] == 0.25
 
 
-def test_streams_yield_the_same_rows(module_of, folder):
-    sources = module_of("embed_sources")
-    args = arguments(module_of, folder, streaming=True)
-    present, _ = sources.open_sources(sources.list_sources(args), args)
+def test_streams_yield_the_same_rows(folder):
+
+    args = arguments(folder, streaming=True)
+    present, _ = embed_sources.open_sources(embed_sources.list_sources(args), args)
     assert list(present["a/one.jsonl.gz"])[0] == {"anchor": "question 0", "positive": "answer 0"}
 
 
-def test_a_run_without_any_source_is_refused(module_of, folder):
-    sources = module_of("embed_sources")
-    args = sources.SourceArguments(sources={"gone": str(folder / "gone.jsonl")})
+def test_a_run_without_any_source_is_refused(folder):
+
+    args = embed_sources.SourceArguments(sources={"gone": str(folder / "gone.jsonl")})
     with pytest.raises(ValueError, match="none of the 1 sources is here.*there is no .*gone.jsonl"):
-        sources.open_sources(sources.list_sources(args), args)
+        embed_sources.open_sources(embed_sources.list_sources(args), args)
     with pytest.raises(ValueError, match="`sources` is missing"):
-        sources.list_sources(sources.SourceArguments())
+        embed_sources.list_sources(embed_sources.SourceArguments())
 
 
 @pytest.mark.parametrize(
@@ -94,35 +83,34 @@ def test_a_run_without_any_source_is_refused(module_of, folder):
     ],
     ids=["pair", "triplet", "texts", "query triplet", "query pair", "lone set", "columns"],
 )
-def test_every_form_of_line_becomes_a_row(line, row, module_of):
-    assert module_of("embed_sources").read_line(line, random.Random(0)) == row
+def test_every_form_of_line_becomes_a_row(line, row):
+    assert embed_sources.read_line(line, random.Random(0)) == row
 
 
-def test_a_set_gives_two_different_texts(module_of):
-    row = module_of("embed_sources").read_line({"set": ["a", "b", "c"]}, random.Random(0))
+def test_a_set_gives_two_different_texts():
+    row = embed_sources.read_line({"set": ["a", "b", "c"]}, random.Random(0))
     assert len({row["anchor"], row["positive"]}) == 2
 
 
-def test_rows_for_evaluation_leave_the_training_data(module_of):
-    embed, sources = module_of("embed"), module_of("embed_sources")
+def test_rows_for_evaluation_leave_the_training_data():
+
     rows = Dataset.from_list([{"anchor": f"q {i}", "positive": f"a {i}"} for i in range(20)])
     present = {"pairs": rows}
-    held_out = embed.hold_out(present, sources.SourceArguments(eval_source="pairs", num_eval_rows=5), seed=0)
+    held_out = embed.hold_out(present, embed_sources.SourceArguments(eval_source="pairs", num_eval_rows=5), seed=0)
     assert len(held_out) == 5 and len(present["pairs"]) == 15
     assert not {row["anchor"] for row in held_out} & set(present["pairs"]["anchor"])
     with pytest.raises(ValueError, match="`eval_source`.*is a stream"):
-        embed.hold_out(present, sources.SourceArguments(eval_source="pairs", streaming=True), seed=0)
+        embed.hold_out(present, embed_sources.SourceArguments(eval_source="pairs", streaming=True), seed=0)
 
 
-def test_a_text_that_answers_two_queries_is_one_document(module_of):
+def test_a_text_that_answers_two_queries_is_one_document():
     rows = [{"anchor": "q 0", "positive": "a"}, {"anchor": "q 1", "positive": "a"}, {"anchor": "q 1", "positive": "b"}]
-    evaluator = module_of("embed").build_evaluator(rows, batch_size=2)
+    evaluator = embed.build_evaluator(rows, batch_size=2)
     assert sorted(evaluator.corpus) == ["a", "b"]
     assert evaluator.relevant_docs == {"q 0": {"0"}, "q 1": {"0", "1"}}
 
 
-def test_mined_functions_lack_their_docstring_and_packages_can_be_left_out(module_of):
-    docstrings = module_of("docstrings")
+def test_mined_functions_lack_their_docstring_and_packages_can_be_left_out():
     rows = list(docstrings.mine_functions("joblib"))
     assert len(rows) > 50 and len({row["positive"] for row in rows}) == len(rows)
     for row in rows[:50]:
@@ -133,14 +121,14 @@ def test_mined_functions_lack_their_docstring_and_packages_can_be_left_out(modul
         docstrings.packages_of("-nowhere")
 
 
-def test_stretched_positions_keep_both_ends_and_let_texts_be_longer(module_of):
+def test_stretched_positions_keep_both_ends_and_let_texts_be_longer():
     model = embedder("bert", "packed")
     before = model[0].model.embeddings.position_embeddings.weight.detach().clone()
-    module_of("embed_model").stretch_positions(model, 2 * len(before) - 1)
+    embed_model.stretch_positions(model, 2 * len(before) - 1)
     after = model[0].model.embeddings.position_embeddings.weight
     torch.testing.assert_close(after[::2], before, rtol=1e-6, atol=1e-7)  # interpolated in single precision
     text = " ".join(["alpha"] * (len(before) + 20))
     assert model.preprocess([text])["input_ids"].numel() > len(before)
     assert model.encode(text).shape == (48,)
     with pytest.raises(ValueError, match="`stretch_positions` .* needs a learned table"):
-        module_of("embed_model").stretch_positions(embedder("llama", "packed"), 4096)
+        embed_model.stretch_positions(embedder("llama", "packed"), 4096)

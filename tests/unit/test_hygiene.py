@@ -157,9 +157,8 @@ def test_every_recipe_reports_nowhere_and_uploads_nothing(path):
 
 
 @pytest.mark.parametrize("name", ["sft", "pretrain"])
-def test_a_recipe_without_a_file_reports_nowhere_and_trusts_nobody(name, tmp_path, monkeypatch):
+def test_a_recipe_without_a_file_reports_nowhere_and_trusts_nobody(name, tmp_path):
     trl = pytest.importorskip("trl")
-    monkeypatch.syspath_prepend(str(RECIPES))
     recipe = importlib.import_module(f"hf_longctx.tasks.{name}")
     arguments = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
     parsed = trl.TrlParser(recipe.ARGUMENTS).parse_args_and_config(arguments)
@@ -274,7 +273,6 @@ def test_a_models_own_code_is_not_run_by_the_command(model_with_code, tmp_path, 
 
 def test_a_models_own_code_is_not_run_by_a_recipe(model_with_code, tmp_path, monkeypatch):
     trl = pytest.importorskip("trl")
-    monkeypatch.syspath_prepend(str(RECIPES))
     monkeypatch.setattr("builtins.input", lambda *_: "n")
     sft = importlib.import_module("hf_longctx.tasks.sft")
     arguments = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--bf16", "false"]

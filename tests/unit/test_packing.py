@@ -18,7 +18,6 @@ from hf_longctx.data.packing.datasets import (
     PackedRow,
     PackedStream,
     cut_document,
-    is_stream,
     measure_lengths,
 )
 from hf_longctx.data.packing.lengths import (
@@ -30,6 +29,7 @@ from hf_longctx.data.packing.lengths import (
     pack_lengths,
     packing_cost,
 )
+from hf_longctx.data.streams import is_stream
 
 
 def lognormal(count: int, seed: int = 0, budget: int = 8192) -> np.ndarray:

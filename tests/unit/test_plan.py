@@ -11,7 +11,8 @@ import yaml
 from rich.console import Console
 from transformers import LlamaConfig
 
-from hf_longctx import cli, plan_command
+from hf_longctx import cli
+from hf_longctx.cli import plan as plan_command
 from hf_longctx.cli.plan import parse_tokens
 from hf_longctx.cli.plan_report import Cell, Speed, print_cells
 from hf_longctx.planner.memory_plan import DEVICE_KINDS, USABLE_SHARE, Ledger, Planner

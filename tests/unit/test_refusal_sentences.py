@@ -18,23 +18,27 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import masking_utils
 
 import hf_longctx
-from hf_longctx import LongContextConfig, PackingCollator, pack_command, plan_command, plan_report
+from hf_longctx import LongContextConfig, PackingCollator
+from hf_longctx.adapters import tiled_loss, tiled_loss_check, tiled_mlp
 from hf_longctx.adapters.tiled_loss import tile_loss
 from hf_longctx.attention import kernels
 from hf_longctx.attention.masks import AttentionRule, KernelPlan, read_rule
 from hf_longctx.attention.packed import packed_attention
-from hf_longctx.callbacks import flops
+from hf_longctx.cli import pack as pack_command
+from hf_longctx.cli import plan as plan_command
+from hf_longctx.cli import plan_report
 from hf_longctx.data.documents import load_documents
 from hf_longctx.data.packing.lengths import balanced_order
-from hf_longctx.losses import tiled_forward, tiled_head, tiled_proof
+from hf_longctx.losses import tiled_head
 from hf_longctx.losses.tiled_scores import tiled_token_scores
 from hf_longctx.losses.tiles import TokenLoss, validate_tile_size
-from hf_longctx.memory import fake_model, measure, simulate, tiled_mlp
 from hf_longctx.parallel.shard import SequenceShard, cut_batch
+from hf_longctx.planner import fake_model, measure, simulate
 from hf_longctx.planner.fake_attention import planned_attention
 from hf_longctx.planner.memory_plan import Planner
 from hf_longctx.planner.settings import Settings
-from hf_longctx.trainer import checks, memory, packing
+from hf_longctx.reporting import flops
+from hf_longctx.trainer import checks, memory, packed_rows
 
 from ..models import build, config_of
 
@@ -159,7 +163,7 @@ SENTENCES = [
         r"the configuration of `llama` has `logit_scale` \(0.5\), and it is not known",
     ),
     (tile_twice, R, "`LlamaForCausalLM` computes its loss in tiles already"),
-    (lambda: tiled_forward.tile_loss(another_loss()), N, "the loss of `LlamaForCausalLM` cannot be tiled: its own is"),
+    (lambda: tiled_loss.tile_loss(another_loss()), N, "the loss of `LlamaForCausalLM` cannot be tiled: its own is"),
     (
         lambda: tiled_token_scores(ROWS[0], ROWS[0, 0], ROWS, outputs=("top",)),
         V,
@@ -244,7 +248,7 @@ SENTENCES = [
         "`loss_tile_size` .* tiles the loss of the model, but `compute_metrics` needs",
     ),
     (
-        lambda: packing.pack_dataset(sorts_by_length(), None, "", 1, None, True),
+        lambda: packed_rows.pack_dataset(sorts_by_length(), None, "", 1, None, True),
         V,
         r"`train_sampling_strategy` \('group_by_length'\) sorts rows by length, but packed rows all have",
     ),
@@ -284,11 +288,11 @@ def test_a_head_that_tiles_cannot_call_is_refused_by_the_proof(monkeypatch):
     def fail(*_):
         raise ValueError("a head must map tokens.")
 
-    monkeypatch.setattr(tiled_proof, "_loss_and_gradient", fail)
+    monkeypatch.setattr(tiled_loss_check, "_loss_and_gradient", fail)
     with pytest.raises(
         NotImplementedError, match="cannot be tiled: a head must map tokens; train it without a tiled loss"
     ):
-        tiled_proof.prove_tiled_loss(build("llama", "sdpa"))
+        tiled_loss_check.prove_tiled_loss(build("llama", "sdpa"))
 
 
 def test_an_mlp_that_is_sharded_inside_is_refused(monkeypatch):

@@ -16,7 +16,7 @@ pytest.importorskip("sentence_transformers")
 from hf_longctx.attention import packed
 from hf_longctx.cli import main
 from hf_longctx.parallel.pooling import POOLING_MODES
-from hf_longctx.proof import compare, embedding
+from hf_longctx.proof import compare, embedding_pair
 from hf_longctx.proof.embedder import LENGTHS, build_embedder, texts_of_group
 from hf_longctx.proof.model_under_test import EMBEDDING_KINDS, Setting, Subject, read_config
 from hf_longctx.proof.result import EXACT, REFUSED, UNBUILDABLE, WRONG
@@ -86,7 +86,7 @@ def test_a_model_whose_attention_does_nothing_proves_nothing(monkeypatch):
                 parameter.data.zero_()
         return model
 
-    monkeypatch.setattr(embedding, "build_embedder", without_values)
+    monkeypatch.setattr(embedding_pair, "build_embedder", without_values)
     (rows,) = prove(tf.BertConfig())
     assert rows.verdict == UNBUILDABLE
     assert "texts that see each other differ by " in rows.sentence
@@ -95,8 +95,8 @@ def test_a_model_whose_attention_does_nothing_proves_nothing(monkeypatch):
 def test_a_host_that_stays_causal_has_nothing_bidirectional_to_prove(monkeypatch):
     for config, sees in ((tf.Qwen3Config(), False), (both_ways(tf.Qwen3Config()), True)):
         model = build_embedder(Subject.of(config, "embedding", 1), None, torch.float32)
-        assert embedding.sees_later_tokens(model, "w11", "w12", "w13") == sees
-    monkeypatch.setattr(embedding, "sees_later_tokens", lambda *_: False)
+        assert embedding_pair.sees_later_tokens(model, "w11", "w12", "w13") == sees
+    monkeypatch.setattr(embedding_pair, "sees_later_tokens", lambda *_: False)
     (rows,) = prove(both_ways(tf.Qwen3Config()))
     assert rows.verdict == UNBUILDABLE and "keeps its causal mask even with `is_causal` False" in rows.sentence
 

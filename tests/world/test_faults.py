@@ -12,9 +12,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from hf_longctx.resilience import failed_ranks
 from hf_longctx.resilience.failed_ranks import clear_fault, describe_hang, report_fault
 from hf_longctx.resilience.termination import EXIT_CODE
-from hf_longctx.trainer import faults
 
 from ..training import Rows, reset_host, train
 from .test_resume import loads_moments
@@ -134,16 +134,16 @@ def test_dead_data_worker_ends_the_run_and_is_named():
 def test_dead_data_worker_is_named_if_torch_says_so_while_the_cause_is_told(monkeypatch, caplog):
     """A broken connection comes first, and the signal of the worker's end while its traceback is read."""
     said = iter([RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")])
-    right = faults.traceback.extract_tb
+    right = failed_ranks.traceback.extract_tb
 
     def interrupted(trace):
         for error in said:
             raise error
         return right(trace)
 
-    monkeypatch.setattr(faults.traceback, "extract_tb", interrupted)
+    monkeypatch.setattr(failed_ranks.traceback, "extract_tb", interrupted)
     with caplog.at_level("ERROR", logger="hf_longctx"):
-        faults.report_fault(EOFError(), 3)
+        failed_ranks.report_fault(EOFError(), 3)
     assert next(said, None) is None
     assert [
         record.getMessage().startswith("the run stops after step 3: a data worker died") for record in caplog.records

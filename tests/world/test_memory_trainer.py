@@ -12,12 +12,13 @@ from trl import SFTConfig
 
 from hf_longctx import LongContextConfig, PackingCollator
 from hf_longctx.config.run import MEMORY_PRESETS
-from hf_longctx.memory import ledger
+from hf_longctx.planner import memory_plan
 from hf_longctx.planner.memory_plan import Planner
 from hf_longctx.planner.presets import PRESETS
 from hf_longctx.planner.settings import Settings
+from hf_longctx.reporting import planned_memory
 from hf_longctx.reporting.report import RunReport
-from hf_longctx.trainer import memory, planned
+from hf_longctx.trainer import memory
 
 from ..models import build, config_of
 from ..training import Rows, arguments, assert_same_trajectory, train
@@ -126,7 +127,7 @@ def planner():
 @pytest.fixture
 def one_planner(planner, monkeypatch):
     """The runs of this file are planned by one planner, which keeps its simulations."""
-    monkeypatch.setattr(ledger, "Planner", lambda config: planner)
+    monkeypatch.setattr(memory_plan, "Planner", lambda config: planner)
 
 
 def chosen(monkeypatch, device_bytes: int, tokens: int | None = 65_536, collator=None) -> str:
@@ -194,9 +195,9 @@ def test_plan_of_the_longest_batch_stands_beside_what_the_run_took(monkeypatch, 
     model, report = build("llama", "packed"), RunReport()
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     readings = iter((100 * MIB, 180 * MIB))  # when training begins, and when it ends
-    monkeypatch.setattr(planned, "peak_memory", lambda: next(readings))
-    monkeypatch.setattr(planned, "host_memory", lambda: 180 * MIB)
-    monkeypatch.setattr(planned, "resident_bytes", lambda: 90 * MIB)
+    monkeypatch.setattr(planned_memory, "peak_memory", lambda: next(readings))
+    monkeypatch.setattr(planned_memory, "host_memory", lambda: 180 * MIB)
+    monkeypatch.setattr(planned_memory, "resident_bytes", lambda: 90 * MIB)
     options = {"trainer_options": {"callbacks": [report]}, "output_dir": str(tmp_path)}
     history, *_ = train(1, model=model, context={"memory": "checkpoint"}, **options)
     settings = Settings(tokens=21, rows=2, compute_dtype=torch.float32, optimizer="sgd", on_gpu=False)
@@ -211,13 +212,13 @@ def test_plan_of_the_longest_batch_stands_beside_what_the_run_took(monkeypatch, 
 
 
 def test_nothing_is_measured_where_more_was_taken_before_the_run(monkeypatch):
-    monkeypatch.setattr(planned, "peak_memory", lambda: 100 * MIB)
+    monkeypatch.setattr(planned_memory, "peak_memory", lambda: 100 * MIB)
     history, *_ = train(1, attention="packed", context={"memory": "loss"}, max_steps=1)
     assert "planned_memory_gib" in history[-1] and "measured_memory_gib" not in history[-1]
 
 
 def test_run_ends_well_without_a_plan(monkeypatch, caplog):
-    monkeypatch.setattr(ledger, "simulate", _fail)
+    monkeypatch.setattr(memory_plan, "simulate", _fail)
     with caplog.at_level(logging.WARNING):
         history, *_ = train(1, attention="packed", context={"memory": "loss"}, max_steps=1)
     assert "train_runtime" in history[-1] and "planned_memory_gib" not in history[-1]

@@ -249,11 +249,11 @@ def test_layer_that_mixes_documents_is_refused_unless_told_not_to_look():
 
 
 def test_check_runs_once(monkeypatch):
-    from hf_longctx.trainer import packing
+    from hf_longctx.trainer import packed_rows
 
     calls = []
-    original = packing.assert_no_cross_document
-    monkeypatch.setattr(packing, "assert_no_cross_document", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = packed_rows.assert_no_cross_document
+    monkeypatch.setattr(packed_rows, "assert_no_cross_document", lambda *a, **k: calls.append(1) or original(*a, **k))
     train(1, attention="packed", trainer_options=FLAT)
     train(1, attention="packed")  # padded rows: nothing to check
     assert calls == [1]

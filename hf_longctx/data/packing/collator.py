@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from ...parallel.shard import IGNORE_INDEX
-from .datasets import PackedDataset, PackedRow, PackedStream, cut_document, is_stream, validate_buffer_size
+from ..streams import is_stream
+from .datasets import PackedDataset, PackedRow, PackedStream, cut_document, validate_buffer_size
 from .lengths import cut_documents, validate_long_documents, validate_max_tokens, validate_strategy
 
 
@@ -282,3 +283,8 @@ def _numbers(value: object, num_tokens: int) -> np.ndarray | None:
     if array.shape != (num_tokens,) or array.dtype.kind not in "biuf":
         return None
     return array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+
+
+def fills_rows(collator: object) -> bool:
+    """Whether `collator` asks for rows of a token budget."""
+    return isinstance(collator, PackingCollator) and collator.max_tokens is not None

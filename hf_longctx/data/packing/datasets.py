@@ -54,12 +54,6 @@ def measure_lengths(dataset: Dataset | Sequence[Mapping], length_column: str = "
     return np.fromiter((_length_of_row(dataset[i], length_column) for i in range(len(dataset))), np.int64)
 
 
-def is_stream(dataset: Dataset | IterableDataset) -> bool:
-    """Whether rows come one after another, from `torch` or `datasets`, rather than by number."""
-    hub = sys.modules.get("datasets")
-    return isinstance(dataset, IterableDataset) or (hub is not None and isinstance(dataset, hub.IterableDataset))
-
-
 class PackedDataset(Dataset):
     """Rows of several documents over a map-style data set: item `i` is a [`PackedRow`].
 

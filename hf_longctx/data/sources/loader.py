@@ -29,12 +29,12 @@ from .validation import (
     check_sources,
     check_workers,
     columns_of,
-    is_stream,
+    has_row_numbers,
     mean_length,
     measure_characters,
     measure_column,
-    refuse_empty_texts,
     texts_of,
+    validate_texts,
 )
 
 
@@ -91,7 +91,7 @@ def build_source_loader(
     check_sources(datasets, columns, config, batch_size * mesh.data_parallel_size, has_measure=measure is not None)
     caps = config.source_caps or {}
     rows = {
-        name: None if is_stream(dataset) else min(len(dataset), caps.get(name, len(dataset)))
+        name: None if not has_row_numbers(dataset) else min(len(dataset), caps.get(name, len(dataset)))
         for name, dataset in datasets.items()
     }
     plan = SourcePlan(
@@ -163,7 +163,7 @@ class SourceReader:
     def finish(self, name: str, number: int | None, row: dict, swapped: bool) -> dict:
         """The row as the collator gets it: without the lengths, exchanged, with the name of its source."""
         columns = self.columns[name]
-        refuse_empty_texts(name, number, row, columns)
+        validate_texts(name, number, row, columns)
         values = [row[column] for column in columns.texts]
         finished = {column: row[column] for column in columns.used}
         if swapped:
@@ -192,7 +192,7 @@ class SourceReader:
         columns, described = self.columns[name], []
         for number, row in rows:
             streamed = self.rows[name] is None
-            refuse_empty_texts(name, None if streamed else number, row, columns)
+            validate_texts(name, None if streamed else number, row, columns)
             texts = texts_of(row, columns)
             # A stream's numbers say nothing once it is shuffled again, but the same texts are the same row.
             keys = {(name, *texts) if streamed else (name, number), *(texts if self.config.deduplicate else ())}

@@ -27,9 +27,9 @@ class SourceColumns:
     length: str | None = None
 
 
-def is_stream(dataset: object) -> bool:
-    """Whether rows have no numbers."""
-    return not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"))
+def has_row_numbers(dataset: object) -> bool:
+    """Whether row `i` can be read by its number, and how many there are is known."""
+    return hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")
 
 
 def columns_of(name: str, dataset: object, balance_by: str | None, measure: Callable | None) -> SourceColumns:
@@ -38,7 +38,7 @@ def columns_of(name: str, dataset: object, balance_by: str | None, measure: Call
     Raises:
         ValueError: no row, or no column of the name `balance_by`.
     """
-    found = getattr(dataset, "column_names", None) if is_stream(dataset) else None
+    found = getattr(dataset, "column_names", None) if not has_row_numbers(dataset) else None
     if not found:
         found = list(_first_row(name, dataset))
     length = balance_by if balance_by not in (None, "characters") and measure is None else None
@@ -60,7 +60,7 @@ def check_sources(
     has_measure: bool,
 ) -> None:
     """Raise `ValueError` where sources do not go together as `config` wants them drawn."""
-    streams = [name for name, dataset in datasets.items() if is_stream(dataset)]
+    streams = [name for name, dataset in datasets.items() if not has_row_numbers(dataset)]
     others = [name for name in datasets if name not in streams]
     if streams and others:
         raise ValueError(
@@ -123,7 +123,7 @@ def texts_of(row: dict, columns: SourceColumns) -> list[str]:
     return found
 
 
-def refuse_empty_texts(name: str, number: int | None, row: dict, columns: SourceColumns) -> None:
+def validate_texts(name: str, number: int | None, row: dict, columns: SourceColumns) -> None:
     """Raise `ValueError` for a row without a column or with nothing in it."""
     for column in columns.texts:
         value = row.get(column)
@@ -160,7 +160,7 @@ def mean_length(name: str, dataset, columns: SourceColumns) -> float:
 
 
 def _first_row(name: str, dataset) -> dict:
-    if not is_stream(dataset):
+    if has_row_numbers(dataset):
         validate_sources({name: len(dataset)})
         return dataset[0]
     for row in dataset:
