@@ -1,19 +1,17 @@
-"""Let a decoder that numbers its tokens itself look up the positions of the shard.
+"""Let a decoder that counts its tokens itself look up the positions of the shard.
 
-How: `forward` of the decoder and of its table of positions are covered on these two objects. The decoder's sees the
-call's `sequence_shard`, and lends its positions to the table for the duration of the call; nothing is kept after it.
-The table is asked before the first layer, so recomputing a checkpointed layer does not ask again.
+How: patches `forward` of the decoder and of its table of positions. The decoder's sees the call's `sequence_shard`,
+and passes its positions to the table for the duration of the call; nothing is kept after it. The table is called
+before the first layer, so recomputing a checkpointed layer does not call it again.
 
-Without a shard and without packed documents both forwards are the host's own, so `generate()` changes nothing.
+Without a shard and without packed documents both forwards are transformers' own, so `generate()` changes nothing.
 Price: a few integers a token, once a forward.
 """
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable
-from types import MethodType
 
 import torch
 from transformers import PreTrainedModel
@@ -24,59 +22,39 @@ from ..attention.packed import refuse_cache
 from ..attention.registry import ATTENTION_FUNCTIONS
 from ..parallel.segments import DOCUMENT_BOUND_KEYS, segment_rows
 from ..parallel.shard import SequenceShard
+from .instance_forward import InstancePatch, PatchHandle, patch_on, put_on
 
 
-_BELOW, _LENT, _OFF = "_forward_under_positions", "_positions_of_call", "_positions_not_followed"
+_DECODER, _TABLE = "positions of the decoder", "positions of the table"
 
 
-def follow_positions(model: torch.nn.Module) -> FollowedPositions:
-    """Cover the decoder of one model, in which tokens then have the positions of their rows and documents.
+def follow_positions(model: torch.nn.Module) -> PatchHandle:
+    """Patch the decoder of one model, in which tokens then have the positions of their rows and documents.
 
     Args:
-        model (`torch.nn.Module`): a causal language model that numbers its tokens itself; the types are in
-            `own_positions.COUNTING_TYPES`. Any other is left alone. Adapters and wrappers may come before or after.
+        model (`torch.nn.Module`): a causal language model that counts its tokens itself; the types are in
+            `implicit_positions.COUNTING_TYPES`. Any other is left alone. Adapters and wrappers may come before or
+            after.
 
     Returns:
-        [`FollowedPositions`]: `remove()` gives the decoder its own forward back. Covering twice is covering once.
+        [`PatchHandle`]: `remove()` gives the decoder its own forward back. Patching twice is patching once.
 
     Raises:
-        NotImplementedError: the host has changed how such a decoder looks up positions.
+        NotImplementedError: transformers has changed how such a decoder looks up positions.
     """
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     counting = [module for module in models if counts_own_positions(module.config)]
-    decoders = [module for module in counting if _is_decoder(module)]
+    decoders = [module for module in counting if hasattr(module, "embed_positions") and _tables(module)]
     if counting and not decoders:
         raise NotImplementedError(
             f"`{type(counting[0]).__name__}` has no decoder that looks up its positions as it did when hf_longctx was "
             "written: install a version of transformers that setup.py names, or set `sequence_parallel_size` to 1."
         )
     for decoder in decoders:
-        vars(decoder).pop(_OFF, None)
-        _cover(decoder, _decoder_forward(type(decoder)))
-        _cover_tables(decoder)
-    return FollowedPositions(decoders)
-
-
-class FollowedPositions:
-    """What [`follow_positions`] returns.
-
-    Args:
-        decoders (`list`): whose forward is covered; empty for a model that needs nothing.
-    """
-
-    def __init__(self, decoders: list[torch.nn.Module]) -> None:
-        self.decoders = decoders
-
-    def remove(self) -> None:
-        """Give decoders and tables their own forward back. Where another has covered it since, ours steps aside."""
-        for decoder in self.decoders:
-            setattr(decoder, _OFF, True)
-            for module in (decoder, *_tables(decoder)):
-                _uncover(module)
-
-
-def _is_decoder(module: torch.nn.Module) -> bool:
-    return hasattr(module, "embed_positions") and bool(_tables(module))
+        put_on(decoder, _DecoderPatch())
+        for table in _tables(decoder):
+            put_on(table, _TablePatch())
+    return PatchHandle(model, _DECODER, _TABLE)
 
 
 def _tables(decoder: torch.nn.Module) -> list[torch.nn.Module]:
@@ -89,70 +67,45 @@ def _looks_up_positions(kind: type) -> bool:
     return "position_ids" in names and not names.isdisjoint(CACHE_LENGTH_NAMES)
 
 
-def _cover_tables(decoder: torch.nn.Module) -> list[torch.nn.Module]:
-    tables = _tables(decoder)
-    for table in tables:
-        _cover(table, _table_forward)
-    return tables
+class _DecoderPatch(InstancePatch):
+    """Passes the positions of a call's shard to the tables."""
 
+    name = _DECODER
 
-def _cover(module: torch.nn.Module, forward: Callable) -> None:
-    """Put `forward` over the module's own, once; a forward that the object had of its own is kept below."""
-    if _BELOW in vars(module):
-        return
-    setattr(module, _BELOW, vars(module).get("forward"))
-    module.forward = MethodType(forward, module)
-
-
-def _uncover(module: torch.nn.Module) -> None:
-    covering = vars(module).get("forward")
-    if _BELOW not in vars(module) or getattr(covering, "__module__", None) != __name__:
-        return
-    below = vars(module).pop(_BELOW)
-    del module.forward
-    if below is not None:
-        module.forward = below
-
-
-def _own_forward(module: torch.nn.Module) -> Callable:
-    """The forward that is covered."""
-    return vars(module)[_BELOW] or MethodType(type(module).forward, module)
-
-
-def _decoder_forward(kind: type) -> Callable:
-    """The covering forward of a class of decoders, with the signature of its own, which hosts inspect."""
-
-    names = tuple(inspect.signature(kind.forward).parameters)[1:]
-
-    @functools.wraps(kind.forward)
-    def forward(self, *args, **kwargs):
-        own, given = _own_forward(self), {**dict(zip(names, args)), **kwargs}
-        shard = None if _OFF in vars(self) else given.get("sequence_shard") or _documents_of_call(self, given)
+    def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
+        names = inspect.signature(type(module).forward).parameters
+        given = {**dict(zip(list(names)[1:], args)), **kwargs}
+        shard = given.get("sequence_shard") or _documents_of_call(module, given)
         if shard is None:
             return own(*args, **kwargs)
-        tables, positions = _cover_tables(self), local_positions(shard)
-        _validate_length(self, tables, shard)
+        tables, positions = _tables(module), local_positions(shard)
+        _validate_length(module, tables, shard)
         for table in tables:
-            setattr(table, _LENT, positions)
+            if patch_on(table, _TABLE) is None:  # an adapter has replaced it
+                put_on(table, _TablePatch())
+            patch_on(table, _TABLE).positions = positions
         try:
             return own(*args, **{**kwargs, "sequence_shard": shard, FOLLOWED: True})
         finally:
             for table in tables:
-                delattr(table, _LENT)
-
-    forward.__module__ = __name__
-    return forward
+                patch_on(table, _TABLE).positions = None
 
 
-def _table_forward(self, tokens, *args, **kwargs):
-    """The host's lookup, of the positions that the decoder lent."""
-    lent = vars(self).get(_LENT)
-    if lent is None:
-        return _own_forward(self)(tokens, *args, **kwargs)
-    lent = lent.to(self.weight.device)
-    # The host's own takes one row of positions; given them, it does not ask for the length of the cache.
-    embedded = _own_forward(self)(tokens, position_ids=lent.flatten())
-    return embedded if lent.dim() == 1 else embedded.view(*lent.shape, -1)
+class _TablePatch(InstancePatch):
+    """Looks up the positions that the decoder passes, for the duration of one call."""
+
+    name = _TABLE
+
+    def __init__(self) -> None:
+        self.positions: torch.Tensor | None = None
+
+    def call(self, module: torch.nn.Module, own: Callable, tokens, *args, **kwargs):
+        if self.positions is None:
+            return own(tokens, *args, **kwargs)
+        positions = self.positions.to(module.weight.device)
+        # transformers' own takes one row of positions; given them, it does not need the length of the cache.
+        embedded = own(tokens, position_ids=positions.flatten())
+        return embedded if positions.dim() == 1 else embedded.view(*positions.shape, -1)
 
 
 def _documents_of_call(decoder: torch.nn.Module, given: dict[str, object]) -> SequenceShard | None:

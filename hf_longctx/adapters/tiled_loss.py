@@ -1,22 +1,20 @@
 """Let a causal language model compute its own loss tile by tile: `model(..., labels=...)` makes no logits.
 
-How: the model's `forward` is covered on this one object. With labels it runs the backbone, then calls the head with
-one more keyword, `tiled_loss`, and the head, covered as well, answers with the loss instead of logits. The head is
-called as a module on purpose: FSDP2 gathers the head's shards in a hook of that call, frees them in another, and
-reduces their gradients once that of its input is known. A loss beside the module would see a shard of the weights.
-What the keyword carries is a plain object, in which FSDP2 finds no tensors to round to its precision.
+How: patches `forward` of this one model. With labels it runs the backbone, then calls the head with one more keyword,
+`tiled_loss`, and the head, patched as well, returns the loss instead of logits. The head is called as a module on
+purpose: FSDP2 gathers the head's shards in a hook of that call, frees them in another, and reduces their gradients
+once that of its input is known. A loss outside of the module would see a shard of the weights. What the keyword
+carries is a plain object, in which FSDP2 finds no tensors to round to its precision.
 
-Everything else goes to the forward as it was: without labels nothing changes, so neither does `generate`. Head and
-backbone are looked up at every call, since adapters and wrappers replace them later. Price: none beside the loss.
+Everything else goes to the forward below: without labels nothing changes, so neither does `generate`. Head and
+backbone are looked up at every call, since adapters and wrappers replace them later. Price: none beyond the loss.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import inspect
 from collections.abc import Callable, Iterator
-from types import MethodType
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -31,16 +29,17 @@ from ..losses.tiled_head import forward_loss, is_linear
 from ..losses.tiled_logits import tiled_cross_entropy
 from ..losses.tiles import validate_tile_size
 from ..parallel.shard import IGNORE_INDEX
+from .instance_forward import InstancePatch, PatchHandle, patch_on, put_on
 from .unshifted_labels import aligns_labels
 
 
-PLAN, _COVERED = "_tiled_loss", "_forward_under_tiled_loss"
+TILED_LOSS, _HEAD = "tiled loss", "head of a tiled loss"
 # Whose hooks around a head gather, place or convert; any other would be handed a loss where it expects logits.
-_HOSTS = {"torch", "accelerate", "deepspeed"}
+_LIBRARIES = {"torch", "accelerate", "deepspeed"}
 
 
 def tile_loss(model: torch.nn.Module, tile_size: int | None = None) -> TiledLossHandle:
-    """Cover the forward of one causal language model: with labels it returns the loss and no logits.
+    """Patch the forward of one causal language model: with labels it returns the loss and no logits.
 
     Args:
         model (`PreTrainedModel` or `PeftModel`): any causal language model of transformers; adapters, DDP and FSDP2
@@ -53,7 +52,7 @@ def tile_loss(model: torch.nn.Module, tile_size: int | None = None) -> TiledLoss
     Raises:
         NotImplementedError: the model has no head or backbone to call, its loss is not the causal cross entropy, or
             its logits are treated in a way that is not known.
-        RuntimeError: the model is covered already.
+        RuntimeError: the model computes its loss in tiles of another size already; of the same size is once.
         ValueError: a bad `tile_size`.
 
     Relations: the loss of the model itself, as `ForCausalLMLoss` computes it, with `labels`, `shift_labels` and
@@ -65,49 +64,37 @@ def tile_loss(model: torch.nn.Module, tile_size: int | None = None) -> TiledLoss
     """
     validate_tile_size(tile_size)
     model = find_causal_lm(model)
-    former = vars(model).get(PLAN)
-    if former is not None and not former.removed:
+    former = patch_on(model, TILED_LOSS)
+    if former is not None and former.tile_size != tile_size:
         raise RuntimeError(
-            f"`{type(model).__name__}` computes its loss in tiles already: call `remove()` on the handle of the first "
-            "`tile_loss` before the next."
+            f"`{type(model).__name__}` computes its loss in tiles already, with `tile_size` ({former.tile_size}): "
+            f"call `remove()` on the handle of that `tile_loss` before asking for `tile_size` ({tile_size})."
         )
     _validate_model(model)
-    plan = TilePlan(model, tile_size)
-    if former is not None:
-        plan.covers = former.covers  # still there, under those of another
-    setattr(model, PLAN, plan)
-    plan.cover(model, _model_forward(type(model)))
-    plan.cover(model.get_output_embeddings(), _head_forward)
+    put_on(model, LossPatch(model, tile_size))
+    put_on(model.get_output_embeddings(), _HeadPatch())
     return TiledLossHandle(model)
 
 
-class TiledLossHandle:
-    """What [`tile_loss`] returns.
+class TiledLossHandle(PatchHandle):
+    """What [`tile_loss`] returns; `remove()` gives model and head their own forward back.
 
     Args:
-        model (`PreTrainedModel`): whose forward is covered.
+        model (`PreTrainedModel`): whose forward is patched.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+        super().__init__(model, TILED_LOSS, _HEAD)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """A block in which the model makes logits, for metrics that need them."""
-        plan = vars(self.model)[PLAN]
-        before, plan.active = plan.active, False
+        patch = patch_on(self.model, TILED_LOSS)
+        before, patch.paused = patch.paused, True
         try:
             yield
         finally:
-            plan.active = before
-
-    def remove(self) -> None:
-        """Give model and head their own forward back. Where another has covered it since, ours steps aside."""
-        plan = vars(self.model).get(PLAN)
-        if plan is not None:
-            plan.active, plan.removed = False, True
-            if plan.uncover():
-                delattr(self.model, PLAN)
+            patch.paused = before
 
 
 def find_causal_lm(model: torch.nn.Module) -> PreTrainedModel:
@@ -126,63 +113,56 @@ def find_causal_lm(model: torch.nn.Module) -> PreTrainedModel:
     return model
 
 
-class TilePlan:
-    """How one model's loss is tiled, and what was covered for it.
+class LossPatch(InstancePatch):
+    """On a language model: with labels, the loss in tiles.
 
-    Not a dataclass, and nor is a question to the head: FSDP2 takes those apart on their way through a forward.
+    Args:
+        model (`PreTrainedModel`): what is treated in this way.
+        tile_size (`int`, *optional*): tokens of a tile.
     """
 
+    name = TILED_LOSS
+
     def __init__(self, model: PreTrainedModel, tile_size: int | None) -> None:
-        self.tile_size = tile_size
+        self.tile_size, self.paused = tile_size, False
         self.scale, self.softcap = read_logits_transform(model.config)
-        self.parameters = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self.active, self.removed = True, False
-        self.covers: list[tuple[torch.nn.Module, MethodType]] = []
 
-    def applies(self, kwargs: dict[str, object]) -> bool:
-        """Whether this call of the model wants a loss over all its tokens."""
-        kept = kwargs.get("logits_to_keep")
+    def call(self, module: PreTrainedModel, own: Callable, *args, **kwargs):
+        named = {**dict(zip(list(inspect.signature(type(module).forward).parameters)[1:], args)), **kwargs}
+        kept = named.get("logits_to_keep")
         keeps_all = kept is None or (isinstance(kept, int) and kept == 0)
-        return self.active and kwargs.get("labels") is not None and keeps_all
-
-    def cover(self, module: torch.nn.Module, forward: Callable) -> None:
-        """Put `forward` over the module's own, once; a forward that the object had of its own is kept below."""
-        if any(module is covered for covered, _ in self.covers):
-            return
-        if "forward" in vars(module):
-            setattr(module, _COVERED, vars(module)["forward"])
-        module.forward = MethodType(forward, module)
-        self.covers.append((module, module.forward))
-
-    def uncover(self) -> bool:
-        """Undo every `cover` that nobody has covered again; whether those were all."""
-        left = []
-        for module, forward in self.covers:
-            if vars(module).get("forward") != forward:
-                left.append((module, forward))
-                continue
-            del module.forward
-            if _COVERED in vars(module):
-                module.forward = vars(module).pop(_COVERED)
-        self.covers = left
-        return not left
+        if self.paused or named.get("labels") is None or not keeps_all:
+            return own(*args, **kwargs)
+        return _forward_with_loss(module, self, **named)
 
 
-class _Question:
-    """What the model asks its head: the loss of these labels."""
+class _LossRequest:
+    """What the model passes to its head: labels, and how the loss of them is computed.
 
-    def __init__(self, plan: TilePlan, labels: torch.Tensor, num_items, ignore_index: int) -> None:
+    Not a dataclass: FSDP2 takes those apart on their way through a forward.
+    """
+
+    def __init__(self, patch: LossPatch, labels: torch.Tensor, num_items, ignore_index: int) -> None:
         self.labels = labels
-        self.settings = {"tile_size": plan.tile_size, "scale": plan.scale, "softcap": plan.softcap}
+        self.settings = {"tile_size": patch.tile_size, "scale": patch.scale, "softcap": patch.softcap}
         self.settings |= {"num_items": num_items, "ignore_index": ignore_index}
 
-    def answer(self, head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    def compute(self, head: torch.nn.Module, own: Callable, hidden: torch.Tensor) -> torch.Tensor:
         labels = self.labels.to(hidden.device)
-        if not is_linear(head) or _COVERED in vars(head):
-            return forward_loss(hidden, head, _own_forward(head), labels, **self.settings)
+        if not is_linear(head) or getattr(own, "__func__", None) is not type(head).forward:
+            return forward_loss(hidden, head, own, labels, **self.settings)
         if not torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(head.weight.dtype)  # recurrent models do, before they call their head
         return tiled_cross_entropy(hidden, head.weight, labels, bias=head.bias, **self.settings)
+
+
+class _HeadPatch(InstancePatch):
+    """On the head: the loss of a request instead of logits."""
+
+    name = _HEAD
+
+    def call(self, module: torch.nn.Module, own: Callable, *args, tiled_loss: _LossRequest | None = None, **kwargs):
+        return own(*args, **kwargs) if tiled_loss is None else tiled_loss.compute(module, own, *args)
 
 
 def _backbone(model: PreTrainedModel) -> torch.nn.Module:
@@ -191,35 +171,10 @@ def _backbone(model: PreTrainedModel) -> torch.nn.Module:
     return getattr(model, "model", model) if backbone is model else backbone  # Llama 4's prefix names nothing
 
 
-def _own_forward(module: torch.nn.Module) -> Callable:
-    """The forward that is covered."""
-    return vars(module).get(_COVERED) or MethodType(type(module).forward, module)
-
-
-def _model_forward(kind: type) -> Callable:
-    """The covering forward of a class of models, with the signature of its own, which hosts inspect."""
-
-    @functools.wraps(kind.forward)
-    def forward(self, *args, **kwargs):
-        plan = vars(self)[PLAN]
-        named = {**dict(zip(plan.parameters, args)), **kwargs}
-        if plan.applies(named):
-            return _forward_with_loss(self, plan, **named)
-        return _own_forward(self)(*args, **kwargs)
-
-    return forward
-
-
-def _head_forward(self, *args, tiled_loss: _Question | None = None, **kwargs):
-    if tiled_loss is None:
-        return _own_forward(self)(*args, **kwargs)
-    return tiled_loss.answer(self, *args)
-
-
 @can_return_tuple
 def _forward_with_loss(
     self,
-    plan: TilePlan,
+    patch: LossPatch,
     labels: torch.Tensor,
     shift_labels: torch.Tensor | None = None,
     num_items_in_batch: torch.Tensor | float | None = None,
@@ -227,7 +182,7 @@ def _forward_with_loss(
     logits_to_keep: int = 0,
     **kwargs,
 ) -> CausalLMOutputWithPast:
-    """The backbone, and the head asked for its loss."""
+    """The backbone, then the head with a loss request."""
     if kwargs.get("output_router_logits"):
         _refuse(self, "`output_router_logits` asks for a router loss", "leave it out, or ")
     outputs = _backbone(self)(**kwargs)
@@ -237,10 +192,11 @@ def _forward_with_loss(
     if shift_labels.numel() == hidden.shape[:-1].numel():
         shift_labels = shift_labels.reshape(hidden.shape[:-1])
     head = self.get_output_embeddings()
-    plan.cover(head, _head_forward)  # an adapter may have replaced it
+    if patch_on(head, _HEAD) is None:  # an adapter has replaced it
+        put_on(head, _HeadPatch())
     _validate_hooks(self, head)
     return CausalLMOutputWithPast(
-        loss=head(hidden, tiled_loss=_Question(plan, shift_labels, num_items_in_batch, ignore_index)),
+        loss=head(hidden, tiled_loss=_LossRequest(patch, shift_labels, num_items_in_batch, ignore_index)),
         hidden_states=getattr(outputs, "hidden_states", None),
         attentions=getattr(outputs, "attentions", None),
         **{OUTPUT_NAME: find_cache(outputs)},
@@ -271,10 +227,10 @@ def _validate_model(model: PreTrainedModel) -> None:
 
 
 def _validate_hooks(model: PreTrainedModel, head: torch.nn.Module) -> None:
-    """Raise `NotImplementedError` if a stranger's hook would be handed a loss instead of logits."""
+    """Raise `NotImplementedError` if a user's hook would be handed a loss instead of logits."""
     kinds = (head._forward_pre_hooks, head._forward_hooks, head._backward_pre_hooks, head._backward_hooks)
     for hook in (hook for hooks in kinds for hook in hooks.values()):
         origin = getattr(hook, "__module__", None) or type(hook).__module__
-        if origin.partition(".")[0] not in _HOSTS:
+        if origin.partition(".")[0] not in _LIBRARIES:
             name = getattr(hook, "__qualname__", type(hook).__name__)
             _refuse(model, f"the hook `{name}` on its head expects logits", "remove the hook, or ")

@@ -15,14 +15,15 @@ from transformers import PreTrainedModel
 
 from ..parallel.shard import IGNORE_INDEX
 from ..tiny_check import REORDERED_SUMS, evaluation_mode, random_tokens
-from .tiled_loss import PLAN, TiledLossHandle, find_causal_lm, tile_loss
+from .instance_forward import patch_on
+from .tiled_loss import TILED_LOSS, TiledLossHandle, find_causal_lm, tile_loss
 
 
 def prove_tiled_loss(model: torch.nn.Module) -> None:
     """Raise unless the tiled loss of `model`, and its gradient, are those that the model computes itself.
 
     Args:
-        model (`torch.nn.Module`): as for [`tile_loss`], covered by it or not, in its precision or under autocast;
+        model (`torch.nn.Module`): as for [`tile_loss`], patched by it or not, in its precision or under autocast;
             every rank calls this where its parameters are sharded.
 
     Raises:
@@ -34,8 +35,8 @@ def prove_tiled_loss(model: torch.nn.Module) -> None:
     if isinstance(model, DistributedDataParallel):
         model = model.module  # DDP would wait for the gradients of its parameters
     inner = find_causal_lm(model)
-    covered = PLAN in vars(inner) and not vars(inner)[PLAN].removed
-    handle = TiledLossHandle(inner) if covered else tile_loss(inner)
+    patched = patch_on(inner, TILED_LOSS) is not None
+    handle = TiledLossHandle(inner) if patched else tile_loss(inner)
     try:
         with evaluation_mode(model):
             with handle.paused():
@@ -47,7 +48,7 @@ def prove_tiled_loss(model: torch.nn.Module) -> None:
             f"the loss of `{type(inner).__name__}` cannot be tiled: {reason}; train it without a tiled loss."
         ) from error
     finally:
-        if not covered:
+        if not patched:
             handle.remove()
     gradient = expected["gradient of the embeddings"]
     half = torch.is_autocast_enabled(gradient.device.type)

@@ -12,15 +12,19 @@ MLP as well, which is one more forward.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import torch
 from torch.distributed.fsdp import FSDPModule
 
 from .dense_mlps import find_dense_mlps, find_mixing, has_weights, kind_of, layer_classes
+from .instance_forward import InstancePatch, PatchHandle, own_method, patch_on, put_on
 from .recompute import Tiles, run_and_recompute
 
 
 logger = logging.getLogger(__name__)
+
+TILED_MLP = "tiled MLP"
 
 
 def tile_mlp(model: torch.nn.Module, tile_size: int) -> TiledMLPHandle:
@@ -37,7 +41,7 @@ def tile_mlp(model: torch.nn.Module, tile_size: int) -> TiledMLPHandle:
     Raises:
         ValueError: `tile_size` is no positive integer.
         NotImplementedError: no MLP of the model can run in tiles; the message names what is there instead.
-        RuntimeError: the model runs in tiles already.
+        RuntimeError: the model runs in tiles of another size already; of the same size is once.
 
     Communication: none. Parameters must be whole while an MLP runs, as they are when FSDP2 shards layers or MLPs.
     Gradient: that of the MLP.
@@ -50,32 +54,34 @@ def tile_mlp(model: torch.nn.Module, tile_size: int) -> TiledMLPHandle:
             f"`tile_size` ({tile_size!r}) must be a positive integer: it is the number of tokens that an MLP works on "
             "at once; 4096 is a good start."
         )
-    if any(isinstance(module.__dict__.get("forward"), TiledForward) for module in model.modules()):
+    sizes = {patch.tile_size for patch in _patches(model)} - {tile_size}
+    if sizes:
         raise RuntimeError(
-            f"the MLPs of `{type(model).__name__}` already run in tiles: call `remove()` of the first handle before "
-            f"asking for tiles of {tile_size} tokens."
+            f"the MLPs of `{type(model).__name__}` already run in tiles of {sizes.pop()} tokens: call `remove()` of "
+            f"that handle before asking for tiles of {tile_size}."
         )
     found, skipped = find_dense_mlps(model)
     proofs: dict[tuple[str, ...], _Proof] = {}
-    forwards: dict[str, TiledForward] = {}
+    tiled: dict[str, MLPPatch] = {}
     for name, mlp in found.items():
         proof = proofs.setdefault(kind_of(mlp), _Proof())
-        forward = TiledForward(name, mlp, tile_size, proof)
         if not proof.done and has_weights(mlp):
-            proof.run(mlp, forward.run_whole)
+            proof.run(mlp, own_method(mlp, TILED_MLP))
         if proof.reason is None:
-            forwards[name] = forward
+            tiled[name] = MLPPatch(name, tile_size, proof)
         else:
             skipped[name] = proof.reason
-    if not forwards:
+    if not tiled:
         _refuse(model, skipped)
+    for name, patch in tiled.items():
+        put_on(found[name], patch)
     if skipped:
         name, reason = next(iter(skipped.items()))
         logger.warning(
-            f"{len(forwards)} MLPs run in tiles and {len(skipped)} blocks do not, such as `{name}`: {reason}, so its "
+            f"{len(tiled)} MLPs run in tiles and {len(skipped)} blocks do not, such as `{name}`: {reason}, so its "
             "activations stay whole"
         )
-    return TiledMLPHandle(tile_size, forwards, skipped)
+    return TiledMLPHandle(model, tile_size, skipped)
 
 
 def _refuse(model: torch.nn.Module, skipped: dict[str, str]) -> None:
@@ -91,91 +97,78 @@ def _refuse(model: torch.nn.Module, skipped: dict[str, str]) -> None:
     )
 
 
-class TiledMLPHandle:
+def _patches(model: torch.nn.Module) -> list[MLPPatch]:
+    found = (patch_on(module, TILED_MLP) for module in model.modules())
+    return [patch for patch in found if patch is not None]
+
+
+def mlp_tile_size(model: torch.nn.Module) -> int | None:
+    """The tile size of a model whose MLPs run in tiles, or `None`."""
+    return next((patch.tile_size for patch in _patches(model)), None)
+
+
+class TiledMLPHandle(PatchHandle):
     """What [`tile_mlp`] did to a model, and the way back.
 
     Args:
+        model (`torch.nn.Module`): whose MLPs run in tiles.
         tile_size (`int`): tokens of a row in one tile.
-        forwards (`dict`): the new forward of each module, by its name in the model.
         skipped (`dict`): modules that were left alone, by name, with a reason each.
     """
 
-    def __init__(self, tile_size: int, forwards: dict[str, TiledForward], skipped: dict[str, str]) -> None:
+    def __init__(self, model: torch.nn.Module, tile_size: int, skipped: dict[str, str]) -> None:
+        super().__init__(model, TILED_MLP)
         self.tile_size, self.skipped = tile_size, dict(skipped)
-        self._forwards = dict(forwards)
-        for forward in self._forwards.values():
-            forward.module.forward = forward
 
     @property
     def tiled(self) -> tuple[str, ...]:
         """The names of the modules that run in tiles; none after `remove()`."""
-        return tuple(self._forwards)
-
-    def remove(self) -> None:
-        """Give every module its own forward back; a second call does nothing.
-
-        Raises:
-            RuntimeError: something else has replaced a forward since; no module is changed.
-        """
-        for name, forward in self._forwards.items():
-            if forward.module.__dict__.get("forward") is not forward:
-                raise RuntimeError(
-                    f"`{name}.forward` was replaced after the MLPs were tiled, so it cannot be given back: undo that "
-                    "change first, then call `remove()`."
-                )
-        for forward in self._forwards.values():
-            del forward.module.forward
-            if forward.previous is not None:
-                forward.module.forward = forward.previous
-        self._forwards = {}
+        return tuple(patch.path for patch in _patches(self.model))
 
 
-class TiledForward:
-    """What stands in an MLP's `forward`. A copy of the model gets its own, bound to the copied module."""
+class MLPPatch(InstancePatch):
+    """On an MLP: its own forward, tile by tile.
 
-    def __init__(self, name: str, module: torch.nn.Module, tile_size: int, proof: _Proof) -> None:
-        self.name, self.module, self.tile_size, self.proof = name, module, tile_size, proof
-        self.previous = module.__dict__.get("forward")  # of a host that patched this instance before us
-        self._door = _Door(self)
+    Args:
+        path (`str`): the name of the MLP in its model.
+        tile_size (`int`): tokens of a row in one tile.
+        proof: whether MLPs of this kind treat each token by itself.
+    """
+
+    name = TILED_MLP
+
+    def __init__(self, path: str, tile_size: int, proof: _Proof) -> None:
+        self.path, self.tile_size, self.proof = path, tile_size, proof
 
     @torch.compiler.disable
-    def __call__(self, hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        self._validate((*args, *kwargs.values()))
+    def call(
+        self, module: torch.nn.Module, own: Callable, hidden_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> torch.Tensor:
+        self._validate(module, (*args, *kwargs.values()))
         if not self.proof.done and hidden_states.shape[-2] > 1:
-            self.proof.run(self.module, self.run_whole, hidden_states)
+            self.proof.run(module, own, hidden_states)
         if self.proof.reason is not None:
             raise NotImplementedError(
-                f"`{self.name}` cannot run in tiles: {self.proof.reason}; leave the MLPs of this model untiled."
+                f"`{self.path}` cannot run in tiles: {self.proof.reason}; leave the MLPs of this model untiled."
             )
-        tiles = Tiles(self.name, self.run_with, self.tile_size)
-        parameters = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        wrapper = _WithParameters(module, own)
+        tiles = Tiles(self.path, wrapper.run, self.tile_size)
+        parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if torch.is_grad_enabled() and (hidden_states.requires_grad or parameters):
             return run_and_recompute(tiles, hidden_states, parameters)
         return tiles.run(hidden_states, {})
 
-    def run_whole(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The module's own forward, past the tiles and past the hooks that stand in front of both."""
-        if self.previous is not None:
-            return self.previous(tokens)
-        return type(self.module).forward(self.module, tokens)
-
-    def run_with(self, tokens: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The module's own forward, with these tensors in place of its parameters."""
-        if not parameters:
-            return self.run_whole(tokens)
-        return torch.func.functional_call(self._door, {f"mlp.{name}": p for name, p in parameters.items()}, (tokens,))
-
-    def _validate(self, others: tuple[object, ...]) -> None:
-        kind = f"`{self.name}` (`{type(self.module).__name__}`)"
+    def _validate(self, mlp: torch.nn.Module, others: tuple[object, ...]) -> None:
+        kind = f"`{self.path}` (`{type(mlp).__name__}`)"
         if any(other is not None for other in others):
             raise NotImplementedError(
                 f"{kind} was called with {len(others)} more arguments beside its tokens, which cannot be cut into "
                 "tiles: leave the MLPs of this model untiled."
             )
-        for name, module in self.module.named_modules():
+        for name, module in mlp.named_modules():
             if name and isinstance(module, FSDPModule):
                 raise NotImplementedError(
-                    f"`{self.name}.{name}` is sharded by itself, inside an MLP that runs in tiles, and would be "
+                    f"`{self.path}.{name}` is sharded by itself, inside an MLP that runs in tiles, and would be "
                     "gathered for every tile: call `fully_shard` on the layer or on the whole MLP instead."
                 )
             unlisted = any(isinstance(value, torch.Tensor) and value.requires_grad for value in vars(module).values())
@@ -186,15 +179,21 @@ class TiledForward:
                 )
 
 
-class _Door(torch.nn.Module):
-    """Leads `functional_call` to the MLP's own forward."""
+class _WithParameters(torch.nn.Module):
+    """Wrapper module through which `functional_call` reaches what is below the patch."""
 
-    def __init__(self, tiled: TiledForward) -> None:
+    def __init__(self, mlp: torch.nn.Module, own: Callable) -> None:
         super().__init__()
-        self.tiled, self.mlp = tiled, tiled.module
+        self.mlp, self.own = mlp, own
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.tiled.run_whole(tokens)
+        return self.own(tokens)
+
+    def run(self, tokens: torch.Tensor, parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        """The MLP's own forward, with these tensors in place of its parameters."""
+        if not parameters:
+            return self.own(tokens)
+        return torch.func.functional_call(self, {f"mlp.{name}": p for name, p in parameters.items()}, (tokens,))
 
 
 class _Proof:

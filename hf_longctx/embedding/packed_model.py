@@ -3,7 +3,7 @@
 What: sentence-transformers flattens a batch of texts into one row, pools it by its bounds and slices it for gradient
 caching, but opens that path for flash kernels only. `pack_embeddings` opens it for `"packed"` and `"ulysses"`.
 
-How: attributes of the loaded model and a forward over its own ("covered") on the instance; nothing that is saved
+How: attributes of the loaded model, and patches of `forward` and `encode` on the instance; nothing that is saved
 changes, so a checkpoint loads without this package. With a mesh, a row is cut between the ranks of an `sp` group when
 it enters the transformer, and pooling puts the pieces together, so every loss and evaluator sees whole embeddings.
 
@@ -12,14 +12,13 @@ Price: one row of integers on every rank; under a mesh one vector a document and
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType
 
 import torch
 
+from ..adapters.instance_forward import InstancePatch, PatchHandle, patch_on, put_on
 from ..parallel.mesh import SequenceMesh
 from ..parallel.pooling import Spans, pool_spans
 from ..parallel.shard import cut_batch, validate_same_rows
@@ -38,8 +37,9 @@ from .packing_check import prove_packing
 from .spans import spans_of_rows
 
 
-# Where a covered module keeps how its rows are laid out.
-_LAYOUT = "_hf_longctx_row_layout"
+PACKED = "packed embeddings"
+# Of a `Transformer`, which are changed beyond its forward.
+_CHANGED = ("data_collator", "_flatten_position_offset", "model_forward_params", "can_flatten_inputs")
 _CUT_KEYS = ("input_ids", "position_ids", "token_type_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
 _PASSED_KEYS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "sequence_shard"}
 
@@ -84,20 +84,40 @@ def pack_embeddings(
     if layout.mesh is not None:
         check_shardable(model, layout.mesh.sequence_parallel_size, inner_attention)
     for module in transformers:
+        former = patch_on(module, PACKED)
+        before = {name: vars(module)[name] for name in _CHANGED if name in vars(module)}
+        before = before if former is None else former.before
         module.data_collator = FlatCollator()
         module._flatten_position_offset = module._infer_flatten_position_offset()
         if module.model_forward_params is not None:
-            module.model_forward_params |= _PASSED_KEYS
+            module.model_forward_params = module.model_forward_params | _PASSED_KEYS
         module.can_flatten_inputs = True
-        # The covers are named `forward` and `encode`, as what they cover, so that the model can be pickled.
-        module.forward = MethodType(_transformer_forward(type(module)), module)
+        put_on(module, _TransformerPatch(layout, before))
     for module in model.modules():
         if isinstance(module, Pooling):
-            module.forward = MethodType(_pooling_forward(type(module)), module)
-    model.encode = MethodType(_encode(type(model)), model)
-    _lay_out(model, layout)
+            put_on(module, _PoolingPatch())
+    put_on(model, _EncodePatch(layout), "encode")
     if prove:
-        prove_packing(model, transformers, shared=layout.mesh is not None)
+        prove_packing(model, transformers, PACKED, shared=layout.mesh is not None)
+    return model
+
+
+def unpack_embeddings(model: SentenceTransformer) -> SentenceTransformer:
+    """Undo [`pack_embeddings`]: the model pads again, with the forwards and settings that it had before.
+
+    Args:
+        model (`SentenceTransformer`): packed or not; changed in place.
+
+    Returns:
+        `SentenceTransformer`: `model`.
+    """
+    for module in model.modules():
+        patch = patch_on(module, PACKED)
+        if isinstance(patch, _TransformerPatch):
+            for name in _CHANGED:
+                vars(module).pop(name, None)
+            vars(module).update(patch.before)
+    PatchHandle(model, PACKED).remove()
     return model
 
 
@@ -107,7 +127,7 @@ def shared_rows(model: SentenceTransformer, mesh: SequenceMesh, inner_attention:
 
     A trainer's steps run in it, so that `model.encode` of one process after training waits for nobody.
     """
-    before = vars(model)[_LAYOUT]
+    before = patch_on(model, PACKED, "encode").layout
     _lay_out(model, RowLayout(mesh, inner_attention))
     try:
         yield
@@ -116,46 +136,56 @@ def shared_rows(model: SentenceTransformer, mesh: SequenceMesh, inner_attention:
 
 
 def _lay_out(model: SentenceTransformer, layout: RowLayout) -> None:
+    patch_on(model, PACKED, "encode").layout = layout
     for module in model.modules():
-        if module is model or isinstance(module, (Transformer, Pooling)):
-            setattr(module, _LAYOUT, layout)
+        patch = patch_on(module, PACKED)
+        if isinstance(patch, _TransformerPatch):
+            patch.layout = layout
 
 
 def is_packed(model: torch.nn.Module) -> bool:
     """Whether `pack_embeddings` has opened this model and padding was not asked for since."""
-    return _LAYOUT in vars(model) and all(
+    return patch_on(model, PACKED, "encode") is not None and all(
         module.can_flatten_inputs for module in model.modules() if isinstance(module, Transformer)
     )
 
 
-def _transformer_forward(kind: type):
-    @functools.wraps(kind.forward)
-    def forward(self, features, **kwargs):
-        layout: RowLayout = vars(self)[_LAYOUT]
+class _TransformerPatch(InstancePatch):
+    """On a `Transformer`: my share of a flat row.
+
+    Args:
+        layout ([`RowLayout`]): who holds the rows.
+        before (`dict`): attributes of the module as they were.
+    """
+
+    name = PACKED
+
+    def __init__(self, layout: RowLayout, before: dict[str, object]) -> None:
+        self.layout, self.before = layout, before
+
+    def call(self, module: Transformer, own: Callable, features: dict, **kwargs):
         flat = "cu_seq_lens_q" in features
         if flat:
-            refuse_leak(self)
+            refuse_leak(module)
         # What only pooling reads, and what an earlier forward left here.
         inputs = {key: value for key, value in features.items() if key not in ("span_ids", "sequence_shard")}
         shard = None
-        if layout.mesh is not None:
+        if self.layout.mesh is not None:
             if not flat:
                 raise NotImplementedError(
                     f"a padded batch ({', '.join(features)}) reached a model whose rows are shared by "
-                    f"{layout.mesh.sequence_parallel_size} processes: query expansion, images and sound are padded, "
-                    "and cannot be shared; set `sequence_parallel_size` to 1."
+                    f"{self.layout.mesh.sequence_parallel_size} processes: query expansion, images and sound are "
+                    "padded, and cannot be shared; set `sequence_parallel_size` to 1."
                 )
-            inputs, shard = _my_share(inputs, layout)
-        output = kind.forward(self, inputs, **kwargs)
-        features[self.module_output_name] = output[self.module_output_name]
+            inputs, shard = _my_share(inputs, self.layout)
+        output = own(inputs, **kwargs)
+        features[module.module_output_name] = output[module.module_output_name]
         if "all_layer_embeddings" in output:
             features["all_layer_embeddings"] = output["all_layer_embeddings"]
         features.pop("sequence_shard", None)
         if shard is not None:
             features["sequence_shard"] = shard
         return features
-
-    return forward
 
 
 def _my_share(inputs: dict[str, object], layout: RowLayout):
@@ -176,55 +206,57 @@ def _my_share(inputs: dict[str, object], layout: RowLayout):
     return {**others, **share}, shard
 
 
-def _pooling_forward(kind: type):
-    @functools.wraps(kind.forward)
-    def forward(self, features, **kwargs):
+class _PoolingPatch(InstancePatch):
+    """On a `Pooling`: documents that ranks share, and spans of documents."""
+
+    name = PACKED
+
+    def call(self, module: Pooling, own: Callable, features: dict, **kwargs):
         shard, has_spans = features.get("sequence_shard"), "span_ids" in features
         if shard is None and not has_spans:
-            return kind.forward(self, features, **kwargs)
+            return own(features, **kwargs)
         hidden = features["token_embeddings"][0]
         first, group = 0, None
         if shard is not None:
             hidden, first, group = hidden[: shard.num_local_tokens], shard.rank * shard.local_len, shard.group
         skipped = 0
-        if not self.include_prompt and "prompt_length" in features:
+        if not module.include_prompt and "prompt_length" in features:
             skipped = int(torch.as_tensor(features["prompt_length"]).flatten()[0])
         if has_spans:
             spans = spans_of_rows(features["span_ids"][0], features["cu_seq_lens_q"])
         else:
             spans = Spans.of_documents(features["cu_seq_lens_q"], skipped)
-        modes = (self.pooling_mode,) if isinstance(self.pooling_mode, str) else tuple(self.pooling_mode)
+        modes = (module.pooling_mode,) if isinstance(module.pooling_mode, str) else tuple(module.pooling_mode)
         vectors = pool_spans(hidden, spans, modes, first_token=first, group=group)
         features["sentence_embedding"] = torch.cat(vectors, dim=-1)
         return features
 
-    return forward
 
+class _EncodePatch(InstancePatch):
+    """On the model's `encode`: token by token output comes from padded rows."""
 
-def _encode(kind: type):
-    own = kind.encode
-    signature = inspect.signature(own)
+    name = PACKED
 
-    @functools.wraps(own)
-    def encode(self, *args, **kwargs):
-        wanted = signature.bind_partial(self, *args, **kwargs).arguments.get("output_value", "sentence_embedding")
-        if wanted == "sentence_embedding" or not is_packed(self):
-            return own(self, *args, **kwargs)
-        layout: RowLayout = vars(self)[_LAYOUT]
-        if layout.mesh is not None:
+    def __init__(self, layout: RowLayout) -> None:
+        self.layout = layout
+
+    def call(self, module: SentenceTransformer, own: Callable, *args, **kwargs):
+        given = inspect.signature(own).bind_partial(*args, **kwargs).arguments
+        wanted = given.get("output_value", "sentence_embedding")
+        if wanted == "sentence_embedding" or not is_packed(module):
+            return own(*args, **kwargs)
+        if self.layout.mesh is not None:
             raise NotImplementedError(
                 f"`output_value` ({wanted!r}) asks for the vector of every token, but the tokens of a row are shared "
-                f"by {layout.mesh.sequence_parallel_size} processes: encode with `output_value='sentence_embedding'`, "
-                "or call `hf_longctx.pack_embeddings(model)` without a mesh first."
+                f"by {self.layout.mesh.sequence_parallel_size} processes: encode with `output_value="
+                "'sentence_embedding'`, or call `hf_longctx.pack_embeddings(model)` without a mesh first."
             )
-        # The host hands out tokens row by row, which needs padded rows.
-        transformers = [module for module in self.modules() if isinstance(module, Transformer)]
-        for module in transformers:
-            module.can_flatten_inputs = False
+        # sentence-transformers hands out tokens row by row, which needs padded rows.
+        transformers = [child for child in module.modules() if isinstance(child, Transformer)]
+        for child in transformers:
+            child.can_flatten_inputs = False
         try:
-            return own(self, *args, **kwargs)
+            return own(*args, **kwargs)
         finally:
-            for module in transformers:
-                module.can_flatten_inputs = True
-
-    return encode
+            for child in transformers:
+                child.can_flatten_inputs = True

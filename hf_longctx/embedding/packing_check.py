@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from types import MethodType
-
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 
+from ..adapters.instance_forward import own_method
 from ..tiny_check import OTHER_ROW_LENGTHS, evaluation_mode
 
 
 _LENGTHS = (7, 2, 12)
 
 
-def prove_packing(model: SentenceTransformer, transformers: list[Transformer], *, shared: bool) -> None:
-    """Embed three short rows in one, and each alone as the host would pad it; raise if they differ.
+def prove_packing(model: SentenceTransformer, transformers: list[Transformer], name: str, *, shared: bool) -> None:
+    """Embed three short rows in one, and each alone as it was before; raise if they differ.
+
+    Args:
+        model (`SentenceTransformer`): packed.
+        transformers (`list` of `Transformer`): its transformers.
+        name (`str`): of the patches that pack it.
+        shared (`bool`): whether the ranks of a group share rows.
 
     Raises:
         NotImplementedError: a text's embedding depends on its neighbours, or its positions are others.
@@ -34,7 +39,7 @@ def prove_packing(model: SentenceTransformer, transformers: list[Transformer], *
     flat["modality"] = "text"
     with evaluation_mode(model), torch.no_grad():
         packed = model(flat)["sentence_embedding"]
-        alone = torch.cat([_embed_alone(model, ids, device) for ids in texts])
+        alone = torch.cat([_embed_alone(model, name, ids, device) for ids in texts])
     tolerance = OTHER_ROW_LENGTHS.of(alone.dtype)
     difference = float((packed - alone).abs().max() / alone.abs().max().clamp(min=1e-30))
     if not difference <= tolerance:
@@ -55,11 +60,11 @@ def _texts(module: Transformer) -> list[list[int]]:
     return [[ordinary[(7919 * next(draws) + 31) % len(ordinary)] for _ in range(length)] for length in _LENGTHS]
 
 
-def _embed_alone(model: SentenceTransformer, ids: list[int], device: torch.device) -> torch.Tensor:
-    """One unpadded text through the classes' own forwards, with a mask and no positions, as the host would."""
+def _embed_alone(model: SentenceTransformer, name: str, ids: list[int], device: torch.device) -> torch.Tensor:
+    """One unpadded text, with a mask and no positions, through what the packed forwards cover: the model as it was."""
     features: dict[str, object] = {"input_ids": torch.tensor([ids], device=device), "modality": "text"}
     features["attention_mask"] = torch.ones_like(features["input_ids"])
     for child in model.children():
-        own = MethodType(type(child).forward, child) if isinstance(child, (Transformer, Pooling)) else child
+        own = own_method(child, name) if isinstance(child, (Transformer, Pooling)) else child
         features = own(features)
     return features["sentence_embedding"]

@@ -14,8 +14,9 @@ import torch
 from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
-from ..adapters.tiled_loss import PLAN, find_causal_lm
-from ..adapters.tiled_mlp import TiledForward
+from ..adapters.instance_forward import patch_on
+from ..adapters.tiled_loss import TILED_LOSS, find_causal_lm
+from ..adapters.tiled_mlp import mlp_tile_size
 from ..config.run import LongContextConfig
 from ..losses.tiles import choose_tile_size
 from ..planner.measure import resident_bytes
@@ -108,10 +109,7 @@ class PlannedMemory(TrainerCallback):
         settings = settings_of(self.config, args, model, local_tokens * self.config.sequence_parallel_size, rows)
         settings = settings.of(
             loss_tile_size=self._loss_tile_size(model),
-            mlp_tile_size=next(
-                (m.forward.tile_size for m in model.modules() if isinstance(m.__dict__.get("forward"), TiledForward)),
-                None,
-            ),
+            mlp_tile_size=mlp_tile_size(model),
             checkpointing=args.gradient_checkpointing,
             offload=args.gradient_checkpointing and bool((args.gradient_checkpointing_kwargs or {}).get("offload")),
         )
@@ -119,9 +117,9 @@ class PlannedMemory(TrainerCallback):
 
     def _loss_tile_size(self, model: torch.nn.Module) -> int | None:
         base = find_causal_lm(model)
-        plan, words = vars(base).get(PLAN), base.config.get_text_config().vocab_size
-        if plan is not None and not plan.removed:
-            return choose_tile_size(plan.tile_size, words)
+        patch, words = patch_on(base, TILED_LOSS), base.config.get_text_config().vocab_size
+        if patch is not None:
+            return choose_tile_size(patch.tile_size, words)
         return choose_tile_size(None, words) if self.tiles_own_loss else None
 
 

@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer import losses
 from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
 from hf_longctx import TiledMultipleNegativesRankingLoss, encode_spans
-from hf_longctx.embedding.packed_model import is_packed, pack_embeddings
+from hf_longctx.embedding.packed_model import is_packed, pack_embeddings, unpack_embeddings
 
 from ..embedding import columns, embedder, gradients_of, texts
 
@@ -161,6 +161,32 @@ def test_copies_and_pickles_embed_alike():
     expected = packed.encode(inputs, convert_to_tensor=True)
     for other in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         assert torch.allclose(other.encode(inputs, convert_to_tensor=True), expected, atol=1e-14)
+
+
+def test_a_forward_that_was_wrapped_on_the_instance_is_kept_packed_and_unpacked():
+    """Somebody's whitening of token vectors, put on the loaded transformer, is part of the model."""
+
+    def wrap(model):
+        inner = model[0].forward
+
+        def forward(features, **kwargs):
+            features = inner(features, **kwargs)
+            features["token_embeddings"] = 1.0 - 3.0 * features["token_embeddings"] ** 3
+            return features
+
+        model[0].forward = forward
+        return model
+
+    inputs = texts((5, 1, 9))
+    plain = embedder("bert").encode(inputs, convert_to_tensor=True)
+    expected = wrap(embedder("bert")).encode(inputs, convert_to_tensor=True)
+    assert (expected - plain).abs().max() > 1
+    model = pack_embeddings(wrap(embedder("bert", "packed")))
+    assert torch.allclose(model.encode(inputs, convert_to_tensor=True), expected, atol=TOLERANCE)
+    assert "cu_seq_lens_q" in columns(model, QUERIES)[0]
+    unpack_embeddings(model)
+    assert torch.allclose(model.encode(inputs, convert_to_tensor=True), expected, atol=TOLERANCE)
+    assert "attention_mask" in columns(model, QUERIES)[0] and not is_packed(model)
 
 
 def test_padding_can_be_switched_on_again():

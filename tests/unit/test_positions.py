@@ -78,7 +78,7 @@ def test_packed_documents_are_those_that_stand_alone_and_gradients_follow(kind):
     for attention in ("eager", "packed"):  # the host has no other kernel for one of them
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
-        assert follow_positions(model).decoders
+        assert follow_positions(model).modules
         outputs = one_by_one(model, pieces) if attention == "eager" else model(**packed(pieces)).logits
         upstream = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1), dtype=outputs.dtype)
         (outputs * upstream).sum().backward()
@@ -143,7 +143,7 @@ def test_adapters_that_replace_the_table_before_or_after(first):
         follow_positions(model)
     adapted = get_peft_model(model, settings).eval()
     if first == "adapter":
-        assert follow_positions(adapted).decoders
+        assert follow_positions(adapted).modules
     torch.testing.assert_close(adapted(**packed(pieces)).logits, one_by_one(adapted, pieces), rtol=1e-5, atol=1e-5)
 
 
@@ -194,7 +194,7 @@ def test_remove_restores_everything_and_covering_twice_is_once():
 
 def test_other_models_are_left_alone():
     for model in (build("llama", "packed"), BartForConditionalGeneration(config_of("bart", encoder_layers=1))):
-        assert not follow_positions(model).decoders
+        assert not follow_positions(model).modules
         assert not any("forward" in vars(module) for module in model.modules())
 
 

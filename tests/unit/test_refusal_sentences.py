@@ -60,7 +60,7 @@ def chunks(*sizes: int):
 def tile_twice() -> None:
     model = build("llama", "sdpa")
     tile_loss(model)
-    tile_loss(model)
+    tile_loss(model, 4)
 
 
 def recurrent() -> transformers.MambaForCausalLM:

@@ -402,19 +402,11 @@ def test_a_forward_that_a_host_had_put_on_the_instance_is_used_and_given_back():
     assert layer.mlp.forward is forward
 
 
-def test_a_forward_that_was_replaced_later_is_not_overwritten():
-    layer = llama_layer()
-    handle = tile_mlp(layer, 4)
-    layer.mlp.forward = print
-    with pytest.raises(RuntimeError, match="`mlp.forward` was replaced after the MLPs were tiled"):
-        handle.remove()
-    assert layer.mlp.forward is print
-
-
-def test_tiling_twice_is_refused():
+def test_tiling_twice_is_once_and_in_other_tiles_is_refused():
     model = build("llama", "sdpa")
     tile_mlp(model, 5)
-    with pytest.raises(RuntimeError, match="already run in tiles: call `remove\\(\\)` of the first handle"):
+    assert tile_mlp(model, 5).tiled == ("model.layers.0.mlp", "model.layers.1.mlp")
+    with pytest.raises(RuntimeError, match="already run in tiles of 5 tokens: call `remove\\(\\)` of that handle"):
         tile_mlp(model, 7)
 
 

@@ -1,0 +1,126 @@
+"""Every adapter as one row of a table: how it is put on, what it changes, and how to see that it acts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+
+from hf_longctx.adapters.positions import follow_positions
+from hf_longctx.adapters.tiled_loss import tile_loss
+from hf_longctx.adapters.tiled_mlp import tile_mlp
+
+from .models import VOCAB, build
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One row.
+
+    Args:
+        build (`Callable`): a model without the adapter, in evaluation mode.
+        attach (`Callable`): puts the adapter on a model, or on a wrapper around it; returns a handle.
+        target (`Callable`): from a model to a module whose forward is patched.
+        run (`Callable`): from a model to numbers that are the same with and without the adapter.
+        acts (`Callable`): whether the adapter has changed how a model works, seen from its behaviour.
+    """
+
+    build: Callable
+    attach: Callable
+    target: Callable
+    run: Callable
+    acts: Callable
+
+
+def labelled() -> dict[str, torch.Tensor]:
+    ids, labels = torch.randint(3, VOCAB, (2, 2, 13), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "labels": labels, "use_cache": False}
+
+
+def _packed_row() -> dict[str, torch.Tensor]:
+    positions = torch.cat([torch.arange(length) for length in (9, 1, 13)])[None]
+    ids = torch.randint(3, VOCAB, (1, 23), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "position_ids": positions, "use_cache": False}
+
+
+def _follows(model) -> bool:
+    try:
+        model(**_packed_row())
+    except (NotImplementedError, ValueError):  # the mask that the decoder makes would hide the documents
+        return False
+    return True
+
+
+def _whole_row(model) -> torch.Tensor:
+    """A row of one document, which a decoder counts rightly by itself."""
+    return model(input_ids=_packed_row()["input_ids"], use_cache=False).logits
+
+
+def _largest_tile(model) -> int:
+    """The most tokens that the first linear layer of an MLP has seen at a time."""
+    seen = []
+    (layer,) = [module for name, module in model.named_modules() if name.endswith("layers.0.mlp.up_proj")]
+    handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape[-2]))
+    try:
+        model(**labelled())
+    finally:
+        handle.remove()
+    return max(seen)
+
+
+def _embedder():
+    from .embedding import embedder
+
+    return embedder("bert", "packed")
+
+
+def _pack(model):
+    from hf_longctx.embedding import pack_embeddings, unpack_embeddings
+
+    pack_embeddings(model, prove=False)
+    return SimpleNamespace(remove=lambda: unpack_embeddings(model))
+
+
+def _embed(model) -> torch.Tensor:
+    from .embedding import texts
+
+    # Not `encode`, which runs past the hooks of the model, and so past FSDP2.
+    return model(model.preprocess(texts((5, 1, 9))))["sentence_embedding"]
+
+
+def _is_flat(model) -> bool:
+    from hf_longctx.embedding.packed_model import is_packed
+
+    from .embedding import texts
+
+    flat = "cu_seq_lens_q" in model.preprocess(texts((5, 1, 9)))
+    assert _embed(model).isfinite().all()
+    return is_packed(model) and flat
+
+
+ADAPTERS = {
+    "positions": Adapter(
+        lambda: build("bart", "packed").eval(),
+        follow_positions,
+        lambda model: model.get_decoder(),
+        _whole_row,
+        _follows,
+    ),
+    "tiled loss": Adapter(
+        lambda: build("llama", "sdpa").eval(),
+        lambda model: tile_loss(model, 5),
+        lambda model: model,
+        lambda model: model(**labelled()).loss,
+        lambda model: model(**labelled()).logits is None,
+    ),
+    "tiled MLP": Adapter(
+        lambda: build("llama", "sdpa").eval(),
+        lambda model: tile_mlp(model, 5),
+        lambda model: model.get_decoder().layers[0].mlp,
+        lambda model: model(**labelled()).logits,
+        lambda model: _largest_tile(model) == 5,
+    ),
+    "packed embeddings": Adapter(_embedder, _pack, lambda model: model[0], _embed, _is_flat),
+}
