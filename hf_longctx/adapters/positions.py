@@ -17,9 +17,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..attention.cache_names import CACHE_LENGTH_NAMES, find_cache
-from ..attention.implicit_positions import FOLLOWED, counts_own_positions, local_positions, longest_document
+from ..attention.implicit_positions import FOLLOWED, local_positions, longest_document
 from ..attention.packed import refuse_cache
 from ..attention.registry import ATTENTION_FUNCTIONS
+from ..families import counts_positions
 from ..parallel.segments import DOCUMENT_BOUND_KEYS, segment_rows
 from ..parallel.shard import SequenceShard
 from .instance_forward import InstancePatch, PatchHandle, patch_on, put_on
@@ -33,7 +34,7 @@ def follow_positions(model: torch.nn.Module) -> PatchHandle:
 
     Args:
         model (`torch.nn.Module`): a causal language model that counts its tokens itself; the types are in
-            `implicit_positions.COUNTING_TYPES`. Any other is left alone. Adapters and wrappers may come before or
+            `families.COUNTS_POSITIONS`. Any other is left alone. Adapters and wrappers may come before or
             after.
 
     Returns:
@@ -43,7 +44,7 @@ def follow_positions(model: torch.nn.Module) -> PatchHandle:
         NotImplementedError: transformers has changed how such a decoder looks up positions.
     """
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    counting = [module for module in models if counts_own_positions(module.config)]
+    counting = [module for module in models if counts_positions(module.config)]
     decoders = [module for module in counting if hasattr(module, "embed_positions") and _tables(module)]
     if counting and not decoders:
         raise NotImplementedError(

@@ -24,13 +24,13 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from ..attention.cache_names import OUTPUT_NAME, find_cache
+from ..families import expects_unshifted_labels
 from ..losses.logits_transform import read_logits_transform
 from ..losses.tiled_head import forward_loss, is_linear
 from ..losses.tiled_logits import tiled_cross_entropy
 from ..losses.tiles import validate_tile_size
 from ..parallel.shard import IGNORE_INDEX
 from .instance_forward import InstancePatch, PatchHandle, patch_on, put_on
-from .unshifted_labels import aligns_labels
 
 
 TILED_LOSS, _HEAD = "tiled loss", "head of a tiled loss"
@@ -217,7 +217,7 @@ def _validate_model(model: PreTrainedModel) -> None:
         _refuse(model, f"it has no backbone under `{model.base_model_prefix}` that could run without the head")
     if not isinstance(model.get_output_embeddings(), torch.nn.Module):
         _refuse(model, "`get_output_embeddings()` names no head")
-    if aligns_labels(model.config):
+    if expects_unshifted_labels(model.config):
         _refuse(model, "its own compares each token with its own label, not with the next one")
     if model.loss_function is not ForCausalLMLoss:
         name = getattr(model.loss_function, "__name__", repr(model.loss_function))

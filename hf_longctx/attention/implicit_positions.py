@@ -10,20 +10,12 @@ from __future__ import annotations
 
 import torch
 
+from ..families import COUNTS_POSITIONS
 from ..parallel.shard import SequenceShard
 
 
-# By name, since an attention layer does not see the decoder around it.
-COUNTING_TYPES = frozenset(
-    {"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart"}
-)
 # The keyword by which a decoder that follows the shard tells its attention layers.
 FOLLOWED = "positions_follow_shard"
-
-
-def counts_own_positions(config) -> bool:
-    """Whether a model of this configuration is a decoder that numbers its tokens itself."""
-    return config.model_type in COUNTING_TYPES and not getattr(config, "is_encoder_decoder", False)
 
 
 def local_positions(shard: SequenceShard) -> torch.Tensor | None:
@@ -61,7 +53,7 @@ def validate_positions(module: torch.nn.Module, shard: SequenceShard, extras: di
         NotImplementedError: it is one of those decoders, and nobody told it.
     """
     kind = getattr(getattr(module, "config", None), "model_type", None)
-    if kind not in COUNTING_TYPES or FOLLOWED in extras:
+    if kind not in COUNTS_POSITIONS or FOLLOWED in extras:
         return
     if shard.size > 1 or _packs_documents(shard):
         raise NotImplementedError(

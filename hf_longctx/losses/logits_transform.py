@@ -1,24 +1,17 @@
 """What a model does with its logits between its head and its loss, read from its configuration.
 
-Hosts say it under many names, and some under one name with two meanings (`logits_scaling` divides in Granite and
-multiplies in HyperCLOVA X), so a name is only read for the models it was checked on. Anything else that looks like a
-treatment of logits is refused, and `prove_tiled_loss` checks what a configuration cannot tell.
+Models have many names for it, and one name with two meanings, so a field is only read for the model types in
+`families` that it was checked on. Anything else that looks like a treatment of logits is refused, and
+`prove_tiled_loss` checks what a configuration cannot tell.
 """
 
 from __future__ import annotations
 
 import re
 
+from ..families import LOGITS_DIVISORS, LOGITS_MULTIPLIERS
 
-# field -> prefixes of the model types that multiply their logits by it
-_MULTIPLIERS = {
-    "logit_scale": ("cohere",),
-    "output_multiplier": ("muse_",),
-    "lm_head_multiplier": ("falcon_h1",),
-    "logits_scaling": ("hyperclovax",),
-}
-# ... that divide them by it; minicpm3 and inkling divide the hidden states, which is the same without a bias
-_DIVISORS = {"logits_scaling": ("granite", "minicpm3"), "logits_mup_width_multiplier": ("inkling",)}
+
 # softcap * tanh(logits / softcap), after the scale, in every model that has one of them
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _NOT_OF_THE_HEAD = re.compile(
@@ -42,11 +35,11 @@ def read_logits_transform(config) -> tuple[float, float | None]:
     """
     config = config.get_text_config(decoder=True)
     kind, scale, softcap, known = config.model_type or "", 1.0, None, set()
-    for field, prefixes in _MULTIPLIERS.items():
+    for field, prefixes in LOGITS_MULTIPLIERS.items():
         if kind.startswith(prefixes):
             known.add(field)
             scale *= _number(config, field)
-    for field, prefixes in _DIVISORS.items():
+    for field, prefixes in LOGITS_DIVISORS.items():
         if kind.startswith(prefixes):
             known.add(field)
             scale /= _number(config, field)

@@ -20,6 +20,7 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 
+from ..families import MULTIMODAL_INPUTS
 from .collectives import gather_integers
 from .mesh import SequenceMesh
 from .segments import DOCUMENT_BOUND_KEYS, segment_rows
@@ -27,7 +28,6 @@ from .stopwatch import Stopwatch
 
 
 IGNORE_INDEX = -100
-_MULTIMODAL_MARKS = ("pixel_values", "image_grid", "video_grid", "input_features", "image_sizes", "input_values")
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +192,7 @@ def _validate_batch(batch: Mapping[str, object]) -> tuple[int, int, torch.device
         raise ValueError(f"`batch` ({', '.join(batch)}) needs `input_ids` or `inputs_embeds` of shape (rows, tokens).")
     rows, num_tokens = tokens.shape[:2]
     for key, value in batch.items():
-        if any(mark in key for mark in _MULTIMODAL_MARKS):
+        if any(mark in key for mark in MULTIMODAL_INPUTS):
             raise NotImplementedError(
                 f"`{key}` belongs to an image, video or audio input, which `ulysses` does not shard: train the text "
                 "model alone, or set `sequence_parallel_size` to 1."

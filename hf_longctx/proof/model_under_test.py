@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..adapters.unshifted_labels import aligns_labels
 from ..config.run import LongContextConfig, validate_inner_attention
+from ..families import expects_unshifted_labels
 from .tiny import CannotShrink, shrink, without_dropout
 
 
@@ -96,7 +96,7 @@ class Subject:
     @property
     def shifts_labels(self) -> bool:
         """Whether labels are the inputs, of which each predicts the next."""
-        return self.task == "causal-lm" and not aligns_labels(self.original)
+        return self.task == "causal-lm" and not expects_unshifted_labels(self.original)
 
     @classmethod
     def of(

@@ -20,10 +20,10 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPIN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.dense_mlps import find_dense_mlps
+from ..families import EXPERTS_PER_TOKEN
 
 
 RECOMPUTATIONS = ("none", "mlp", "layers")
-_EXPERTS_OF_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 
 
 @dataclass(frozen=True)
@@ -256,10 +256,10 @@ def _span(config: PreTrainedConfig, kind: str | None, causal: bool) -> Attention
 
 
 def _experts_of_a_token(config: PreTrainedConfig) -> int:
-    for name in _EXPERTS_OF_A_TOKEN:
+    for name in EXPERTS_PER_TOKEN:
         if isinstance(getattr(config, name, None), int):
             return getattr(config, name)
     raise NotImplementedError(
-        f"`{type(config).__name__}` has experts but says in none of {', '.join(_EXPERTS_OF_A_TOKEN)} how many a token "
+        f"`{type(config).__name__}` has experts but says in none of {', '.join(EXPERTS_PER_TOKEN)} how many a token "
         "goes through: count its FLOPs by hand."
     )

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..adapters.positions import follow_positions
-from ..adapters.unshifted_labels import aligns_labels
 from ..adapters.wrapped import runs_our_attention, unwrap
+from ..families import expects_unshifted_labels
 
 
 def adapt_model(trainer) -> bool:
@@ -17,6 +17,6 @@ def adapt_model(trainer) -> bool:
         return False
     follow_positions(trainer.model)
     own_loss = trainer.uses_model_loss and trainer.compute_loss_func is None and trainer.label_smoother is None
-    if own_loss and aligns_labels(unwrap(trainer.model).config):
+    if own_loss and expects_unshifted_labels(unwrap(trainer.model).config):
         trainer._loss_shifts_labels = False  # the host goes by the name of the loss, which these models do not call
     return True

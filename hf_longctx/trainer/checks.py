@@ -10,13 +10,11 @@ import torch
 from ..adapters.wrapped import unwrap
 from ..attention.kernels import validate_kernel_available
 from ..config.run import SOURCE_FIELDS, LongContextConfig
+from ..families import SHARDED_LAYERS
 from ..parallel.heads import validate_head_count
 
 
 logger = logging.getLogger(__name__)
-
-# Layer kinds whose whole reach over the sequence is attention that reads the shard.
-_SHARDED_LAYER_TYPES = ("full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse")
 
 
 def check_arguments(args, config: LongContextConfig) -> None:
@@ -122,7 +120,7 @@ def check_model(model, config: LongContextConfig) -> None:
             f"`{name}` is an encoder-decoder: its cross-attention reads two sequences of different lengths, which are "
             "not sharded; set `sequence_parallel_size` to 1."
         )
-    other = sorted({kind for kind in getattr(text, "layer_types", None) or [] if kind not in _SHARDED_LAYER_TYPES})
+    other = sorted({kind for kind in getattr(text, "layer_types", None) or [] if kind not in SHARDED_LAYERS})
     if other:
         raise NotImplementedError(
             f"`{name}` has layers of type {', '.join(other)}, whose state runs along the sequence and would start "

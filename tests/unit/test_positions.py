@@ -13,7 +13,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from hf_longctx import assert_no_cross_document, explain_attention
 from hf_longctx.adapters.positions import follow_positions
 from hf_longctx.attention.cache_names import CACHE_LENGTH_NAMES, OUTPUT_NAME, find_cache
-from hf_longctx.attention.implicit_positions import COUNTING_TYPES, local_positions, longest_document
+from hf_longctx.attention.implicit_positions import local_positions, longest_document
+from hf_longctx.families import COUNTS_POSITIONS
 from hf_longctx.parallel.shard import cut_batch
 from hf_longctx.proof.tiny import shrink
 
@@ -70,7 +71,7 @@ def test_padded_rows_are_counted_from_their_first_place_as_the_host_does(size):
 # Packed rows on one process
 
 
-@pytest.mark.parametrize("kind", sorted(COUNTING_TYPES))
+@pytest.mark.parametrize("kind", sorted(COUNTS_POSITIONS))
 def test_packed_documents_are_those_that_stand_alone_and_gradients_follow(kind):
     """Every type of the table has the seams that are covered; float64, where only the host's casts round."""
     config = shrink(CONFIG_MAPPING[kind]())

@@ -22,6 +22,7 @@ ROOMS = (
     "on_import",
     "lazy_exports",
     "config",
+    "families",
     "tiny_check",
     "parallel",
     "attention",

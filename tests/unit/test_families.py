@@ -1,0 +1,150 @@
+"""Every fact about a model family, proven on a tiny model or on transformers' own sources, and in one place."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+import hf_longctx
+from hf_longctx import families
+from hf_longctx.proof.tiny import shrink
+
+
+ROOT = Path(hf_longctx.__file__).parent
+ROW = torch.tensor([[11, 12, 13, 14]])
+
+
+def tiny(kind: str) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(shrink(CONFIG_MAPPING[kind]())).eval()
+
+
+def uses_positions(model: torch.nn.Module) -> bool:
+    with torch.no_grad():
+        rows = [
+            model(input_ids=ROW, position_ids=positions, use_cache=False).logits
+            for positions in (torch.tensor([[0, 1, 2, 3]]), torch.tensor([[0, 2, 5, 11]]))
+        ]
+    return not torch.equal(*rows)
+
+
+@pytest.mark.parametrize("kind", sorted(families.COUNTS_POSITIONS))
+def test_a_decoder_that_counts_positions_ignores_position_ids(kind):
+    model = tiny(kind)
+    assert families.counts_positions(model.config)
+    assert not uses_positions(model), f"transformers gives `{kind}` the positions of the batch"
+
+
+def test_other_decoders_use_position_ids():
+    assert uses_positions(tiny("llama")) and uses_positions(tiny("opt"))
+    assert not families.counts_positions(transformers.LlamaConfig())
+    assert not families.counts_positions(transformers.BartConfig())  # with its encoder it is another model
+
+
+@pytest.mark.parametrize("kind", [*sorted(families.UNSHIFTED_LABELS), "llama"])
+def test_labels_are_unshifted_where_the_table_says_so(kind):
+    model = tiny(kind)
+    outputs = model(input_ids=ROW, labels=ROW + 1)
+    unshifted = torch.nn.functional.cross_entropy(outputs.logits[0], ROW[0] + 1)
+    shifted = torch.nn.functional.cross_entropy(outputs.logits[0, :-1], ROW[0, 1:] + 1)
+    expected = unshifted if families.expects_unshifted_labels(model.config) else shifted
+    torch.testing.assert_close(outputs.loss, expected, msg=f"transformers changed the loss of `{kind}`")
+
+
+FACTORS = [
+    pytest.param(field, prefix, power, id=f"{prefix}-{field}")
+    for table, power in ((families.LOGITS_MULTIPLIERS, 1), (families.LOGITS_DIVISORS, -1))
+    for field, prefixes in table.items()
+    for prefix in prefixes
+]
+
+
+@pytest.mark.parametrize(("field", "prefix", "power"), FACTORS)
+def test_logits_are_scaled_by_the_field(field, prefix, power):
+    kinds = [kind for kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES if kind.startswith(prefix)]
+    kinds = [kind for kind in kinds if hasattr(CONFIG_MAPPING[kind]().get_text_config(), field)]
+    if not kinds:
+        pytest.skip(f"this version of transformers has no model of the family {prefix}")
+    config = shrink(CONFIG_MAPPING[kinds[0]]()).get_text_config()
+    if getattr(config, field) in (None, 1.0):
+        setattr(config, field, 2.0)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=ROW, use_cache=False)[0]
+        plain, logits = model.get_output_embeddings()(hidden), model(input_ids=ROW, use_cache=False).logits
+    factor = float(getattr(config, field)) ** power
+    assert factor != 1
+    torch.testing.assert_close(logits, plain * factor, rtol=1e-4, atol=1e-5)
+
+
+def test_every_kind_of_sharded_layer_is_in_a_model_that_the_sweep_found_exact():
+    """The proof itself is the sweep; here it is read."""
+    models = json.loads((ROOT.parent / "docs" / "conformance.json").read_text(encoding="utf-8"))["models"]
+    exact = {m["type"] for m in models if all(rows["verdict"] == "exact" for rows in m["rows"])}
+    kinds: set[str] = set()
+    for name in sorted(exact & set(CONFIG_MAPPING_NAMES)):
+        config = CONFIG_MAPPING[name]().get_text_config()
+        kinds |= set(getattr(config, "layer_types", None) or ()) | set(getattr(config, "mlp_layer_types", None) or ())
+    assert set(families.SHARDED_LAYERS) - kinds <= {"attention"}  # Jamba's, beside recurrent ones
+    assert not {"linear_attention", "mamba", "conv"} & set(families.SHARDED_LAYERS)
+
+
+def sources(kind: str) -> str:
+    folder = Path(transformers.__file__).parent / "models"
+    return "\n".join(path.read_text(encoding="utf-8") for path in folder.glob(f"*/{kind}_*.py"))
+
+
+def test_fields_of_experts_and_names_of_multimodal_inputs_are_transformers_own():
+    configurations, models = sources("configuration"), sources("modeling")
+    for field in families.EXPERTS_PER_TOKEN:
+        assert re.search(rf"\b{field}\b", configurations), field
+    for name in families.MULTIMODAL_INPUTS:
+        assert re.search(rf"^        \w*{name}\w*: ", models, re.MULTILINE), name
+
+
+def model_types_in(source: str) -> set[str]:
+    """Model types that stand in a table, a comparison or a call of `source`; words of messages are not meant."""
+    types = set(CONFIG_MAPPING_NAMES)
+    containers = (ast.Set, ast.Tuple, ast.List, ast.Dict, ast.Compare, ast.Call)
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, containers):
+            children = [*getattr(node, "keys", ()), *ast.iter_child_nodes(node)]
+            found |= {child.value for child in children if isinstance(child, ast.Constant) and child.value in types}
+    return found
+
+
+ELSEWHERE = {
+    "proof/hints.py",  # how to make a configuration tiny; one line a type, proven by the sweep
+    "proof/model_under_test.py",  # examples in a message
+}
+
+
+def test_nothing_else_lists_model_types():
+    found = {
+        path.relative_to(ROOT).as_posix(): types
+        for path in ROOT.rglob("*.py")
+        if (types := model_types_in(path.read_text(encoding="utf-8")))
+    }
+    assert found.keys() <= {"families.py", *ELSEWHERE}, found
+    assert "families.py" in found
+
+
+def test_the_reader_of_model_types_sees_them():
+    assert model_types_in("X = {'bart'}\nif kind == 'marian': pass\nf('whisper')\nY = {'opt': 1}") == {
+        "bart",
+        "marian",
+        "whisper",
+        "opt",
+    }
+    assert model_types_in("raise ValueError(f'use llama')\nx = 'bart'") == set()
