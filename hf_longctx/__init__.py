@@ -18,7 +18,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from .attention.contamination import assert_no_cross_document as assert_no_cross_document
     from .attention.explain import explain_attention as explain_attention
+    from .config.memory import MemoryConfig as MemoryConfig
     from .config.run import LongContextConfig as LongContextConfig
+    from .config.sources import SourcesConfig as SourcesConfig
+    from .config.texts import TextsConfig as TextsConfig
     from .data.packing.collator import PackingCollator as PackingCollator
     from .data.packing.datasets import PackedDataset as PackedDataset
     from .data.packing.samplers import TokenBudgetSampler as TokenBudgetSampler
@@ -39,7 +42,10 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "attention.contamination": ("assert_no_cross_document",),
     "attention.explain": ("explain_attention",),
+    "config.memory": ("MemoryConfig",),
     "config.run": ("LongContextConfig",),
+    "config.sources": ("SourcesConfig",),
+    "config.texts": ("TextsConfig",),
     "data.packing.collator": ("PackingCollator",),
     "data.packing.datasets": ("PackedDataset",),
     "data.packing.samplers": ("TokenBudgetSampler",),

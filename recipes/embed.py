@@ -2,10 +2,10 @@
 
     torchrun --standalone --nproc_per_node 8 recipes/embed.py --config recipes/embed_allnli.yaml
 
-Arguments are those of `SentenceTransformerTrainingArguments`, of `LongContextConfig`, and the few of
-`embed_model.EmbeddingModelArguments`, `embed_sources.SourceArguments` and `EmbedArguments`; the command line overrides
-the YAML file. Nothing is padded. Sources that cannot be had are said, with their rows and weight, and left out. What
-is saved is an ordinary sentence-transformer.
+Arguments are those of `SentenceTransformerTrainingArguments`, of `LongContextConfig`, `SourcesConfig` and
+`TextsConfig`, and the few of `embed_model.EmbeddingModelArguments`, `embed_sources.SourceArguments` and
+`EmbedArguments`; the command line overrides the YAML file. Nothing is padded. Sources that cannot be had are said,
+with their rows and weight, and left out. What is saved is an ordinary sentence-transformer.
 """
 
 from hf_longctx.tasks.embed import main

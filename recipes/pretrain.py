@@ -4,8 +4,8 @@
 
 Documents follow one another, each closed by the end-of-sequence token, and are cut every `row_tokens` tokens, as in
 ordinary pretraining; a token sees what precedes it in its row, whichever document that came from. Arguments are those
-of `TrainingArguments`, of TRL's `ModelConfig`, of `LongContextConfig`, and the few below; the command line overrides
-the YAML file.
+of `TrainingArguments`, of TRL's `ModelConfig`, of `LongContextConfig` and `MemoryConfig`, and the few below; the
+command line overrides the YAML file.
 """
 
 from hf_longctx.tasks.pretrain import main

@@ -14,7 +14,9 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 from hf_longctx import (
     LongContextConfig,
     LongContextSentenceTransformerTrainer,
+    SourcesConfig,
     SpanRankingLoss,
+    TextsConfig,
     TiledMultipleNegativesRankingLoss,
 )
 
@@ -83,9 +85,11 @@ def evaluator() -> EmbeddingSimilarityEvaluator:
 
 
 def build_trainer(model="bert", data="pairs", loss="tiled", config=None, pooling="mean", evaluates=False, **changes):
+    """A trainer; `sources` and `texts` are fields of those configs, `config` those of `LongContextConfig`."""
     reset_host()
     folder = changes.pop("folder", None) or tempfile.mkdtemp()
     attention = changes.pop("attention", "ulysses")
+    sources, texts_ = changes.pop("sources", {}), changes.pop("texts", {})
     encoder = embedder(model, attention, pooling)
     return LongContextSentenceTransformerTrainer(
         model=encoder,
@@ -95,12 +99,17 @@ def build_trainer(model="bert", data="pairs", loss="tiled", config=None, pooling
         evaluator=evaluator() if evaluates else None,
         loss=loss_of(loss, encoder),
         long_context=LongContextConfig(**(config or {})),
+        sources=SourcesConfig(**sources),
+        texts=TextsConfig(**texts_),
     )
 
 
 def run(resume=None, **settings):
     """Losses, gradient norms, final weights and scores of a run."""
+    evaluates_first = settings.pop("evaluates_first", False)
     trainer = build_trainer(**settings)
+    if evaluates_first:
+        trainer.evaluate()
     trainer.train(resume_from_checkpoint=resume)
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     weights = {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import count, islice
 
-from hf_longctx import LongContextConfig, SequenceMesh
+from hf_longctx import SequenceMesh, SourcesConfig
 from hf_longctx.data.sources.loader import build_source_loader
 
 
@@ -35,7 +35,7 @@ def loaders(datasets: dict, ranks: int = 1, batch_size: int = 4, seed: int = 0, 
             batch_size=batch_size,
             collate_fn=as_rows,
             seed=seed,
-            config=LongContextConfig(**config),
+            config=SourcesConfig(**config),
             **given_,
         )
         for rank in range(ranks)

@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch.utils.data import Dataset, IterableDataset
 from transformers import Trainer, TrainingArguments
 
-from hf_longctx import LongContextConfig, LongContextTrainer
+from hf_longctx import LongContextConfig, LongContextTrainer, MemoryConfig
 
 from .models import VOCAB, build
 
@@ -93,6 +93,7 @@ def train(
     trainer_options=None,
     attention=None,
     context=None,
+    memory=None,
     **changes,
 ):
     """Train and return (history, weights, extra). `size` 0 is the stock Trainer, the oracle."""
@@ -110,7 +111,7 @@ def train(
         trainer = Trainer(**options)
     else:
         long_context = LongContextConfig(sequence_parallel_size=size, **(context or {}))
-        trainer = LongContextTrainer(**options, long_context=long_context)
+        trainer = LongContextTrainer(**options, long_context=long_context, memory=MemoryConfig(**(memory or {})))
     extra = {}
     if isinstance(after, str) and after == "evaluate_first":
         extra["before"] = trainer.evaluate(options["eval_dataset"])

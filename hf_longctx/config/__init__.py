@@ -1,4 +1,4 @@
-"""What the user wants: frozen dataclasses that are valid from the moment they exist."""
+"""What the user wants: frozen dataclasses that are valid from the moment they exist, one for each audience."""
 
 from __future__ import annotations
 
@@ -8,9 +8,15 @@ from ..lazy_exports import lazy_exports
 
 
 if TYPE_CHECKING:
+    from .memory import MemoryConfig as MemoryConfig
     from .run import LongContextConfig as LongContextConfig
+    from .sources import SourcesConfig as SourcesConfig
+    from .texts import TextsConfig as TextsConfig
 
 _EXPORTS = {
+    "memory": ("MemoryConfig",),
     "run": ("LongContextConfig",),
+    "sources": ("SourcesConfig",),
+    "texts": ("TextsConfig",),
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from itertools import islice
 
-from ..config.run import LongContextConfig
+from ..config.sources import SourcesConfig
 
 
 logger = logging.getLogger(__name__)
@@ -14,21 +14,17 @@ logger = logging.getLogger(__name__)
 _SAMPLE = 1000  # rows of a source that are tokenized to see what would be cut off
 
 
-def check_embedding_run(given: Mapping[str, object], config: LongContextConfig) -> None:
-    """Refuse settings that belong to language models, or that no embedding run could mean."""
-    for name, value in config.changed("memory", "loss_tile_size", "mlp_tile_size", "planned_tokens").items():
-        raise NotImplementedError(
-            f"`{name}` ({value!r}) is for language models: an embedding run saves memory with "
-            "`gradient_checkpointing=True` and the `mini_batch_num_tokens` of its loss; leave it out."
-        )
-    dataset = given.get("train_dataset")
+def check_named_sources(dataset: object, config: SourcesConfig) -> None:
+    """Raise `ValueError` for settings of sources by name where the training data are one data set without a name."""
     if isinstance(dataset, Mapping):
         return
-    for name, value in config.changed("source_weights", "source_temperature", "source_caps").items():
-        raise ValueError(
-            f"`{name}` ({value!r}) speaks of sources by name, but `train_dataset` is one `{type(dataset).__name__}`: "
-            "pass a dictionary from names to data sets."
-        )
+    for name in ("source_weights", "source_temperature", "source_caps"):
+        value = getattr(config, name)
+        if value is not None:
+            raise ValueError(
+                f"`{name}` ({value!r}) speaks of sources by name, but `train_dataset` is one "
+                f"`{type(dataset).__name__}`: pass a dictionary from names to data sets."
+            )
 
 
 def report_truncation(trainer) -> None:
@@ -36,7 +32,7 @@ def report_truncation(trainer) -> None:
 
     Up to 1,000 rows of every source are tokenized without a limit, evenly spread where rows can be addressed.
     """
-    policy, model = trainer.long_context.overlong_texts, trainer.model
+    policy, model = trainer.texts.overlong_texts, trainer.model
     limit, tokenizer = model.max_seq_length, model.tokenizer
     if policy == "truncate" or limit is None or limit > 10**9 or not callable(tokenizer):
         return

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
-from ..config.run import LongContextConfig
-from ..parallel.mesh import SequenceMesh
-from ..resilience.fault_tolerance import SurvivalMixin
-from ..trainer.checks import check_arguments, check_trainer, warn_about_dropout
+from ..config.audiences import TRAINERS
+from ..trainer.base import TrainerBase
 
 
 try:
@@ -17,25 +13,23 @@ except ImportError as error:
         "`LongContextSentenceTransformerTrainer` needs sentence-transformers: `pip install hf-longctx[embedding]`."
     ) from error
 
-from ..trainer.loaders import check_streams
 from .evaluators import evaluate_everywhere
 from .loss_checkpoint import load_loss, save_loss
+from .packable import check_packable
 from .packed_model import pack_embeddings, shared_rows
-from .run_checks import check_embedding_run, report_truncation
+from .run_checks import check_named_sources, report_truncation
 from .text_collator import EmbeddingCollator
 from .tiled_ranking_loss import bind_losses, check_losses
 from .training_loaders import build_evaluation_loader, build_training_loader, describe_streams
 
 
-_POSITIONAL = ("model", "args", "train_dataset", "eval_dataset", "loss")
-
-
-class LongContextSentenceTransformerTrainer(SurvivalMixin, SentenceTransformerTrainer):
-    """`sentence_transformers.SentenceTransformerTrainer` with one more argument.
+class LongContextSentenceTransformerTrainer(TrainerBase, SentenceTransformerTrainer):
+    """`sentence_transformers.SentenceTransformerTrainer` without padding and on shared documents.
 
     Args:
-        long_context ([`LongContextConfig`], *optional*): number of processes that share a document, and how sources
-            are mixed.
+        long_context ([`LongContextConfig`], *optional*): number of processes that share a document.
+        sources ([`SourcesConfig`], *optional*): which rows of several sources make a batch.
+        texts ([`TextsConfig`], *optional*): what is done with texts that the model cannot read whole.
         args, kwargs: those of `SentenceTransformerTrainer`, unchanged: any loss, evaluator and model card. The model
             must be loaded with `model_kwargs={"attn_implementation": "packed"}` or `"ulysses"`.
 
@@ -51,37 +45,35 @@ class LongContextSentenceTransformerTrainer(SurvivalMixin, SentenceTransformerTr
         args=args,
         train_dataset={"nli": nli, "docs": docs},
         loss=TiledMultipleNegativesRankingLoss(model, mini_batch_num_tokens=16_384),
-        long_context=LongContextConfig(sequence_parallel_size=2, source_weights={"nli": 1, "docs": 4}),
+        long_context=LongContextConfig(sequence_parallel_size=2),
+        sources=SourcesConfig(source_weights={"nli": 1, "docs": 4}),
     )
     trainer.train()
     ```
     """
 
+    configs = TRAINERS["LongContextSentenceTransformerTrainer"]
     data_collator_class = EmbeddingCollator
+    reads_own_shards = False  # every rank reads the sources of all, see `build_source_loader`
 
-    def __init__(self, *args, long_context: LongContextConfig | None = None, **kwargs) -> None:
-        self.long_context = long_context or LongContextConfig()
-        given = dict(zip(_POSITIONAL, args)) | kwargs
-        check_arguments(given.get("args"), self.long_context)
-        check_embedding_run(given, self.long_context)
+    def prepare_arguments(self, given: dict[str, object]) -> None:
+        check_named_sources(given.get("train_dataset"), self.sources)
         for name in ("train_dataset", "eval_dataset"):
             given[name] = describe_streams(given.get(name))
-        super().__init__(*args[len(_POSITIONAL) :], **given)
-        check_arguments(self.args, self.long_context)
-        check_trainer(self)
-        check_streams(self)
-        warn_about_dropout(self.model, self.long_context.sequence_parallel_size)
-        self.mesh = SequenceMesh.build(
-            self.long_context.sequence_parallel_size, timedelta(seconds=self.args.ddp_timeout)
-        )
+
+    def check_model(self) -> None:
+        check_packable(self.model)
+
+    def prepare_model(self) -> None:
         # The proof is run on rows as training has them. Outside its own steps every process has rows of its own, so
         # that `model.encode` on one rank waits for nobody.
-        pack_embeddings(self.model, self.mesh, inner_attention=self.long_context.inner_attention)
+        options = {"inner_attention": self.long_context.inner_attention, "prove": self.long_context.check_packing}
+        pack_embeddings(self.model, self.mesh, **options)
         pack_embeddings(self.model, prove=False)
+        self._checks_packing = False
         check_losses(self.loss, self.mesh)
         # A step that is to be skipped must not raise in its forward.
         bind_losses(self.loss, self.mesh, refuse_nonfinite=self.long_context.on_nonfinite == "raise")
-        self._attach_guards()
         report_truncation(self)
 
     def call_model_init(self, trial=None):
@@ -124,6 +116,3 @@ class LongContextSentenceTransformerTrainer(SurvivalMixin, SentenceTransformerTr
 
     def _shared_rows(self):
         return shared_rows(self.model, self.mesh, self.long_context.inner_attention)
-
-    def get_total_train_batch_size(self, args) -> int:
-        return super().get_total_train_batch_size(args) // self.mesh.sequence_parallel_size

@@ -8,9 +8,9 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from sentence_transformers.base.training_args import BatchSamplers, MultiDatasetBatchSamplers
 from torch.utils.data import DataLoader
 
-from ..config.run import SOURCE_FIELDS
+from ..config.sources import SourcesConfig
 from ..data.sources.loader import build_source_loader
-from ..trainer.loaders import _deal_to_groups
+from ..trainer.loaders import assign_to_groups
 
 
 def describe_streams(dataset):
@@ -33,27 +33,27 @@ def build_training_loader(trainer) -> DataLoader | None:
             "source in the same step, so negatives would mix sources: leave it unset, and say how often sources are "
             "drawn with `source_weights`."
         )
-    has_sources = isinstance(dataset, (Mapping, IterableDataset)) or trainer.long_context.changed(*SOURCE_FIELDS)
+    has_sources = isinstance(dataset, (Mapping, IterableDataset)) or trainer.sources != SourcesConfig()
     if order is None and has_sources:
         loader = build_source_loader(
             dataset if isinstance(dataset, Mapping) else {"train_dataset": dataset},
             mesh,
             batch_size=args.train_batch_size,
             collate_fn=trainer.data_collator,
-            seed=args.seed if args.data_seed is None else args.data_seed,
-            config=trainer.long_context,
+            seed=trainer.data_seed,
+            config=trainer.sources,
             measure=_measure(trainer),
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
         )
-        return _deal_to_groups(trainer, loader, 1)
+        return assign_to_groups(trainer, loader, 1)
     if mesh.sequence_parallel_size == 1:
         return None
     trainer.accelerator.even_batches = False
     loader = trainer._build_dataloader(dataset, args.train_batch_size, dataset_kind="train")
-    return _deal_to_groups(trainer, loader, mesh.data_parallel_size)
+    return assign_to_groups(trainer, loader, mesh.data_parallel_size)
 
 
 def build_evaluation_loader(trainer, dataset) -> DataLoader:
@@ -62,7 +62,7 @@ def build_evaluation_loader(trainer, dataset) -> DataLoader:
         dataset = trainer.eval_dataset[dataset]
     trainer.accelerator.even_batches = True
     loader = trainer._build_dataloader(dataset, trainer.args.eval_batch_size, dataset_kind="eval")
-    return _deal_to_groups(trainer, loader, trainer.mesh.data_parallel_size)
+    return assign_to_groups(trainer, loader, trainer.mesh.data_parallel_size)
 
 
 def _host_order(args) -> str | None:
@@ -76,7 +76,7 @@ def _host_order(args) -> str | None:
 
 def _measure(trainer) -> Callable | None:
     """A row to the tokens of each of its texts, where a budget is set and no column tells them."""
-    config, model = trainer.long_context, trainer.model
+    config, model = trainer.sources, trainer.model
     if config.tokens_per_rank is None or config.balance_by is not None:
         return None
     limit = model.max_seq_length

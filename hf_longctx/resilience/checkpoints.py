@@ -12,11 +12,11 @@ import logging
 import shutil
 import zipfile
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 
 import torch.distributed as dist
 
-from ..config.run import SOURCE_FIELDS
 from ..data.packing.collator import fills_rows
 from ..data.streams import split_stream
 from .checkpoint_weights import check_weights, read_json
@@ -82,7 +82,7 @@ def run_facts(trainer) -> dict[str, object]:
     num_rows, sources = _count_rows(trainer)
     is_sized = num_rows is not None
     packs = fills_rows(trainer.data_collator)
-    is_dealt = trainer.deals_shards and split_stream(trainer.train_dataset, trainer.mesh) is not None
+    is_dealt = trainer.reads_own_shards and split_stream(trainer.train_dataset, trainer.mesh) is not None
     loader = trainer.callback_handler.train_dataloader if is_sized and sources is None else None
     return {
         "world_size": args.world_size,
@@ -93,7 +93,7 @@ def run_facts(trainer) -> dict[str, object]:
         "num_rows": num_rows,
         "sources": sources,
         "draws_rows": trainer._draws_rows,
-        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "seed": trainer.data_seed,
         "train_sampling_strategy": strategy,
         "max_tokens": trainer.data_collator.max_tokens if packs else None,
         # These orders are made for so many rows at a time, or for so many groups.
@@ -107,11 +107,11 @@ def run_facts(trainer) -> dict[str, object]:
 
 def _count_rows(trainer) -> tuple[int | None, dict[str, object] | None]:
     """The rows of the data set, and what decides how often each of several sources is drawn."""
-    dataset, config = trainer.train_dataset, trainer.long_context
+    dataset = trainer.train_dataset
     if not isinstance(dataset, Mapping):
         return len(dataset) if hasattr(dataset, "__len__") else None, None
     rows = {name: len(source) if hasattr(source, "__len__") else None for name, source in dataset.items()}
-    sources = {name: getattr(config, name) for name in SOURCE_FIELDS} | {"rows": rows}
+    sources = asdict(trainer.sources) | {"rows": rows}
     return None if None in rows.values() else sum(rows.values()), sources
 
 

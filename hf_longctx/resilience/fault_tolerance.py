@@ -1,4 +1,4 @@
-"""The half of [`SequenceParallelMixin`] for what goes wrong in the middle of a run.
+"""The half of [`TrainerBase`] for what goes wrong in the middle of a run.
 
 Every decision here is one for all ranks: what one rank has seen is reduced before any acts on it, so none waits for
 another that has gone another way.
@@ -26,7 +26,6 @@ logger = logging.getLogger(__name__)
 class SurvivalMixin:
     """Watches each optimizer step; has `long_context` and everything of a host trainer."""
 
-    deals_shards = False  # whether groups read shards of a stream by themselves, see `split_stream`
     _num_skipped_steps = 0
     _draws_rows, _iterator = False, None
 

@@ -2,10 +2,10 @@
 
     torchrun --standalone --nproc_per_node 8 recipes/embed.py --config recipes/embed_allnli.yaml
 
-Arguments are those of `SentenceTransformerTrainingArguments`, of `LongContextConfig`, and the few of
-`embed_model.EmbeddingModelArguments`, `embed_sources.SourceArguments` and `EmbedArguments`; the command line overrides
-the YAML file. Nothing is padded. Sources that cannot be had are said, with their rows and weight, and left out. What
-is saved is an ordinary sentence-transformer.
+Arguments are those of `SentenceTransformerTrainingArguments`, of `LongContextConfig`, `SourcesConfig` and
+`TextsConfig`, and the few of `embed_model.EmbeddingModelArguments`, `embed_sources.SourceArguments` and
+`EmbedArguments`; the command line overrides the YAML file. Nothing is padded. Sources that cannot be had are said,
+with their rows and weight, and left out. What is saved is an ordinary sentence-transformer.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from trl import TrlParser
 
 from ..config.run import LongContextConfig
+from ..config.sources import SourcesConfig
+from ..config.texts import TextsConfig
 from ..data.sources.rows import LABEL_COLUMNS
 from ..embedding.tiled_ranking_loss import TiledMultipleNegativesRankingLoss
 from ..embedding.trainer import LongContextSentenceTransformerTrainer
@@ -65,7 +67,7 @@ class EmbedArguments:
 
 
 ARGUMENTS = (EmbedArguments, EmbeddingModelArguments, SourceArguments, SentenceTransformerTrainingArguments)
-ARGUMENTS = (*ARGUMENTS, LongContextConfig)
+ARGUMENTS = (*ARGUMENTS, LongContextConfig, SourcesConfig, TextsConfig)
 
 
 def build_loss(recipe: EmbedArguments, model):
@@ -82,7 +84,7 @@ def build_loss(recipe: EmbedArguments, model):
     return MatryoshkaLoss(model, loss, recipe.matryoshka_dims) if recipe.matryoshka_dims else loss
 
 
-def read_sources(args: SourceArguments, config: LongContextConfig, seed: int):
+def read_sources(args: SourceArguments, config: SourcesConfig, seed: int):
     """Training sources, rows for evaluation, settings with the weights of what is here, and facts for the card."""
     wanted = list_sources(args)
     present, absent = open_sources(wanted, args)
@@ -152,17 +154,17 @@ def show_sources(facts: dict, console: Console) -> None:
 
 @record
 def main() -> None:
-    recipe, model_args, sources, args, long_context = TrlParser(ARGUMENTS).parse_args_and_config()
+    recipe, model_args, source_args, args, long_context, sources, texts = TrlParser(ARGUMENTS).parse_args_and_config()
     check_output_dir(recipe, args)
     size = long_context.sequence_parallel_size
     with args.main_process_first(desc="reading sources"):
-        present, eval_rows, long_context, facts = read_sources(sources, long_context, args.seed)
+        present, eval_rows, sources, facts = read_sources(source_args, sources, args.seed)
     if args.process_index == 0:
         show_sources(facts, Console())
     model = load_embedder(model_args, size, args.seed)
     single = len(present) == 1
     if single:
-        long_context = dataclasses.replace(long_context, source_weights=None)
+        sources = dataclasses.replace(sources, source_weights=None)
     trainer = LongContextSentenceTransformerTrainer(
         model=model,
         args=args,
@@ -170,6 +172,8 @@ def main() -> None:
         loss=build_loss(recipe, model),
         evaluator=build_evaluator(eval_rows, args.per_device_eval_batch_size),
         long_context=long_context,
+        sources=sources,
+        texts=texts,
     )
     report = EmbeddingReport(
         sequence_parallel_size=size,

@@ -24,7 +24,7 @@ from datasets import Dataset, IterableDataset, load_dataset
 from huggingface_hub import HfFileSystem
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
-from ..config.run import read_mapping
+from ..config.sources import read_mapping
 from ..data.sources.plan import load_source_weights
 from ..data.sources.rows import LABEL_COLUMNS
 from .docstrings import FUNCTIONS, MODULES, mine_functions, mine_modules

@@ -39,7 +39,7 @@ LONG_SOURCE = 80_000  # characters; about 18,000 tokens
 
 @dataclass
 class RecipeArguments:
-    """Arguments of our own, beside those of the trainer, the model and `LongContextConfig`."""
+    """Arguments of our own, beside those of the trainer, the model and our configs."""
 
     dataset_name: str | None = field(
         default=None,

@@ -4,8 +4,8 @@
 
 Documents follow one another, each closed by the end-of-sequence token, and are cut every `row_tokens` tokens, as in
 ordinary pretraining; a token sees what precedes it in its row, whichever document that came from. Arguments are those
-of `TrainingArguments`, of TRL's `ModelConfig`, of `LongContextConfig`, and the few below; the command line overrides
-the YAML file.
+of `TrainingArguments`, of TRL's `ModelConfig`, of `LongContextConfig` and `MemoryConfig`, and the few below; the
+command line overrides the YAML file.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import TrainingArguments, default_data_collator
 from trl import ModelConfig, TrlParser, get_peft_config
 
+from ..config.memory import MemoryConfig
 from ..config.run import LongContextConfig
 from ..data.documents import split_into_rows
 from ..trainer.causal_lm import LongContextTrainer
@@ -30,12 +31,12 @@ class PretrainArguments(RecipeArguments):
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
 
-ARGUMENTS = (PretrainArguments, TrainingArguments, ModelConfig, LongContextConfig)
+ARGUMENTS = (PretrainArguments, TrainingArguments, ModelConfig, LongContextConfig, MemoryConfig)
 
 
 @record
 def main() -> None:
-    recipe, args, model_args, long_context = TrlParser(ARGUMENTS).parse_args_and_config()
+    recipe, args, model_args, long_context, memory = TrlParser(ARGUMENTS).parse_args_and_config()
     check_output_dir(recipe, args)
     if args.include_num_input_tokens_seen == "no":
         args.include_num_input_tokens_seen = "all"  # rows have no padding
@@ -59,5 +60,6 @@ def main() -> None:
         data_collator=default_data_collator,
         processing_class=tokenizer,
         long_context=long_context,
+        memory=memory,
     )
     train_and_save(trainer, make_report(recipe, long_context, recipe.row_tokens), args)

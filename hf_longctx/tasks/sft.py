@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node 8 recipes/sft.py --config recipes/sft_folder_of_documents.yaml
 
-Arguments are those of TRL's `SFTConfig` and `ModelConfig`, of `LongContextConfig`, and the few of
+Arguments are those of TRL's `SFTConfig` and `ModelConfig`, of `LongContextConfig` and `MemoryConfig`, and the few of
 `inputs.RecipeArguments`; the command line overrides the YAML file. A document longer than `max_length` becomes several
 consecutive rows; nothing is truncated away. Conversations (`messages`, or `prompt` and `completion`) are prepared and,
 beyond `max_length`, truncated by TRL, as always; `packing: true` puts several of them in a row, kept apart.
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from torch.distributed.elastic.multiprocessing.errors import record
 from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config
 
+from ..config.memory import MemoryConfig
 from ..config.run import LongContextConfig
 from ..data.documents import column_names, split_into_rows
 from ..trainer.sft import LongContextSFTTrainer
@@ -41,12 +42,12 @@ def make_rows(documents, tokenizer, args, join_documents: bool):
     return split_into_rows(documents, tokenizer, args.max_length, **options)
 
 
-ARGUMENTS = (SFTArguments, SFTConfig, ModelConfig, LongContextConfig)
+ARGUMENTS = (SFTArguments, SFTConfig, ModelConfig, LongContextConfig, MemoryConfig)
 
 
 @record
 def main() -> None:
-    recipe, args, model_args, long_context = TrlParser(ARGUMENTS).parse_args_and_config()
+    recipe, args, model_args, long_context, memory = TrlParser(ARGUMENTS).parse_args_and_config()
     check_output_dir(recipe, args)
     if args.include_num_input_tokens_seen == "no":  # the report's throughput counts real tokens
         is_flat = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
@@ -65,5 +66,6 @@ def main() -> None:
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
         long_context=long_context,
+        memory=memory,
     )
     train_and_save(trainer, make_report(recipe, long_context, args.max_length), args)

@@ -8,10 +8,11 @@ from .mixin import SequenceParallelMixin
 
 
 class LongContextTrainer(SequenceParallelMixin, Trainer):
-    """`transformers.Trainer` with one more argument.
+    """`transformers.Trainer` on shared or packed rows.
 
     Args:
         long_context ([`LongContextConfig`], *optional*): number of processes that share a row, and the inner kernel.
+        memory ([`MemoryConfig`], *optional*): what is done so that a row fits.
         args, kwargs: those of `transformers.Trainer`, unchanged.
 
     Losses, gradients, metrics and checkpoints equal those of the same run with `sequence_parallel_size` 1 and the same

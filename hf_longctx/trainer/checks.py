@@ -9,7 +9,7 @@ import torch
 
 from ..adapters.wrapped import unwrap
 from ..attention.kernels import validate_kernel_available
-from ..config.run import SOURCE_FIELDS, LongContextConfig
+from ..config.run import LongContextConfig
 from ..families import SHARDED_LAYERS
 from ..parallel.heads import validate_head_count
 
@@ -102,7 +102,6 @@ def _refuse_host_axes(parallelism, size: int) -> None:
 def check_model(model, config: LongContextConfig) -> None:
     """Refuse a model that cannot be sharded, by what its configuration says. See `probe` for what it does."""
     size = config.sequence_parallel_size
-    _refuse_embedding_settings(config)
     validate_kernel_available(config.inner_attention)
     if size == 1:
         return
@@ -144,14 +143,6 @@ def check_model(model, config: LongContextConfig) -> None:
         raise NotImplementedError(
             f"`{name}.forward` takes no extra keyword arguments, so its attention cannot learn of the shard: set "
             "`sequence_parallel_size` to 1."
-        )
-
-
-def _refuse_embedding_settings(config: LongContextConfig) -> None:
-    for name, value in config.changed(*SOURCE_FIELDS, "overlong_texts").items():
-        raise NotImplementedError(
-            f"`{name}` ({value!r}) is for embedding training, and this trainer would ignore it: leave it out, or "
-            "train with `LongContextSentenceTransformerTrainer`."
         )
 
 

@@ -45,18 +45,12 @@ class ShardedEvaluationMixin:
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """The host's loop, with the loss as the mean over all tokens of the set."""
-        fresh = not self.is_in_train and self.model_wrapped is self.model
         self._num_eval_steps = 0
         self._eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         total, count = self.accelerator.reduce(self._eval_sums, "sum").tolist()
         if count:
             output.metrics[f"{metric_key_prefix}_loss"] = total / count
-        if fresh and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            # The host marks the bare model as prepared, and `train()` would then never wrap it: ranks would drift
-            # apart.
-            self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
-            self.model._is_accelerate_prepared = False
         return output
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:

@@ -76,11 +76,10 @@ def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn
     if is_endless:
         warn_about_workers(args.dataloader_num_workers, trainer.train_dataset)
         # Each pass is dealt by itself, and draws its workers' seed without moving the random numbers of the run.
-        seed = args.seed if args.data_seed is None else args.data_seed
-        generator = torch.Generator().manual_seed(seed + mesh.data_parallel_rank)
+        generator = torch.Generator().manual_seed(trainer.data_seed + mesh.data_parallel_rank)
         loader = endless_loader(DataLoader(dataset, generator=generator, **arguments))
-        return _deal_to_groups(trainer, loader, 1)
-    return _deal_to_groups(trainer, DataLoader(dataset, **arguments), mesh.data_parallel_size)
+        return assign_to_groups(trainer, loader, 1)
+    return assign_to_groups(trainer, DataLoader(dataset, **arguments), mesh.data_parallel_size)
 
 
 def never_ends(trainer, dataset) -> bool:
@@ -115,7 +114,14 @@ def warn_about_workers(num_workers: int, dataset) -> None:
         )
 
 
-def _deal_to_groups(trainer, loader: DataLoader, groups: int) -> DataLoader:
+def assign_to_groups(trainer, loader: DataLoader, groups: int) -> DataLoader:
+    """A loader by accelerate whose batches go to groups of ranks in turn; the ranks of a group read the same ones.
+
+    Args:
+        trainer: with a mesh.
+        loader (`DataLoader`): of all groups, or of this one.
+        groups (`int`): the data-parallel size, or 1 where `loader` already yields this group's rows only.
+    """
     accelerator, mesh = trainer.accelerator, trainer.mesh
     prepared = prepare_data_loader(
         loader,

@@ -1,6 +1,6 @@
 """Packed rows in a trainer: rows built by token budget, dealt evenly to the groups, and checked for leaks once.
 
-The seams of [`SequenceParallelMixin`] call these; nothing here is arithmetic of the model.
+The overridden methods of [`TrainerBase`] call these; nothing here is arithmetic of the model.
 """
 
 from __future__ import annotations
@@ -56,14 +56,15 @@ def pack_dataset(trainer, dataset, description: str, group_size: int, sampler_fn
 
         if isinstance(dataset, datasets.Dataset):
             dataset = trainer._remove_unused_columns(dataset, description=description)
-    seed = trainer.args.seed if trainer.args.data_seed is None else trainer.args.data_seed
     group_size = group_size if is_training and strategy == "random" else 1
     linear_tokens = 12 * getattr(unwrap(trainer.model).config.get_text_config(), "hidden_size", 1024)
-    packed = trainer.data_collator.pack(dataset, seed=seed, group_size=group_size, linear_tokens=linear_tokens)
+    packed = trainer.data_collator.pack(
+        dataset, seed=trainer.data_seed, group_size=group_size, linear_tokens=linear_tokens
+    )
     if isinstance(packed, IterableDataset) or group_size == 1:
         return packed, sampler_fn
     costs = packed.packing.costs(linear_tokens)
-    return packed, lambda _: BalancedSampler(costs, group_size, seed=seed)
+    return packed, lambda _: BalancedSampler(costs, group_size, seed=trainer.data_seed)
 
 
 def check_packed_batch(trainer, inputs: dict[str, object]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config.audiences import TRAINERS
 from .mixin import SequenceParallelMixin
 
 
@@ -12,13 +13,16 @@ except ImportError as error:
 
 
 class LongContextSFTTrainer(SequenceParallelMixin, SFTTrainer):
-    """`trl.SFTTrainer` with one more argument.
+    """`trl.SFTTrainer` on shared or packed rows.
 
     Args:
         long_context ([`LongContextConfig`], *optional*): number of processes that share a row, and the inner kernel.
+        memory ([`MemoryConfig`], *optional*): what is done so that a row fits.
         args, kwargs: those of `trl.SFTTrainer`, unchanged: both `loss_type` values, completion-only and assistant-only
             loss, PEFT, packing.
     """
+
+    configs = TRAINERS["LongContextSFTTrainer"]
 
     @property
     def shifts_labels(self) -> bool:

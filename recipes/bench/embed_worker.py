@@ -21,8 +21,8 @@ from ulysses_worker import Meter
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from hf_longctx import (
-    LongContextConfig,
     LongContextSentenceTransformerTrainer,
+    TextsConfig,
     TiledMultipleNegativesRankingLoss,
     pack_embeddings,
 )
@@ -65,8 +65,8 @@ def build_step(settings: dict, rows: list[dict], folder: str) -> tuple[SentenceT
     )
     options = {"model": model, "args": args, "train_dataset": Dataset.from_list(rows), "loss": loss}
     if ours:
-        long_context = LongContextConfig(overlong_texts="truncate")
-        trainer = LongContextSentenceTransformerTrainer(**options, long_context=long_context)
+        texts = TextsConfig(overlong_texts="truncate")
+        trainer = LongContextSentenceTransformerTrainer(**options, texts=texts)
     else:
         trainer = SentenceTransformerTrainer(**options)
     trainer.current_gradient_accumulation_steps = 1  # what `train` would set

@@ -1,4 +1,4 @@
-"""Memory and seconds of one training step on every rung of `LongContextConfig(memory=...)`, alone and sharded.
+"""Memory and seconds of one training step on every rung of `MemoryConfig(memory=...)`, alone and sharded.
 
 What: whole steps of `LongContextTrainer` on a Llama with random weights, one row a step, in rows of several lengths.
 From the lines through them follows the longest row that a given memory holds. On a CPU `"max"` is left out, since

@@ -78,7 +78,7 @@ def write_report(result: dict, path: Path) -> None:
         "",
         f"A Llama with random weights: {settings['layers']} layers, hidden size {settings['hidden']}, MLP "
         f"{settings['intermediate']}, {settings['vocab']:,} words, {settings['dtype']}, AdamW, one row a step, on the "
-        "rungs of `LongContextConfig(memory=...)`.",
+        "rungs of `MemoryConfig(memory=...)`.",
         "",
         markdown_table(headers(result), (cells(result, rung) for rung in result["rungs"])),
         "",

@@ -19,7 +19,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback, TrainingArguments
 from ulysses_worker import Meter
 
-from hf_longctx import LongContextConfig, LongContextTrainer
+from hf_longctx import LongContextConfig, LongContextTrainer, MemoryConfig
 
 
 WARM_UP_TOKENS = 512
@@ -83,7 +83,8 @@ def measure(settings: dict) -> dict:
             train_dataset=rows,
             data_collator=collate,
             callbacks=[callback],
-            long_context=LongContextConfig(sequence_parallel_size=settings["ranks"], memory=settings["memory"]),
+            long_context=LongContextConfig(sequence_parallel_size=settings["ranks"]),
+            memory=MemoryConfig(memory=settings["memory"]),
         )
         trainer.train()
     step = next(entry for entry in trainer.state.log_history if entry.get("step") == 2)

@@ -182,7 +182,7 @@ def test_packed_sft_fills_rows_trains_and_saves(inputs, pairs, tmp_path):
 
 def test_packed_rows_keep_prompts_out_of_the_loss(inputs, pairs, tmp_path):
     config = write_packed_config(tmp_path, inputs, pairs)
-    recipe, args, model_args, long_context = TrlParser(sft.ARGUMENTS).parse_args_and_config(["--config", config])
+    recipe, args, model_args, long_context, _ = TrlParser(sft.ARGUMENTS).parse_args_and_config(["--config", config])
     model, tokenizer = sft.load_model(recipe, args, model_args, long_context)
     assert model.config._attn_implementation == "packed"
     shared, _ = sft.load_model(recipe, args, model_args, LongContextConfig(sequence_parallel_size=2))

@@ -1,16 +1,18 @@
-"""`LongContextConfig`: valid from the moment it exists, and one more dataclass beside the hosts'."""
+"""The configs: valid from the moment they exist, and more dataclasses beside the libraries'."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
+from collections import Counter
 
 import pytest
 
-from hf_longctx import LongContextConfig
+from hf_longctx import LongContextConfig, MemoryConfig, SourcesConfig, TextsConfig
 from hf_longctx.config.run import INNER_ATTENTIONS
 
 
-FIELDS = {field.name for field in dataclasses.fields(LongContextConfig)}
+CONFIGS = (LongContextConfig, MemoryConfig, SourcesConfig, TextsConfig)
 
 
 def test_defaults_are_no_sharding_and_a_checked_model():
@@ -18,14 +20,14 @@ def test_defaults_are_no_sharding_and_a_checked_model():
     assert (config.sequence_parallel_size, config.inner_attention) == (1, "auto")
 
 
-def test_config_is_frozen():
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_config_is_frozen_keyword_only_and_helps_on_the_command_line(kind):
+    first, *_ = fields = dataclasses.fields(kind)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        LongContextConfig().sequence_parallel_size = 2
-
-
-def test_config_is_keyword_only():
+        setattr(kind(), first.name, 2)
     with pytest.raises(TypeError):
-        LongContextConfig(2)
+        kind(first.default)
+    assert all(field.metadata.get("help") for field in fields)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4096])
@@ -70,20 +72,26 @@ def test_replace_validates_again():
         dataclasses.replace(LongContextConfig(), sequence_parallel_size=0)
 
 
-def test_every_field_has_help_for_the_command_line():
-    assert all(field.metadata.get("help") for field in dataclasses.fields(LongContextConfig))
+def shared_fields(kinds) -> list[str]:
+    names = Counter(field.name for kind in kinds for field in dataclasses.fields(kind))
+    return sorted(name for name, count in names.items() if count > 1)
 
 
-def test_field_names_do_not_collide_with_training_arguments():
-    from transformers import TrainingArguments
+@pytest.mark.parametrize("recipe", ["sft", "pretrain", "embed"])
+def test_no_two_configs_that_a_recipe_parses_share_a_field(recipe):
+    pytest.importorskip("trl")
+    if recipe == "embed":
+        pytest.importorskip("sentence_transformers")
+    kinds = importlib.import_module(f"hf_longctx.tasks.{recipe}").ARGUMENTS
+    assert len(set(CONFIGS) & set(kinds)) >= 2
+    assert shared_fields(kinds) == []
+    assert shared_fields((*kinds, kinds[0])) != []  # the check can fail
 
-    assert FIELDS & {field.name for field in dataclasses.fields(TrainingArguments)} == set()
 
-
-def test_field_names_do_not_collide_with_trl():
+def test_no_field_is_one_of_another_config_or_of_trls_script():
     trl = pytest.importorskip("trl")
-    for host in (trl.SFTConfig, trl.ScriptArguments, trl.ModelConfig):
-        assert FIELDS & {field.name for field in dataclasses.fields(host)} == set()
+    assert shared_fields((*CONFIGS, trl.SFTConfig, trl.ScriptArguments)) == []
+    assert shared_fields((*CONFIGS, trl.ModelConfig)) == []
 
 
 @pytest.fixture
@@ -91,10 +99,10 @@ def parse(tmp_path):
     """A function from YAML text and command-line arguments to the parsed config."""
     trl = pytest.importorskip("trl")
 
-    def parse(yaml: str, *arguments: str) -> LongContextConfig:
+    def parse(yaml: str, *arguments: str, kind=LongContextConfig):
         path = tmp_path / "run.yaml"
         path.write_text(yaml)
-        (config,) = trl.TrlParser((LongContextConfig,)).parse_args_and_config(["--config", str(path), *arguments])
+        (config,) = trl.TrlParser((kind,)).parse_args_and_config(["--config", str(path), *arguments])
         return config
 
     return parse
@@ -120,6 +128,20 @@ def test_misspelled_yaml_key_raises(parse):
         parse("sequence_paralel_size: 4\n")
 
 
+def test_a_yaml_is_flat_and_a_key_of_another_recipe_raises(tmp_path):
+    trl = pytest.importorskip("trl")
+    path = tmp_path / "run.yaml"
+    parser = trl.TrlParser((LongContextConfig, MemoryConfig))
+    path.write_text("sequence_parallel_size: 2\nmemory: max\n")
+    assert parser.parse_args_and_config(["--config", str(path)]) == (
+        LongContextConfig(sequence_parallel_size=2),
+        MemoryConfig(memory="max"),
+    )
+    path.write_text("memory: max\ndeduplicate: true\n")
+    with pytest.raises(ValueError, match="deduplicate"):
+        parser.parse_args_and_config(["--config", str(path)])
+
+
 @pytest.mark.parametrize("steps", [-1, 2.5, True, "100"])
 def test_interval_that_is_no_number_of_steps_is_refused(steps):
     with pytest.raises(ValueError, match="`check_replicas` .* or 0 for never"):
@@ -135,12 +157,13 @@ SOURCES = {"source_weights": {"nli": 1, "docs": 4.5}, "source_caps": {"docs": 10
 
 
 def test_sources_survive_yaml_and_are_json_on_the_command_line(parse):
-    wanted = LongContextConfig(**SOURCES, swap_probability=0.5, deduplicate=True, balance_by="tokens")
+    wanted = SourcesConfig(**SOURCES, swap_probability=0.5, deduplicate=True, balance_by="tokens")
     yaml = "source_weights: {nli: 1, docs: 4.5}\nsource_caps:\n  docs: 1000\nsources_per_batch: 2\n"
-    assert parse(yaml + "swap_probability: 0.5\ndeduplicate: true\nbalance_by: tokens\n") == wanted
-    over = parse(yaml, "--source_weights", '{"nli": 2, "docs": 1}')
+    more = "swap_probability: 0.5\ndeduplicate: true\nbalance_by: tokens\n"
+    assert parse(yaml + more, kind=SourcesConfig) == wanted
+    over = parse(yaml, "--source_weights", '{"nli": 2, "docs": 1}', kind=SourcesConfig)
     assert over.source_weights == {"nli": 2, "docs": 1} and over.source_caps == {"docs": 1000}
-    assert parse("source_temperature: 2.0\n").source_temperature == 2.0
+    assert parse("source_temperature: 2.0\n", kind=SourcesConfig).source_temperature == 2.0
 
 
 @pytest.mark.parametrize(
@@ -170,5 +193,5 @@ def test_sources_survive_yaml_and_are_json_on_the_command_line(parse):
 )
 def test_sources_that_no_run_could_draw_are_refused(fields, sentence):
     with pytest.raises(ValueError) as error:
-        LongContextConfig(**fields)
+        SourcesConfig(**fields)
     assert sentence in str(error.value)

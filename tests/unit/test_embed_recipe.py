@@ -11,7 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 
-from hf_longctx import LongContextConfig
+from hf_longctx import SourcesConfig
 from hf_longctx.tasks import docstrings, embed, embed_model, embed_sources
 
 from ..embedding import embedder
@@ -39,7 +39,7 @@ def arguments(folder, **changes):
 
 def test_what_is_missing_is_counted_in_sources_rows_and_weight(folder):
     args = arguments(folder)
-    config = LongContextConfig()
+    config = SourcesConfig()
     present, held_out, config, facts = embed.read_sources(args, config, seed=0)
     assert held_out is None
     assert {name: rows.column_names for name, rows in present.items()} == {

@@ -18,7 +18,8 @@ from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.base.training_args import BatchSamplers
 from sentence_transformers.sentence_transformer import losses
 
-from hf_longctx import LongContextConfig, pack_embeddings
+from hf_longctx import TextsConfig, pack_embeddings
+from hf_longctx.embedding import packed_model
 from hf_longctx.embedding.text_collator import refuse_empty_texts
 from hf_longctx.losses.contrastive import contrastive_loss
 from hf_longctx.resilience.checkpoint_weights import check_weights
@@ -68,7 +69,7 @@ def test_a_run_equals_the_hosts_padded_one_with_its_evaluation(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("data", "config"),
+    ("data", "sources"),
     [
         ("pairs", {}),
         ("sources", {"swap_probability": 0.5}),
@@ -76,8 +77,8 @@ def test_a_run_equals_the_hosts_padded_one_with_its_evaluation(tmp_path):
         ("stream", {}),
     ],
 )
-def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(tmp_path, data, config):
-    settings = {"data": data, "loss": "learnable", "config": config, "attention": "packed", "optim": "adamw_torch"}
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(tmp_path, data, sources):
+    settings = {"data": data, "loss": "learnable", "sources": sources, "attention": "packed", "optim": "adamw_torch"}
     expected = run(**settings, max_steps=4, learning_rate=1e-3)
     first = run(**settings, max_steps=4, learning_rate=1e-3, save_strategy="steps", save_steps=2, folder=str(tmp_path))
     resumed = run(**settings, max_steps=4, learning_rate=1e-3, folder=str(tmp_path), resume=f"{tmp_path}/checkpoint-2")
@@ -144,7 +145,7 @@ def test_texts_that_would_be_cut_off_are_counted_before_training(caplog):
             args=arguments("unused_folder"),
             train_dataset=Dataset.from_dict({"a": ["w1 " * 30, "w1"], "b": ["w2", "w3 w4"]}),
             loss=loss_of("tiled", model),
-            long_context=LongContextConfig(overlong_texts=policy),
+            texts=TextsConfig(overlong_texts=policy),
         )
 
     with caplog.at_level(logging.WARNING, "hf_longctx"):
@@ -166,13 +167,9 @@ def test_an_empty_text_is_refused_by_row_and_column():
 
 
 REFUSED = {
-    "`memory` ('checkpoint') is for language models: an embedding run saves memory with": (
-        NotImplementedError,
-        {"config": {"memory": "checkpoint"}},
-    ),
     "`source_temperature` (2.0) speaks of sources by name, but `train_dataset` is one `Dataset`": (
         ValueError,
-        {"config": {"source_temperature": 2.0}},
+        {"sources": {"source_temperature": 2.0}},
     ),
     "would let the texts of a flat row see each other": (ValueError, {"attention": "sdpa"}),
 }
@@ -185,9 +182,17 @@ def test_runs_that_cannot_be_are_refused_before_they_start(message, case):
         build_trainer(**settings)
 
 
+@pytest.mark.parametrize("check", [True, False])
+def test_the_proof_of_packing_is_made_unless_it_is_left_out(monkeypatch, check):
+    proofs = []
+    monkeypatch.setattr(packed_model, "prove_packing", lambda *args, **kwargs: proofs.append(1))
+    build_trainer(attention="packed", config={"check_packing": check})
+    assert len(proofs) == check
+
+
 def test_an_unknown_policy_for_long_texts_is_refused():
     with pytest.raises(ValueError, match=re.escape("`overlong_texts` ('cut') must be one of warn, error, truncate")):
-        LongContextConfig(overlong_texts="cut")
+        TextsConfig(overlong_texts="cut")
 
 
 def test_an_order_of_the_host_is_kept_on_one_group():
@@ -249,7 +254,7 @@ def test_a_step_that_is_not_finite_is_skipped_or_refused_with_its_rows(monkeypat
 
 
 def test_a_token_budget_makes_batches_of_one_data_set():
-    trainer = build_trainer(attention="packed", config={"tokens_per_rank": 60, "deduplicate": True})
+    trainer = build_trainer(attention="packed", sources={"tokens_per_rank": 60, "deduplicate": True})
     lengths = []
     for batch in list(zip(range(4), trainer.get_train_dataloader())):
         lengths.append(sum(batch[1][f"{column}_input_ids"].numel() for column in ("anchor", "positive")))

@@ -146,8 +146,8 @@ def module_name(path: Path) -> str:
 # Public names
 
 
-def test_public_names_are_at_most_twenty_and_sorted():
-    assert 0 < len(hf_longctx.__all__) <= 20
+def test_public_names_are_sorted():
+    assert hf_longctx.__all__
     assert hf_longctx.__all__ == sorted(set(hf_longctx.__all__))
     assert set(hf_longctx.__all__) <= set(dir(hf_longctx))
     assert "__version__" in dir(hf_longctx)

@@ -21,13 +21,14 @@ from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 from transformers import masking_utils
 
-from hf_longctx import LongContextConfig, PackingCollator
+from hf_longctx import LongContextConfig, MemoryConfig, PackingCollator, SourcesConfig, TextsConfig
 from hf_longctx.attention import blocks
 from hf_longctx.attention.deferred import DeferredMask
 from hf_longctx.attention.masks import AttentionRule, build_mask, plan_row
 from hf_longctx.attention.packed import attend_rows
 from hf_longctx.attention.reference import _sees, reference_attention
-from hf_longctx.config.run import INNER_ATTENTIONS, MEMORY_PRESETS
+from hf_longctx.config.memory import MEMORY_PRESETS
+from hf_longctx.config.run import INNER_ATTENTIONS
 from hf_longctx.data.packing.datasets import PackedDataset, PackedStream
 from hf_longctx.data.packing.lengths import LONG_DOCUMENTS, STRATEGIES, balanced_order, pack_lengths
 from hf_longctx.data.packing.samplers import TokenBudgetSampler
@@ -407,10 +408,11 @@ MAPPINGS = {"source_weights": st.floats(2**-20, 2**20), "source_caps": st.intege
 
 
 @st.composite
-def configs(draw) -> LongContextConfig:
+def configs(draw):
     """A valid configuration, every field drawn by its type; a text without a list of values keeps its default."""
-    hints, values = typing.get_type_hints(LongContextConfig), {}
-    for field in dataclasses.fields(LongContextConfig):
+    kind = draw(st.sampled_from((LongContextConfig, MemoryConfig, SourcesConfig, TextsConfig)))
+    hints, values = typing.get_type_hints(kind), {}
+    for field in dataclasses.fields(kind):
         kinds = typing.get_args(hints[field.name]) or (hints[field.name],)
         if field.name in TEXTS:
             values[field.name] = draw(st.sampled_from(TEXTS[field.name]))
@@ -426,7 +428,7 @@ def configs(draw) -> LongContextConfig:
             number = st.integers(1, 2**22)
             values[field.name] = draw(st.one_of(st.none(), number) if types.NoneType in kinds else number)
     try:
-        return LongContextConfig(**values)
+        return kind(**values)
     except ValueError:  # fields that contradict one another
         reject()
 
@@ -436,9 +438,9 @@ def configs(draw) -> LongContextConfig:
 def test_config_survives_yaml_and_the_hosts_parser(config):
     trl = pytest.importorskip("trl")
     text = yaml.safe_dump(dataclasses.asdict(config))
-    assert LongContextConfig(**yaml.safe_load(text)) == config
+    assert type(config)(**yaml.safe_load(text)) == config
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "run.yaml")
         path.write_text(text)
-        (parsed,) = trl.TrlParser((LongContextConfig,)).parse_args_and_config(["--config", str(path)])
+        (parsed,) = trl.TrlParser((type(config),)).parse_args_and_config(["--config", str(path)])
     assert parsed == config

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import masking_utils
 
 import hf_longctx
-from hf_longctx import LongContextConfig, PackingCollator
+from hf_longctx import LongContextConfig, MemoryConfig, PackingCollator
 from hf_longctx.adapters import tiled_loss, tiled_loss_check, tiled_mlp
 from hf_longctx.adapters.tiled_loss import tile_loss
 from hf_longctx.attention import kernels
@@ -27,6 +27,7 @@ from hf_longctx.attention.packed import packed_attention
 from hf_longctx.cli import pack as pack_command
 from hf_longctx.cli import plan as plan_command
 from hf_longctx.cli import plan_report
+from hf_longctx.config import values
 from hf_longctx.data.documents import load_documents
 from hf_longctx.data.packing.lengths import balanced_order
 from hf_longctx.losses import tiled_head
@@ -38,7 +39,7 @@ from hf_longctx.planner.fake_attention import planned_attention
 from hf_longctx.planner.memory_plan import Planner
 from hf_longctx.planner.settings import Settings
 from hf_longctx.reporting import flops
-from hf_longctx.trainer import checks, memory, packed_rows
+from hf_longctx.trainer import checks, memory_presets, packed_rows
 
 from ..models import build, config_of
 
@@ -82,7 +83,7 @@ def text_config(**changes):
 
 def trainer_with(**facts) -> SimpleNamespace:
     absent = dict.fromkeys(("compute_loss_func", "label_smoother", "compute_metrics", "preprocess_logits_for_metrics"))
-    common = {"long_context": TWO, "is_deepspeed_enabled": False, "is_fsdp_enabled": False}
+    common = {"long_context": TWO, "memory": MemoryConfig(), "is_deepspeed_enabled": False, "is_fsdp_enabled": False}
     return SimpleNamespace(**{**absent, **common, **facts})
 
 
@@ -116,9 +117,14 @@ N, V, R = NotImplementedError, ValueError, RuntimeError
 SENTENCES = [
     (lambda: hf_longctx.LongContextTrainr, AttributeError, "has no attribute 'LongContextTrainr'; it offers"),
     # settings
-    (lambda: LongContextConfig(loss_tile_size=0), V, "must be a positive integer, a number of tokens, or unset"),
+    (lambda: MemoryConfig(loss_tile_size=0), V, "must be a positive integer, a number of tokens, or unset"),
     (lambda: LongContextConfig(inner_attention="sdpaa"), V, "is not a kernel that `ulysses` can wrap: choose one of"),
-    (lambda: LongContextConfig(memory="all"), V, r"`memory` \('all'\) must be one of off, loss"),
+    (
+        lambda: values.validate_choice("memory", "all", ("off", "loss")),
+        V,
+        r"`memory` \('all'\) must be one of off, loss",
+    ),
+    (lambda: MemoryConfig(memory="all"), V, r"`memory` \('all'\) must be one of off, loss"),
     # attention
     (
         lambda: read_rule(masking_utils.and_masks(ANYWHERE, masking_utils.sliding_window_overlay(5))),
@@ -228,11 +234,6 @@ SENTENCES = [
     (lambda: checks.check_trainer(trainer_with(is_deepspeed_enabled=True)), N, "DeepSpeed is configured beside"),
     (lambda: checks.check_trainer(fsdp_of_version(1)), N, "FSDP version 1 is configured beside"),
     (
-        lambda: checks.check_model(build("llama", "ulysses"), LongContextConfig(deduplicate=True)),
-        NotImplementedError,
-        r"`deduplicate` \(True\) is for embedding training, and this trainer would ignore it: leave it out",
-    ),
-    (
         lambda: checks.check_model(build("llama", "sdpa"), TWO),
         V,
         "runs attn_implementation='sdpa', which would see only this rank's tokens",
@@ -243,7 +244,7 @@ SENTENCES = [
         "`TakesIdsOnly.forward` takes no extra keyword arguments, so its",
     ),
     (
-        lambda: memory._validate_own_loss(trainer_with(uses_model_loss=True, compute_metrics=len)),
+        lambda: memory_presets._validate_own_loss(trainer_with(uses_model_loss=True, compute_metrics=len)),
         N,
         "`loss_tile_size` .* tiles the loss of the model, but `compute_metrics` needs",
     ),

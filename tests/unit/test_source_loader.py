@@ -7,7 +7,7 @@ from itertools import islice
 import pytest
 from torch.utils.data import DataLoader
 
-from hf_longctx import LongContextConfig, SequenceMesh
+from hf_longctx import SequenceMesh, SourcesConfig
 from hf_longctx.data.sources.loader import build_source_loader
 from hf_longctx.data.sources.plan import SourcePlan
 from tests.sources import TWO, as_rows, draw, flat, loaders, name_of, number_of, pairs
@@ -253,4 +253,4 @@ def test_a_stream_that_turns_out_empty_is_refused():
 def test_the_loader_is_a_plain_one():
     loader = build_source_loader(TWO, SequenceMesh(1, 1, 0, 0), batch_size=4, collate_fn=as_rows)
     assert type(loader) is DataLoader and loader.batch_sampler.batch_size == 4
-    assert LongContextConfig().deduplicate is False
+    assert SourcesConfig().deduplicate is False

@@ -37,10 +37,10 @@ def test_spans_of_shared_documents_train_as_one_process(world4):
 
 @pytest.mark.parametrize("data", ["sources", "triplets", "streams", "stream"])
 def test_two_groups_of_two_train_on_global_negatives_as_one_process(world4, data):
-    config = {"source_weights": {"short": 1, "long": 2}} if data in ("sources", "streams") else {}
-    settings = {"data": data, "loss": "tiled cached"}
-    expected = one_process(**settings, config=config, per_device_train_batch_size=8)
-    sharded = {**settings, "config": {**config, "sequence_parallel_size": 2}, "per_device_train_batch_size": 4}
+    sources = {"source_weights": {"short": 1, "long": 2}} if data in ("sources", "streams") else {}
+    settings = {"data": data, "loss": "tiled cached", "sources": sources}
+    expected = one_process(**settings, per_device_train_batch_size=8)
+    sharded = {**settings, "config": {"sequence_parallel_size": 2}, "per_device_train_batch_size": 4}
     for actual in world4.run(run_with, sharded):
         assert_same_run(expected, actual, TOLERANCE)
 
@@ -53,6 +53,13 @@ def test_evaluators_and_evaluation_loss_of_a_sharded_run(world2):
         for name, value in expected["scores"].items():
             if "cosine" in name or name == "eval_loss":
                 assert actual["scores"][name] == pytest.approx(value, rel=1e-6), name
+
+
+def test_evaluating_before_training_leaves_no_trace(world2):
+    settings = {"loss": "tiled", "evaluates": True, "per_device_train_batch_size": 4}
+    expected = one_process(**{**settings, "per_device_train_batch_size": 8})
+    for actual in world2.run(run_with, {**settings, "evaluates_first": True}):
+        assert_same_run(expected, actual, TOLERANCE)
 
 
 def test_ring_and_learnable_temperature_on_two_groups(world2):

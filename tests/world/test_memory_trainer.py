@@ -10,15 +10,15 @@ import pytest
 import torch
 from trl import SFTConfig
 
-from hf_longctx import LongContextConfig, PackingCollator
-from hf_longctx.config.run import MEMORY_PRESETS
+from hf_longctx import LongContextConfig, MemoryConfig, PackingCollator
+from hf_longctx.config.memory import MEMORY_PRESETS
 from hf_longctx.planner import memory_plan
 from hf_longctx.planner.memory_plan import Planner
 from hf_longctx.planner.presets import PRESETS
 from hf_longctx.planner.settings import Settings
 from hf_longctx.reporting import planned_memory
 from hf_longctx.reporting.report import RunReport
-from hf_longctx.trainer import memory
+from hf_longctx.trainer import memory_presets
 
 from ..models import build, config_of
 from ..training import Rows, arguments, assert_same_trajectory, train
@@ -48,45 +48,45 @@ RUNGS = [TILES, *({"memory": preset} for preset in ("loss", "mlp", "checkpoint",
 
 
 @pytest.mark.parametrize(
-    ("name", "context"), [*(("llama", context) for context in RUNGS), ("gemma2", TILES), ("mistral", TILES)]
+    ("name", "memory"), [*(("llama", memory) for memory in RUNGS), ("gemma2", TILES), ("mistral", TILES)]
 )
-def test_rungs_train_alike_on_one_process(name, context):
+def test_rungs_train_alike_on_one_process(name, memory):
     expected = stock(name, "eager" if name == "gemma2" else None)
-    assert_same_trajectory(train(1, model=name, attention="packed", context=context), expected, 3e-5)
+    assert_same_trajectory(train(1, model=name, attention="packed", memory=memory), expected, 3e-5)
 
 
 @pytest.mark.parametrize(
-    ("world_size", "size", "context"), [(2, 2, TILES), (2, 1, TILES), (4, 2, TILES), (2, 2, {"memory": "max"})]
+    ("world_size", "size", "memory"), [(2, 2, TILES), (2, 1, TILES), (4, 2, TILES), (2, 2, {"memory": "max"})]
 )
-def test_rungs_train_alike_on_several(worlds, world_size, size, context):
+def test_rungs_train_alike_on_several(worlds, world_size, size, memory):
     expected = stock(rows=2 * world_size // size, steps=2)
-    options = {"gradient_accumulation_steps": 2, "context": context}
+    options = {"gradient_accumulation_steps": 2, "memory": memory}
     for rank, actual in enumerate(worlds(world_size).run(run_here, size, options)):
         assert_same_trajectory(actual, expected)
-        assert ("planned_memory_gib" in actual[0][-1]) == (rank == 0 and "memory" in context)
+        assert ("planned_memory_gib" in actual[0][-1]) == (rank == 0 and "memory" in memory)
 
 
 def test_stock_attention_can_be_tiled_too():
-    assert_same_trajectory(train(1, attention="sdpa", context=TILES), stock())
+    assert_same_trajectory(train(1, attention="sdpa", memory=TILES), stock())
 
 
 def test_packed_rows_with_tiles_train_like_padded_ones():
     flat = {"data_collator": PackingCollator()}
-    assert_same_trajectory(train(1, attention="packed", trainer_options=flat, context=TILES), stock())
+    assert_same_trajectory(train(1, attention="packed", trainer_options=flat, memory=TILES), stock())
 
 
 def test_evaluation_is_tiled_as_well():
     options = {"trainer_options": {"eval_dataset": Rows(7)}, "after": "evaluate"}
     expected = train(1, attention="packed", **options)
-    actual = train(1, attention="packed", context=TILES, **options)
+    actual = train(1, attention="packed", memory=TILES, **options)
     assert actual[2]["after"]["eval_loss"] == pytest.approx(expected[2]["after"]["eval_loss"], rel=1e-6)
 
 
 def test_sft_keeps_its_own_tiles_and_gets_ours_for_its_mlps():
-    context = {"memory": "max"}
-    assert_same_trajectory(fit(1, attention="packed", context=context), fit(0), 2e-5)
+    memory = {"memory": "max"}
+    assert_same_trajectory(fit(1, attention="packed", memory=memory), fit(0), 2e-5)
     with pytest.raises(NotImplementedError, match="`SFTTrainer` computes it in tiles of its own already"):
-        fit(1, attention="packed", context={"loss_tile_size": 64})
+        fit(1, attention="packed", memory={"loss_tile_size": 64})
 
 
 @pytest.mark.parametrize(
@@ -99,21 +99,21 @@ def test_sft_keeps_its_own_tiles_and_gets_ours_for_its_mlps():
 )
 def test_loss_that_needs_logits_beside_tiles_is_refused(options, sentence):
     with pytest.raises(NotImplementedError, match=sentence):
-        train(1, attention="packed", context={"loss_tile_size": 7}, **options)
+        train(1, attention="packed", memory={"loss_tile_size": 7}, **options)
 
 
 def test_preset_leaves_a_loss_that_needs_logits_and_says_so(caplog):
     with caplog.at_level(logging.WARNING):
-        train(1, attention="packed", context={"memory": "loss"}, label_smoothing_factor=0.1)
+        train(1, attention="packed", memory={"memory": "loss"}, label_smoothing_factor=0.1)
     assert "leaves the loss as it is" in caplog.text
 
 
 def test_mixture_of_experts_is_left_whole_by_a_preset_and_refused_by_name(caplog):
     with caplog.at_level(logging.WARNING):
-        train(1, model="gpt_oss", attention="packed", context={"memory": "mlp"})
+        train(1, model="gpt_oss", attention="packed", memory={"memory": "mlp"})
     assert "leaves the MLPs whole" in caplog.text
     with pytest.raises(NotImplementedError, match="GptOss"):
-        train(1, model="gpt_oss", attention="packed", context={"mlp_tile_size": 5})
+        train(1, model="gpt_oss", attention="packed", memory={"mlp_tile_size": 5})
 
 
 # The planner decides
@@ -131,11 +131,13 @@ def one_planner(planner, monkeypatch):
 
 
 def chosen(monkeypatch, device_bytes: int, tokens: int | None = 65_536, collator=None) -> str:
-    monkeypatch.setattr(memory, "_device_bytes", lambda _: device_bytes)
-    config = LongContextConfig(memory="auto", planned_tokens=tokens)
+    monkeypatch.setattr(memory_presets, "_device_bytes", lambda _: device_bytes)
+    config = MemoryConfig(memory="auto", planned_tokens=tokens)
     # A loss tile of few words holds very many tokens, and as many are simulated.
     model = build("llama", "packed", vocab_size=8192)
-    return memory.prepare_memory(config, arguments(tempfile.mkdtemp()), model, collator).name
+    return memory_presets.prepare_memory(
+        config, LongContextConfig(), arguments(tempfile.mkdtemp()), model, collator
+    ).name
 
 
 def test_auto_takes_the_first_rung_that_fits(one_planner, monkeypatch):
@@ -149,7 +151,7 @@ def test_auto_reads_lengths_from_the_collator(one_planner, monkeypatch):
 
 def test_auto_without_a_length_is_refused():
     with pytest.raises(ValueError, match="does not know how long rows are: set `planned_tokens`"):
-        train(1, attention="packed", context={"memory": "auto"})
+        train(1, attention="packed", memory={"memory": "auto"})
 
 
 def test_auto_refuses_what_no_rung_can_hold(one_planner, monkeypatch):
@@ -158,32 +160,32 @@ def test_auto_refuses_what_no_rung_can_hold(one_planner, monkeypatch):
 
 
 def test_auto_needs_a_loaded_model():
-    config = LongContextConfig(memory="auto", planned_tokens=64)
+    config = MemoryConfig(memory="auto", planned_tokens=64)
     with pytest.raises(ValueError, match="`model` is 'org/name': load it with `from_pretrained`"):
-        memory.prepare_memory(config, arguments(tempfile.mkdtemp()), "org/name", None)
+        memory_presets.prepare_memory(config, LongContextConfig(), arguments(tempfile.mkdtemp()), "org/name", None)
 
 
 @pytest.mark.parametrize("rung", ["max", "auto"])
 def test_offload_that_the_host_has_no_memory_for_is_refused(one_planner, monkeypatch, rung):
     args, tokens = arguments(tempfile.mkdtemp()), 2**16
     monkeypatch.setattr(type(args), "device", torch.device("cuda"))
-    monkeypatch.setattr(memory, "_device_bytes", lambda _: int(0.42 * 2**30))
-    config = LongContextConfig(memory=rung, planned_tokens=tokens)
+    monkeypatch.setattr(memory_presets, "_device_bytes", lambda _: int(0.42 * 2**30))
+    config = MemoryConfig(memory=rung, planned_tokens=tokens)
     model = build("llama", "packed", vocab_size=8192)
     needed = 2 * 2**25  # a tensor of two rows has 25.2 MB, and pinned memory comes in powers of two
-    monkeypatch.setattr(memory, "free_bytes", lambda _: needed)
-    assert memory.prepare_memory(config, args, model, None).name == "max"
+    monkeypatch.setattr(memory_presets, "free_bytes", lambda _: needed)
+    assert memory_presets.prepare_memory(config, LongContextConfig(), args, model, None).name == "max"
     assert args.gradient_checkpointing_kwargs["offload"]
-    monkeypatch.setattr(memory, "free_bytes", lambda _: needed - 1)
+    monkeypatch.setattr(memory_presets, "free_bytes", lambda _: needed - 1)
     with pytest.raises(ValueError, match="0.06 GiB of checkpoints in the memory of this host for rows of 65,536"):
-        memory.prepare_memory(config, args, model, None)
+        memory_presets.prepare_memory(config, LongContextConfig(), args, model, None)
 
 
 def test_checkpointing_that_the_user_set_keeps_its_settings():
     args = SFTConfig(
         tempfile.mkdtemp(), use_cpu=True, bf16=False, gradient_checkpointing_kwargs={"use_reentrant": True}
     )
-    memory.prepare_memory(LongContextConfig(memory="max"), args, None, None)
+    memory_presets.prepare_memory(MemoryConfig(memory="max"), LongContextConfig(), args, None, None)
     assert args.gradient_checkpointing
     assert args.gradient_checkpointing_kwargs == {"use_reentrant": True, "offload": False}
 
@@ -199,7 +201,7 @@ def test_plan_of_the_longest_batch_stands_beside_what_the_run_took(monkeypatch, 
     monkeypatch.setattr(planned_memory, "host_memory", lambda: 180 * MIB)
     monkeypatch.setattr(planned_memory, "resident_bytes", lambda: 90 * MIB)
     options = {"trainer_options": {"callbacks": [report]}, "output_dir": str(tmp_path)}
-    history, *_ = train(1, model=model, context={"memory": "checkpoint"}, **options)
+    history, *_ = train(1, model=model, memory={"memory": "checkpoint"}, **options)
     settings = Settings(tokens=21, rows=2, compute_dtype=torch.float32, optimizer="sgd", on_gpu=False)
     planner = Planner(config_of("llama"))
     expected = planner.ledger(planner.preset("checkpoint", settings)).device
@@ -213,14 +215,14 @@ def test_plan_of_the_longest_batch_stands_beside_what_the_run_took(monkeypatch, 
 
 def test_nothing_is_measured_where_more_was_taken_before_the_run(monkeypatch):
     monkeypatch.setattr(planned_memory, "peak_memory", lambda: 100 * MIB)
-    history, *_ = train(1, attention="packed", context={"memory": "loss"}, max_steps=1)
+    history, *_ = train(1, attention="packed", memory={"memory": "loss"}, max_steps=1)
     assert "planned_memory_gib" in history[-1] and "measured_memory_gib" not in history[-1]
 
 
 def test_run_ends_well_without_a_plan(monkeypatch, caplog):
     monkeypatch.setattr(memory_plan, "simulate", _fail)
     with caplog.at_level(logging.WARNING):
-        history, *_ = train(1, attention="packed", context={"memory": "loss"}, max_steps=1)
+        history, *_ = train(1, attention="packed", memory={"memory": "loss"}, max_steps=1)
     assert "train_runtime" in history[-1] and "planned_memory_gib" not in history[-1]
     assert "was not planned: KeyError: 'no such layer'" in caplog.text
 

@@ -9,7 +9,7 @@ import datasets
 import pytest
 from trl import SFTConfig, SFTTrainer
 
-from hf_longctx import LongContextConfig, LongContextSFTTrainer
+from hf_longctx import LongContextConfig, LongContextSFTTrainer, MemoryConfig
 
 from ..models import build
 from ..tokenizer import tiny_tokenizer, words
@@ -38,7 +38,7 @@ def fit(
     loss_function=None,
     attention: str = "ulysses",
     collator=None,
-    context=None,
+    memory=None,
     stream: bool = False,
     **changes,
 ):
@@ -85,8 +85,8 @@ def fit(
     if stock:
         trainer = SFTTrainer(**options)
     else:
-        long_context = LongContextConfig(sequence_parallel_size=size, **(context or {}))
-        trainer = LongContextSFTTrainer(**options, long_context=long_context)
+        long_context = LongContextConfig(sequence_parallel_size=size)
+        trainer = LongContextSFTTrainer(**options, long_context=long_context, memory=MemoryConfig(**(memory or {})))
     trainer.train()
     return trainer.state.log_history, weights_of(trainer), trainer.evaluate() if evaluate else None
 

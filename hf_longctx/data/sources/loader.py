@@ -17,7 +17,7 @@ from functools import partial
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ...config.run import LongContextConfig
+from ...config.sources import SourcesConfig
 from ...parallel.mesh import SequenceMesh
 from .batches import GlobalBatches
 from .plan import SourcePlan, validate_names
@@ -45,7 +45,7 @@ def build_source_loader(
     batch_size: int,
     collate_fn: Callable,
     seed: int = 0,
-    config: LongContextConfig | None = None,
+    config: SourcesConfig | None = None,
     measure: Callable[[dict], Sequence[int]] | None = None,
     linear_tokens: float = 12 * 1024,
     shuffle_buffer: int = 1000,
@@ -69,7 +69,7 @@ def build_source_loader(
         batch_size (`int`): rows of every data-parallel rank.
         collate_fn (`Callable`): a list of rows to a batch.
         seed (`int`, *optional*, defaults to 0): the same on all ranks.
-        config ([`LongContextConfig`], *optional*): how sources are drawn; the fields from `source_weights` on.
+        config ([`SourcesConfig`], *optional*): how sources are drawn.
         measure (`Callable`, *optional*):
             A row to the tokens of each of its texts, instead of what `balance_by` names. It may cut them off.
         linear_tokens (`float`, *optional*, defaults to `12 * 1024`): 12 times the hidden size; see [`packing_cost`].
@@ -85,7 +85,7 @@ def build_source_loader(
 
     Communication: none.
     """
-    config = LongContextConfig() if config is None else config
+    config = SourcesConfig() if config is None else config
     validate_names("source_caps", config.source_caps, tuple(datasets))
     columns = {name: columns_of(name, dataset, config.balance_by, measure) for name, dataset in datasets.items()}
     check_sources(datasets, columns, config, batch_size * mesh.data_parallel_size, has_measure=measure is not None)
@@ -131,7 +131,7 @@ class SourceReader:
     rows: Mapping[str, int | None]
     plan: SourcePlan
     mesh: SequenceMesh
-    config: LongContextConfig
+    config: SourcesConfig
     batch_size: int
     measure: Callable[[dict, SourceColumns], Sequence[int]] | None
     linear_tokens: float
@@ -287,7 +287,7 @@ class SourceStream(IterableDataset):
             yield [self.reader.finish(row.source, None, row.row, batch.swapped) for row in share]
 
 
-def _measure(config: LongContextConfig, measure) -> Callable[[dict, SourceColumns], Sequence[int]] | None:
+def _measure(config: SourcesConfig, measure) -> Callable[[dict, SourceColumns], Sequence[int]] | None:
     if measure is not None:
         return partial(_measured_by, measure)
     if config.balance_by is None:

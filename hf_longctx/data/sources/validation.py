@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...config.run import LongContextConfig
+from ...config.sources import SourcesConfig
 from .plan import SourcePlan, validate_sources
 from .rows import LABEL_COLUMNS, NAME_COLUMN
 
@@ -54,7 +54,7 @@ def columns_of(name: str, dataset: object, balance_by: str | None, measure: Call
 def check_sources(
     datasets: Mapping[str, object],
     columns: Mapping[str, SourceColumns],
-    config: LongContextConfig,
+    config: SourcesConfig,
     global_rows: int,
     *,
     has_measure: bool,

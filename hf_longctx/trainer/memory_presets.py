@@ -1,4 +1,4 @@
-"""What a run does to fit: tiled loss, tiled MLPs, checkpoints and their offload, as `LongContextConfig.memory` says.
+"""What a run does to fit: tiled loss, tiled MLPs, checkpoints and their offload, as `MemoryConfig` says.
 
 Checkpointing is the host's own and is asked for in its arguments, before the host builds its trainer. MLPs are tiled
 when the model is there, and the loss once the probe has seen the model's own.
@@ -15,6 +15,7 @@ from ..adapters.tiled_loss import tile_loss
 from ..adapters.tiled_loss_check import prove_tiled_loss
 from ..adapters.tiled_mlp import tile_mlp
 from ..adapters.wrapped import unwrap
+from ..config.memory import MemoryConfig
 from ..config.run import LongContextConfig
 from ..data.packing.collator import PackingCollator
 from ..planner.measure import free_bytes
@@ -26,22 +27,31 @@ from ..reporting.planned_memory import PlannedMemory, settings_of
 logger = logging.getLogger(__name__)
 
 
-def prepare_memory(config: LongContextConfig, args, model, collator) -> Preset:
+def prepare_memory(memory: MemoryConfig, long_context: LongContextConfig, args, model, collator) -> Preset:
     """Choose the preset of a run, and switch on the host's checkpointing where it asks for that.
 
     Args:
-        config ([`LongContextConfig`]): `"auto"` takes the first rung of the ladder on which the run fits.
+        memory ([`MemoryConfig`]): `"auto"` takes the first rung of the ladder on which the run fits.
+        long_context ([`LongContextConfig`]): how many processes share a row.
         args (`TrainingArguments`, *optional*): changed in place.
         model: what the trainer was given.
         collator: likewise; a [`PackingCollator`] tells how long rows are.
 
     Raises:
-        ValueError: `memory="auto"` does not know the model or how long rows are, or no rung is enough for them; the
-            host has not enough memory for the checkpoints that the rung offloads.
+        ValueError: there are no `args` to change; `memory="auto"` does not know the model or how long rows are, or no
+            rung is enough for them; the host has not enough memory for the checkpoints that the rung offloads.
     """
-    preset = _plan(config, args, model, collator) if config.memory == "auto" else PRESETS[config.memory]
+    if args is None and (memory.memory == "auto" or PRESETS[memory.memory].checkpointing):
+        raise ValueError(
+            f"`memory` ({memory.memory!r}) asks for activation checkpointing in the arguments of the run, but `args` "
+            "is missing: pass `TrainingArguments`."
+        )
+    if memory.memory == "auto":
+        preset = _plan(memory, long_context, args, model, collator)
+    else:
+        preset = PRESETS[memory.memory]
     if args is not None and preset.offload and args.device.type != "cpu" and isinstance(model, torch.nn.Module):
-        _validate_host_memory(config, args, model, collator, preset)
+        _validate_host_memory(memory, long_context, args, model, collator, preset)
     if args is not None and preset.checkpointing:
         for name in ("activation_checkpointing", "gradient_checkpointing"):  # older hosts know the second only
             if hasattr(args, name):
@@ -58,10 +68,10 @@ def apply_memory(trainer, preset: Preset) -> None:
     Raises:
         NotImplementedError: `mlp_tile_size` is set and the model has no MLP that can run in tiles.
     """
-    if trainer.long_context.memory != "off":
+    if trainer.memory.memory != "off":
         watch = PlannedMemory(trainer.long_context, tiles_own_loss=not trainer.uses_model_loss)
         trainer.callback_handler.callbacks.insert(0, watch)  # before loggers and reports, which show what it adds
-    size = trainer.long_context.mlp_tile_size
+    size = trainer.memory.mlp_tile_size
     if size is None and not preset.tiles_mlp:
         return
     try:
@@ -78,7 +88,7 @@ def tile_trainer_loss(trainer, preset: Preset) -> None:
     Raises:
         NotImplementedError: `loss_tile_size` is set and the loss is not the model's own, or cannot be tiled.
     """
-    size = trainer.long_context.loss_tile_size
+    size = trainer.memory.loss_tile_size
     if size is None and not preset.tiles_loss:
         return
     try:
@@ -99,7 +109,7 @@ def tile_trainer_loss(trainer, preset: Preset) -> None:
 
 def _validate_own_loss(trainer) -> None:
     """Raise `NotImplementedError` unless the trainer takes its loss, and nothing else, from the model."""
-    size, reason = trainer.long_context.loss_tile_size, None
+    size, reason = trainer.memory.loss_tile_size, None
     if not trainer.uses_model_loss:
         reason = "`SFTTrainer` computes it in tiles of its own already: leave `loss_tile_size` unset"
     elif trainer.compute_loss_func is not None or trainer.label_smoother is not None:
@@ -110,11 +120,11 @@ def _validate_own_loss(trainer) -> None:
         raise NotImplementedError(f"`loss_tile_size` ({size}) tiles the loss of the model, but {reason}.")
 
 
-def _plan(config: LongContextConfig, args, model, collator) -> Preset:
+def _plan(memory: MemoryConfig, long_context: LongContextConfig, args, model, collator) -> Preset:
     """The cheapest preset under which this run fits the device."""
     from ..planner.memory_plan import Planner  # its simulations import half of torch, and most runs do without
 
-    tokens = _row_tokens(config, args, collator)
+    tokens = _row_tokens(memory, args, collator)
     if tokens is None:
         raise ValueError(
             "`memory` ('auto') does not know how long rows are: set `planned_tokens` to the tokens of the longest, or "
@@ -125,7 +135,7 @@ def _plan(config: LongContextConfig, args, model, collator) -> Preset:
             f"`memory` ('auto') plans a model that is loaded, and `model` is {model!r}: load it with "
             "`from_pretrained` and pass the object, or set `memory` to one of its rungs."
         )
-    settings = settings_of(config, args, model, tokens, args.per_device_train_batch_size)
+    settings = settings_of(long_context, args, model, tokens, args.per_device_train_batch_size)
     device_bytes = _device_bytes(args)
     try:
         planner = Planner(unwrap(model).config)
@@ -138,7 +148,7 @@ def _plan(config: LongContextConfig, args, model, collator) -> Preset:
         raise ValueError(
             f"rows of {tokens:,} tokens need more than the {device_bytes / GIB:.1f} GiB of a device on every rung of "
             f"`memory`; the longest that the plan has room for are {longest:,}: shorten rows, raise "
-            f"`sequence_parallel_size` ({config.sequence_parallel_size}), or set `memory` to 'max' and try."
+            f"`sequence_parallel_size` ({long_context.sequence_parallel_size}), or set `memory` to 'max' and try."
         )
     preset, settings = chosen
     planned = planner.ledger(settings).device
@@ -149,17 +159,19 @@ def _plan(config: LongContextConfig, args, model, collator) -> Preset:
     return preset
 
 
-def _validate_host_memory(config: LongContextConfig, args, model, collator, preset: Preset) -> None:
+def _validate_host_memory(
+    memory: MemoryConfig, long_context: LongContextConfig, args, model, collator, preset: Preset
+) -> None:
     """Raise `ValueError` if the checkpoints of the longest row, of all ranks of this host, are more than it has free.
 
     Where nobody tells how long rows are, or the model cannot be planned, nothing can be said.
     """
     from ..planner.memory_plan import Planner
 
-    tokens = _row_tokens(config, args, collator)
+    tokens = _row_tokens(memory, args, collator)
     if tokens is None:
         return
-    settings = settings_of(config, args, model, tokens, args.per_device_train_batch_size)
+    settings = settings_of(long_context, args, model, tokens, args.per_device_train_batch_size)
     settings, host_bytes = settings.of(processes_per_host=_local_world_size()), free_bytes("cpu")
     try:
         planner = Planner(unwrap(model).config)
@@ -168,16 +180,16 @@ def _validate_host_memory(config: LongContextConfig, args, model, collator, pres
         return
     if needed > host_bytes:
         raise ValueError(
-            f"`memory` ({config.memory!r}) keeps {needed / GIB:.2f} GiB of checkpoints in the memory of this host "
+            f"`memory` ({memory.memory!r}) keeps {needed / GIB:.2f} GiB of checkpoints in the memory of this host "
             f"for rows of {tokens:,} tokens, and {host_bytes / GIB:.2f} GiB are free: shorten rows, start fewer "
             "processes on a host, or set `memory` to 'checkpoint'."
         )
 
 
-def _row_tokens(config: LongContextConfig, args, collator) -> int | None:
+def _row_tokens(memory: MemoryConfig, args, collator) -> int | None:
     """Tokens of the longest row, where somebody tells."""
-    if config.planned_tokens is not None:
-        return config.planned_tokens
+    if memory.planned_tokens is not None:
+        return memory.planned_tokens
     if isinstance(collator, PackingCollator) and collator.max_tokens is not None:
         return collator.max_tokens
     return getattr(args, "max_length", None)

@@ -1,0 +1,172 @@
+"""`TrainerBase`: which configs a trainer takes, and a trainer of one's own on it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import Trainer
+
+import hf_longctx
+from hf_longctx import LongContextConfig, LongContextTrainer, MemoryConfig, SequenceMesh, SourcesConfig, TextsConfig
+from hf_longctx.config.audiences import TRAINERS
+from hf_longctx.trainer.base import TrainerBase
+
+from ..models import build
+from ..training import Rows, arguments, pad_right, reset_host
+
+
+@pytest.fixture
+def given(tmp_path):
+    """Arguments of a trainer, by name."""
+    reset_host()
+    args = arguments(str(tmp_path), max_steps=1)
+    return {"model": build("llama", "packed"), "args": args, "data_collator": pad_right, "train_dataset": Rows()}
+
+
+# Which trainer takes which config
+
+
+def test_the_table_names_every_trainer_and_is_what_it_takes():
+    pytest.importorskip("trl")
+    pytest.importorskip("sentence_transformers")
+    assert set(TRAINERS) == {name for name in hf_longctx.__all__ if name.endswith("Trainer")}
+    for name, row in TRAINERS.items():
+        assert getattr(hf_longctx, name).configs is row
+        assert row["long_context"] is LongContextConfig
+
+
+def test_every_config_has_one_keyword_and_is_public():
+    known = {(name, kind) for row in TRAINERS.values() for name, kind in row.items()}
+    assert len(known) == len(dict(known)) == len({kind for _, kind in known})
+    assert {kind.__name__ for _, kind in known} == {name for name in hf_longctx.__all__ if name.endswith("Config")}
+
+
+def test_configs_are_attributes_at_their_defaults_or_as_given(given):
+    plain = LongContextTrainer(**given)
+    assert (plain.long_context, plain.memory) == (LongContextConfig(), MemoryConfig())
+    config = MemoryConfig(mlp_tile_size=3)
+    assert LongContextTrainer(**given, memory=config, long_context=None).memory is config
+
+
+@pytest.mark.parametrize(
+    ("configs", "sentence"),
+    [
+        (
+            {"sources": SourcesConfig(deduplicate=True)},
+            r"`sources` \(SourcesConfig\(.*\)\) is for `LongContextSentenceTransformerTrainer`, and "
+            "`LongContextTrainer` takes `long_context` and `memory`: leave it out",
+        ),
+        ({"texts": TextsConfig()}, "`texts` .* is for `LongContextSentenceTransformerTrainer`, and"),
+        (
+            {"long_context": MemoryConfig()},
+            r"`long_context` \(MemoryConfig\(.*\)\) must be given as a `LongContextConfig`: pass the `MemoryC",
+        ),
+        (
+            {"memory": SourcesConfig()},
+            "must be given as a `MemoryConfig`: a `SourcesConfig` is for `LongContextSentenceTransformerTrainer`, as",
+        ),
+        ({"memory": "max"}, r"`memory` \('max'\) must be given as a `MemoryConfig`: write `memory=MemoryConfig\("),
+        ({"long_context": {"sequence_parallel_size": 2}}, "must be given as a `LongContextConfig`"),
+    ],
+)
+def test_a_config_that_the_trainer_does_not_take_is_refused(given, configs, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        LongContextTrainer(**given, **configs)
+
+
+def test_the_embedding_trainer_refuses_what_is_for_language_models():
+    pytest.importorskip("sentence_transformers")
+    from hf_longctx import LongContextSentenceTransformerTrainer
+
+    sentence = (
+        "is for `LongContextTrainer` and `LongContextSFTTrainer`, and `LongContextSentenceTransformerTrainer` takes "
+        "`long_context`, `sources` and `texts`: leave it out"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        LongContextSentenceTransformerTrainer(memory=MemoryConfig(memory="checkpoint"))
+
+
+# Arguments of the library's constructor
+
+
+def test_positional_arguments_reach_the_library(given):
+    trainer = LongContextTrainer(*given.values())
+    assert trainer.args is given["args"] and trainer.train_dataset is given["train_dataset"]
+    assert trainer.data_collator is pad_right
+
+
+@pytest.mark.parametrize("more", [{"model": None}, {"no_such_argument": 1}])
+def test_arguments_that_the_library_would_refuse_are_refused(given, more):
+    with pytest.raises(TypeError, match=next(iter(more))):
+        LongContextTrainer(*given.values(), **more)
+
+
+def test_a_library_that_passes_positional_arguments_on_is_looked_through(given):
+    class PassesOn(Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    class Own(TrainerBase, PassesOn):
+        pass
+
+    assert Own(*given.values()).train_dataset is given["train_dataset"]
+
+
+@pytest.mark.parametrize("preset", ["checkpoint", "max", "auto"])
+def test_memory_that_needs_arguments_is_refused_without_them(given, preset):
+    with pytest.raises(ValueError, match=f"`memory` .'{preset}'. asks for activation checkpointing .* `args` is miss"):
+        LongContextTrainer(given["model"], memory=MemoryConfig(memory=preset))
+
+
+# A trainer of one's own
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MarginConfig:
+    margin: float = 0.5
+
+
+class MarginTrainer(TrainerBase, Trainer):
+    """All that a trainer of one's own needs: the configs it understands, its hooks and its loss."""
+
+    configs = {**TrainerBase.configs, "margin": MarginConfig}
+
+    def prepare_arguments(self, given):
+        assert self.margin.margin and not hasattr(self, "args")
+        given["args"].label_names = ["labels"]
+
+    def check_model(self):
+        assert not hasattr(self, "mesh")
+        super().check_model()
+
+    def prepare_model(self):
+        assert isinstance(self.mesh, SequenceMesh)
+        self.prepared = True
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return torch.relu(self.margin.margin - model(input_ids=inputs["input_ids"]).logits).mean()
+
+
+def test_a_trainer_of_ones_own_starts_in_order_and_trains_guarded(given):
+    trainer = MarginTrainer(**given, margin=MarginConfig(margin=2.0))
+    assert trainer.prepared and trainer.args.label_names == ["labels"]
+    trainer.train()
+    assert trainer.state.global_step == 1 and trainer.state.log_history[-1]["train_loss"] > 0
+    trainer = MarginTrainer(**given, margin=MarginConfig(margin=float("nan")))
+    with pytest.raises(RuntimeError, match="step 1 is not finite"):
+        trainer.train()
+
+
+def test_a_trainer_of_ones_own_refuses_what_others_take(given):
+    with pytest.raises(ValueError, match="`MarginTrainer` takes `long_context` and `margin`: leave it out"):
+        MarginTrainer(**given, memory=MemoryConfig())
+    with pytest.raises(ValueError, match=r"`margin` \(0.5\) must be given as a `MarginConfig`"):
+        MarginTrainer(**given, margin=0.5)
+
+
+@pytest.mark.parametrize("data_seed", [None, 11])
+def test_rows_are_drawn_by_the_data_seed_where_there_is_one(given, data_seed):
+    given["args"].data_seed = data_seed
+    assert LongContextTrainer(**given).data_seed == (data_seed or given["args"].seed)
