@@ -180,6 +180,7 @@ def test_unknown_name_lists_what_there_is():
 FLOORS = {
     "config": 0,
     "on_import": 0,
+    "tested_versions": 0,
     "parallel": 1,
     "attention": 2,
     "layers": 2,
@@ -192,6 +193,7 @@ FLOORS = {
     "embedding": 3,
     "proof": 3,
     "cli": 3,
+    "env_command": 3,
     "pack_command": 3,
     "plan_command": 3,
     "plan_report": 3,
