@@ -27,6 +27,7 @@ _PUBLIC = {
     "TokenBudgetSampler": ".data.token_budget",
     "assert_no_cross_document": ".attention.leaks",
     "explain_attention": ".attention.explain",
+    "end_training": ".trainer.ending",
     "LongContextTrainer": ".trainer.causal_lm",
     "LongContextSFTTrainer": ".trainer.sft",
     "LongContextSentenceTransformerTrainer": ".trainer.embedding",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from .proof.verify import verify  # noqa: F401
     from .trainer.causal_lm import LongContextTrainer  # noqa: F401
     from .trainer.embedding import LongContextSentenceTransformerTrainer  # noqa: F401
+    from .trainer.ending import end_training  # noqa: F401
     from .trainer.sft import LongContextSFTTrainer  # noqa: F401
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
 from trl import get_quantization_config
 
-from hf_longctx import LongContextConfig
+from hf_longctx import LongContextConfig, end_training
 from hf_longctx.callbacks.report import METRICS_FILE, PICTURE_FILE, RunReport
 from hf_longctx.data.documents import load_documents
 
@@ -199,7 +199,7 @@ def train_and_save(trainer, report: RunReport, args) -> None:
                 path_or_fileobj=card, path_in_repo=card.name, repo_id=trainer.hub_model_id
             )
         _show(Path(args.output_dir))
-    trainer.accelerator.end_training()
+    end_training(trainer)
 
 
 def _show(folder: Path) -> None:
