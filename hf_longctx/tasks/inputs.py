@@ -27,6 +27,7 @@ from trl import get_quantization_config
 from ..config.run import LongContextConfig
 from ..data.documents import load_documents
 from ..reporting.report import METRICS_FILE, PICTURE_FILE, RunReport
+from ..trainer.ending import end_training
 
 
 PACKAGE, STDLIB, STDLIB_FUNCTIONS = "package:", "stdlib:", "stdlib_functions:"
@@ -199,7 +200,7 @@ def train_and_save(trainer, report: RunReport, args) -> None:
                 path_or_fileobj=card, path_in_repo=card.name, repo_id=trainer.hub_model_id
             )
         _show(Path(args.output_dir))
-    trainer.accelerator.end_training()
+    end_training(trainer)
 
 
 def _show(folder: Path) -> None:

@@ -9,10 +9,12 @@ from ..lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from .causal_lm import LongContextTrainer as LongContextTrainer
+    from .ending import end_training as end_training
     from .sft import LongContextSFTTrainer as LongContextSFTTrainer
 
 _EXPORTS = {
     "causal_lm": ("LongContextTrainer",),
+    "ending": ("end_training",),
     "sft": ("LongContextSFTTrainer",),
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

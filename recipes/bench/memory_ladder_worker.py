@@ -19,7 +19,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback, TrainingArguments
 from ulysses_worker import Meter
 
-from hf_longctx import LongContextConfig, LongContextTrainer, MemoryConfig
+from hf_longctx import LongContextConfig, LongContextTrainer, MemoryConfig, end_training
 
 
 WARM_UP_TOKENS = 512
@@ -92,6 +92,7 @@ def measure(settings: dict) -> dict:
     if settings["ranks"] > 1:
         every = [None] * settings["ranks"]
         dist.all_gather_object(every, callback.numbers)
+    end_training(trainer)
     return {
         "seconds": max(r["seconds"] for r in every),
         "cpu_seconds": sum(r["cpu_seconds"] for r in every),
@@ -110,8 +111,6 @@ def main() -> None:
     result = measure(settings)
     if int(os.environ.get("RANK", 0)) == 0:
         Path(settings["result"]).write_text(json.dumps(result))
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

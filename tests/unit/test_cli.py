@@ -13,6 +13,7 @@ import pytest
 import transformers
 
 from hf_longctx.cli import main
+from hf_longctx.cli.env import is_newer
 from hf_longctx.cli.pack import Padded
 from hf_longctx.data.packing.lengths import STRATEGIES, pack_lengths, packing_cost
 
@@ -31,6 +32,23 @@ def test_env_names_versions_and_kernels(capsys):
     assert main(["env"]) == 0
     out = capsys.readouterr().out
     assert transformers.__version__ in out and "sdpa" in out
+
+
+@pytest.mark.parametrize("limit", [transformers.__version__, "5.0.0"])
+def test_env_says_which_library_is_newer_than_tested(limit, monkeypatch, capsys):
+    monkeypatch.setattr("hf_longctx.env_command.read_tested_versions", lambda: {"transformers": limit})
+    assert main(["env"]) == 0
+    sentence = f"`transformers` {transformers.__version__} is newer than tested (5.0.0)"
+    assert (sentence in capsys.readouterr().out) == (limit == "5.0.0")
+
+
+@pytest.mark.parametrize(
+    ("installed", "newer"),
+    [("2.13.0", False), ("2.13.0+cu130", False), ("2.12.1", False), ("2.13.0.dev1", False), ("2.13.1", True)]
+    + [("2.14.0.dev20261101+cpu", True), ("not installed", False), ("unknown", False)],
+)
+def test_a_build_of_the_tested_version_is_not_newer(installed, newer):
+    assert is_newer(installed, "2.13.0") == newer
 
 
 def test_check_shows_who_gets_which_heads(tmp_path, capsys):

@@ -21,6 +21,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.p
 ROOMS = (
     "on_import",
     "lazy_exports",
+    "tested_versions",
     "config",
     "families",
     "tiny_check",

@@ -1,0 +1,79 @@
+"""`hf-longctx env`: what is installed, and what of it is newer than the tests have seen."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import PackageNotFoundError, version
+
+from ..tested_versions import read_tested_versions
+
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "trl",
+    "peft",
+    "datasets",
+    "sentence-transformers",
+    "kernels",
+    "flash-attn",
+)
+
+
+def run_env() -> int:
+    """Print versions, devices and kernels; returns the exit code, always 0."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .. import __version__
+
+    console = Console(soft_wrap=True)
+    table = Table("package", "version", "tested up to")
+    table.add_row("hf_longctx", __version__, "")
+    tested, newer = read_tested_versions(), []
+    for package in PACKAGES:
+        installed, limit = _version_of(package), tested.get(package, "")
+        table.add_row(package, installed, limit)
+        if limit and is_newer(installed, limit):
+            newer.append(f"`{package}` {installed} is newer than tested ({limit})")
+    console.print(table)
+    for sentence in newer:
+        console.print(f"{sentence}: run `hf-longctx verify` on your model, or install the tested version.")
+    import torch
+
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+    console.print(f"devices: {', '.join(devices)}")
+    console.print(f"inner kernels at hand: {', '.join(_available_kernels())}")
+    return 0
+
+
+def is_newer(installed: str, tested: str) -> bool:
+    """Whether a version comes after another one; a build such as `+cpu` does not count, and words are no version."""
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return Version(Version(installed).public) > Version(tested)
+    except InvalidVersion:
+        return False
+
+
+def _available_kernels() -> list[str]:
+    from ..attention.kernels import validate_kernel_available
+    from ..config.run import INNER_ATTENTIONS
+
+    found = []
+    for kernel in INNER_ATTENTIONS:
+        try:
+            validate_kernel_available(kernel)
+        except ImportError:
+            continue
+        found.append(kernel)
+    return found
+
+
+def _version_of(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed" if importlib.util.find_spec(package.replace("-", "_")) is None else "unknown"
