@@ -36,7 +36,7 @@ def test_env_names_versions_and_kernels(capsys):
 
 @pytest.mark.parametrize("limit", [transformers.__version__, "5.0.0"])
 def test_env_says_which_library_is_newer_than_tested(limit, monkeypatch, capsys):
-    monkeypatch.setattr("hf_longctx.env_command.read_tested_versions", lambda: {"transformers": limit})
+    monkeypatch.setattr("hf_longctx.cli.env.read_tested_versions", lambda: {"transformers": limit})
     assert main(["env"]) == 0
     sentence = f"`transformers` {transformers.__version__} is newer than tested (5.0.0)"
     assert (sentence in capsys.readouterr().out) == (limit == "5.0.0")

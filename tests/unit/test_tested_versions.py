@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from hf_longctx.env_command import PACKAGES
+from hf_longctx.cli.env import PACKAGES
 from hf_longctx.tested_versions import read_tested_versions
 
 
