@@ -1,197 +1,119 @@
-"""List every sentence with which the package refuses, and its test: `python docs/refusals.py` writes `refusals.md`.
+"""List every sentence with which the package refuses, and a test that provokes it.
 
-The test of a sentence is found in the tests by what they expect: the text of `pytest.raises(..., match=...)`, also
-through the tables of `parametrize`, or texts that are asserted to be in a message. An expected text belongs to the
-sentence in which most of its words stand, in order; where two fit alike, to the one whose module or function the test
-names, or else to neither, so a vague test proves nothing here. Nothing is imported or run: whether the test passes is
-for the test to say.
+`make test` records which `raise` of the package is executed in which test, by what message (`tests/raises.py`). The
+links between sentences and tests in `refusals.json` are made of these records and of nothing else, and the page
+`refusals.md` is made of the links:
+
+- `python docs/refusals.py` links sentences that have no test, or whose test is gone or did not provoke them, from the
+  records of the last run (`make test`, or any tests with `HF_LONGCTX_RAISES=build/raises`), and writes both files. It
+  fails if a sentence has no test. Any other link stays, so that a new test does not change the page.
+- `python docs/refusals.py --prove` is the end of `make test` and changes nothing: every link must have been seen in
+  the run, or the test does not provoke its sentence any more.
+
+Why not a coverage tool: its tracer is called for every line that Python executes anywhere, and torch and transformers
+execute millions, so that it would need a second run of all tests. Here nothing is executed but a call at each `raise`;
+and a record holds the message, so that two sentences of one line are told apart.
+What is not recorded: programs that a test starts (`torchrun`, the command line, `proof/ranks.py`).
 """
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from sentences import ERRORS, HOLE, ROOT, Refusal, find_refusals, split_words
+from sentences import HOLE, ROOT, Refusal, find_refusals
 
 
 PAGE = ROOT / "docs" / "refusals.md"
+LINKS = ROOT / "docs" / "refusals.json"
 TROUBLESHOOTING = ROOT / "docs" / "troubleshooting.md"
-FEWEST_WORDS = 2
+RECORDS = ROOT / "build" / "raises"
+NOT_RUN_EVERYWHERE = ("tests/gpu/",)
 
 
-@dataclass(frozen=True)
-class Expectation:
-    """What a test expects: the errors it allows (none: any), the words, with holes for the rest, and the names of
-    modules and functions that stand beside it."""
-
-    test: str
-    errors: frozenset[str]
-    words: tuple[str, ...]
-    names: frozenset[str] = frozenset()
+def says(refusal: Refusal, message: str) -> bool:
+    """Whether `message` is this sentence, filled in."""
+    return re.fullmatch(re.escape(refusal.holed).replace(re.escape(HOLE), ".*"), message, re.DOTALL) is not None
 
 
-def find_expectations(tests: Path = ROOT / "tests") -> list[Expectation]:
-    """Every text that some test expects of an error or of what is printed."""
-    found = []
-    for path in sorted(tests.rglob("test_*.py")):
-        if path.parent.name == "gpu":  # not run everywhere
-            continue
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-        tables = {
-            target.id: node.value
-            for node in tree.body
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
-        for node in ast.walk(tree):
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                name = f"{path.relative_to(tests.parent).as_posix()}::{node.name}"
-                found += [Expectation(name, *expected) for expected in _expected(node, tables)]
-    return found
+def read_records(folder: Path = RECORDS) -> Iterator[dict]:
+    """`module`, `line`, `test` and `message` of every `raise` that was executed."""
+    for path in sorted(folder.rglob("*.jsonl")):
+        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
 
-def _expected(function: ast.FunctionDef, tables: dict[str, ast.expr]) -> Iterator[tuple]:
-    given = [text for decorator in function.decorator_list for text in _strings(decorator, tables, frozenset())]
-    inside = _names(function)
-    for node in ast.walk(function):
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "raises":
-            errors = _names(node.args[0]) if node.args else frozenset()
-            errors = errors if errors <= ERRORS | {"AssertionError"} else frozenset()
-            for keyword in node.keywords:
-                if keyword.arg == "match":
-                    for text, names in _patterns(keyword.value, given, tables):
-                        yield errors, _regex_words(text), names | inside
-        elif isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.In) and _is_message(node.comparators[0]):
-            for text, names in _patterns(node.left, given, tables):
-                yield frozenset(), split_words(text), names | inside
+def read_ran(folder: Path = RECORDS) -> set[str]:
+    """The tests (`path::function`) that were run while this was recorded."""
+    names = [path.read_text(encoding="utf-8").splitlines() for path in folder.rglob("ran")]
+    return {name.partition("[")[0] for run in names for name in run}
 
 
-def _names(node: ast.AST) -> frozenset[str]:
-    inner = list(ast.walk(node))
-    return frozenset(
-        [n.id for n in inner if isinstance(n, ast.Name)] + [n.attr for n in inner if isinstance(n, ast.Attribute)]
-    )
+def find_provoked(refusals: list[Refusal], records: Iterable[dict]) -> dict[Refusal, set[str]]:
+    """The tests (`path::function`) in which each sentence was raised."""
+    at_line = defaultdict(list)
+    for refusal in refusals:
+        at_line[refusal.module, refusal.line].append(refusal)
+    provoked: dict[Refusal, set[str]] = {refusal: set() for refusal in refusals}
+    for record in records:
+        for refusal in at_line[record["module"], record["line"]]:
+            if says(refusal, record["message"]) and not record["test"].startswith(NOT_RUN_EVERYWHERE):
+                provoked[refusal].add(record["test"].partition("[")[0])
+    return provoked
 
 
-def _is_message(node: ast.expr) -> bool:
-    """Whether a text is looked for in an error or in what a command printed."""
-    return re.search(r"error|err\b|out\b|message|sentence|printed|refusal", ast.unparse(node)) is not None
+def find_tests(folder: Path = ROOT / "tests") -> set[str]:
+    """Every test there is, as `path::function`."""
+    return {
+        f"{path.relative_to(folder.parent).as_posix()}::{node.name}"
+        for path in folder.rglob("test_*.py")
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")
+    }
 
 
-Text = tuple[str, frozenset[str]]
+def read_links(refusals: list[Refusal], path: Path = LINKS) -> dict[Refusal, str | None]:
+    """The test of each sentence, as it was last written."""
+    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return {r: known.get(r.module, {}).get(r.function, {}).get(r.shown) for r in refusals}
 
 
-def _patterns(node: ast.expr, given: list[Text], tables: dict[str, ast.expr]) -> list[Text]:
-    """The texts of an expression; a name in it stands for any text of the tables that feed the test."""
-    if isinstance(node, ast.Constant):
-        return [(node.value, frozenset())] if isinstance(node.value, str) else []
-    if isinstance(node, ast.JoinedStr):
-        text = "".join(p.value if isinstance(p, ast.Constant) else HOLE for p in node.values)
-        return given if text.replace("(?s)", "") == HOLE else [(text, frozenset())]
-    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        sides = [_patterns(side, given, tables) or [(HOLE, frozenset())] for side in (node.left, node.right)]
-        return [(a + b, names | more) for a, names in sides[0] for b, more in sides[1]]
-    if isinstance(node, ast.Name) and node.id in tables:
-        return list(_strings(tables[node.id], tables, frozenset()))
-    if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "escape" and node.args:
-        return [(re.escape(text), names) for text, names in _patterns(node.args[0], given, tables)]
-    return given if isinstance(node, ast.Name) else []
+def dump_links(links: dict[Refusal, str | None]) -> str:
+    """Module, function and sentence to the test."""
+    tree: dict[str, dict[str, dict[str, str | None]]] = {}
+    for refusal, test in links.items():
+        tree.setdefault(refusal.module, {}).setdefault(refusal.function, {})[refusal.shown] = test
+    return json.dumps(tree, indent=1, ensure_ascii=False) + "\n"
 
 
-def _strings(node: ast.AST, tables: dict[str, ast.expr], names: frozenset[str]) -> Iterator[Text]:
-    """Every text of a table, with the names in its line."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield node.value, names
-    if isinstance(node, ast.Name) and node.id in tables:
-        yield from _strings(tables[node.id], {k: v for k, v in tables.items() if k != node.id}, names)
-    for child in ast.iter_child_nodes(node):
-        yield from _strings(child, tables, _names(node) if isinstance(node, ast.Tuple) else names)
+def link(
+    links: dict[Refusal, str | None], provoked: dict[Refusal, set[str]], tests: set[str], ran: set[str]
+) -> dict[Refusal, str | None]:
+    """`links` without tests that are gone or ran in vain, and with one that was seen where there is none.
 
-
-@cache
-def _regex_words(pattern: str) -> tuple[str, ...]:
-    """The words of a pattern, with holes for whatever is not a plain character."""
-    text = re.sub(r"^\(\?\w+\)", "", pattern)
-    text = re.sub(r"\\([dwsDWSbB])[*+?]?", HOLE, text)
-    text = re.sub(r"(?<!\\)(\[[^\]]*\]|\.)([*+?]\??|\{[^}]*\})?", HOLE, text)
-    text = re.sub(r"(?<!\\)[()^$|?]", " ", text)
-    return split_words(re.sub(r"\\(.)", r"\1", text))
-
-
-def fit(expected: tuple[str, ...], sentence: tuple[str, ...]) -> int:
-    """How many words of `expected` stand in `sentence`, in order; 0 if `sentence` cannot say it.
-
-    A hole of the sentence may be any words; a hole of what is expected skips any. A word beside such a hole may be the
-    end or the beginning of a word.
+    Of several, the one that provokes the fewest other sentences: it is most likely about this one.
     """
-    impossible, most = -1, 0
-    before = [0] + [impossible] * len(expected)  # entry `i`: the first `i` expected are said by the sentence so far
-    for word in sentence:
-        after = [0] + [impossible] * len(expected)  # what is expected may begin anywhere
-        for i, wanted in enumerate(expected, start=1):
-            starts = i == 1 or expected[i - 2] == HOLE
-            stops = i == len(expected) or expected[i] == HOLE
-            options = [impossible]
-            if wanted == HOLE:
-                options += [after[i - 1], before[i], before[i - 1]]
-            if word == HOLE:
-                options += [after[i - 1], before[i]]
-            elif before[i - 1] != impossible and (
-                word == wanted or (starts and word.endswith(wanted)) or (stops and word.startswith(wanted))
-            ):
-                options.append(before[i - 1] + 1)
-            after[i] = max(options)
-        before = after
-        most = max(most, after[-1])
-    return most
-
-
-def _places(refusal: Refusal) -> set[str]:
-    """Names by which a test can mean this raise: its module, class and function."""
-    return {name.lower() for name in (Path(refusal.module).stem, *refusal.function.split("."))}
-
-
-def link(refusals: list[Refusal], expectations: list[Expectation]) -> dict[Refusal, list[str]]:
-    """The tests of every refusal, by name."""
-    tests: dict[Refusal, set[str]] = {refusal: set() for refusal in refusals}
-    lexicon = [(refusal, frozenset(refusal.words)) for refusal in refusals]
-    for expectation in expectations:
-        wanted = [word for word in expectation.words if word != HOLE]
-        if len(wanted) < FEWEST_WORDS:
-            continue
-        able = [pair for pair in lexicon if not expectation.errors or pair[0].error in expectation.errors]
-        shared = [(sum(word in words for word in wanted), refusal) for refusal, words in able]
-        # A word is found as it is, or as a part of one beside a hole or at an end.
-        parts = 2 * (1 + expectation.words.count(HOLE))
-        most, best = 0, []
-        for count, refusal in sorted(shared, key=lambda pair: pair[0], reverse=True):
-            if not count or count + parts < most:
-                break
-            score = fit(expectation.words, refusal.words)
-            best = [refusal] if score > most else [*best, refusal] if score == most else best
-            most = max(most, score)
-        if len(best) > 1:
-            best = [refusal for refusal in best if _places(refusal) & {name.lower() for name in expectation.names}]
-        enough = most > FEWEST_WORDS or most == len(wanted)
-        if len(best) == 1 and enough and 2 * most >= len(wanted):
-            tests[best[0]].add(expectation.test)
-    return {refusal: sorted(names) for refusal, names in tests.items()}
+    others = Counter(test for seen in provoked.values() for test in seen)
+    made = {}
+    for refusal, test in links.items():
+        seen = sorted(provoked[refusal] & tests, key=lambda name: (others[name], name))
+        stays = test in tests and (test in seen or test not in ran)
+        made[refusal] = test if stays else seen[0] if seen else None
+    return made
 
 
 HEAD = """# What is refused
 
-{number} sentences with which the package stops before the first training step, each with its test. What
+{number} sentences with which the package stops before the first training step, each with a test that provokes it. What
 concerns a batch comes with the first batch that breaks the rule. Words in braces are filled in: values seen, names,
 numbers. [troubleshooting.md](troubleshooting.md) tells causes and remedies.
 
-`make refusals` makes this page from the code. A test fails if it is out of date, or if a sentence has no test.
+`make test` proves every row: it records which test executes which `raise`. `make refusals` makes this page from the
+code and the records. A test fails if it is out of date, or if a sentence has no test.
 """
 LATER_HEAD = """
 ## After the first step has begun
@@ -201,17 +123,17 @@ undone; numbers that are not finite; a checkpoint that cannot be written.
 """
 
 
-def page(tests: dict[Refusal, list[str]]) -> str:
+def page(links: dict[Refusal, str | None]) -> str:
     """The page as Markdown, a table a module."""
-    early = [refusal for refusal in tests if refusal.is_early]
+    early = [refusal for refusal in links if refusal.is_early]
     lines = [HEAD.format(number=len(early))]
-    for part, head in ((early, ""), ([refusal for refusal in tests if not refusal.is_early], LATER_HEAD)):
+    for part, head in ((early, ""), ([refusal for refusal in links if not refusal.is_early], LATER_HEAD)):
         lines += [head] if part and head else []
         for module in dict.fromkeys(refusal.module for refusal in part):
             lines += [f"{'###' if head else '##'} `{module}`\n", "| sentence | error | test |", "|---|---|---|"]
             for refusal in part:
                 if refusal.module == module:
-                    lines.append(f"| {_cell(refusal.shown)} | `{refusal.error}` | {_link_to(tests[refusal])} |")
+                    lines.append(f"| {_cell(refusal.shown)} | `{refusal.error}` | {_link_to(links[refusal])} |")
             lines.append("")
     return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
 
@@ -223,39 +145,50 @@ def _cell(sentence: str) -> str:
     return "".join(re.sub(marks[i % 2], r"\\\1", part) for i, part in enumerate(parts))
 
 
-def _link_to(tests: list[str]) -> str:
-    """The first test; more of them would change the page with every test that is written."""
-    if not tests:
+def _link_to(test: str | None) -> str:
+    if test is None:
         return "none"
-    path, name = tests[0].split("::")
+    path, name = test.split("::")
     return f"[`{name}`](../{path})"
 
 
 def read_rows(page: str) -> list[str]:
-    """The shortened sentences in the first column of troubleshooting.md, without a host's, the log's and verdicts."""
+    """The shortened sentences in the first column of troubleshooting.md, without those of libraries and of the log."""
     cells = re.findall(r"^\| (.+?) \| ", page, re.MULTILINE)
     spans = [re.findall(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", cell) for cell in cells if not cell.endswith(")")]
     return [text for found in spans for _, text in found]
 
 
-def is_said(row: str, refusal: Refusal) -> bool:
-    """Whether a shortened sentence, with `...` and `X` for values, is this one."""
-    words = split_words(re.sub(r"\.\.\.|\b[XY]\b", HOLE, row))
-    return fit(words, refusal.words) >= max(1, 0.75 * len([word for word in words if word != HOLE]))
+def explains(row: str, refusal: Refusal) -> bool:
+    """Whether `row` stands in this sentence: letter by letter, but for marks of code.
+
+    `...`, `X` and `Y` in it are any text; its names in backticks, its values in quotes and in brackets may be what the
+    sentence fills in.
+    """
+    pattern = ""
+    for piece in re.split(r"(`[^`]+`|'[^']*'|\([^()]*\))", row.strip()):
+        text = ".*".join(map(re.escape, re.split(r"\.\.\.|\b[XY]\b", piece.replace("`", ""))))
+        is_value, is_name = piece[:1] in ("'", "("), piece[:1] == "`"
+        pattern += rf"(?:{text}|['(]*{HOLE}[')]*)" if is_value else f"(?:{text}|{HOLE})" if is_name else text
+    return re.search(pattern, refusal.holed.replace("`", ""), re.DOTALL) is not None
 
 
-def main() -> int:
-    tests = link(find_refusals(), find_expectations())
-    rows = read_rows(TROUBLESHOOTING.read_text(encoding="utf-8"))
-    for refusal in tests:
-        if not any(is_said(row, refusal) for row in rows):
-            sys.stderr.write(f"not in troubleshooting.md: {refusal.module}: {refusal.shown}\n")
-    PAGE.write_text(page(tests), encoding="utf-8")
-    missing = [refusal for refusal, names in tests.items() if refusal.is_early and not names]
+def main(arguments: list[str]) -> int:
+    refusals = find_refusals()
+    provoked, links = find_provoked(refusals, read_records()), read_links(refusals)
+    if arguments == ["--prove"]:
+        missing = [refusal for refusal, test in links.items() if test is not None and test not in provoked[refusal]]
+        why = "not provoked by its test in this run; `make refusals` looks for another"
+    else:
+        links = link(links, provoked, find_tests(), read_ran())
+        LINKS.write_text(dump_links(links), encoding="utf-8")
+        PAGE.write_text(page(links), encoding="utf-8")
+        missing, why = [refusal for refusal, test in links.items() if refusal.is_early and test is None], "no test"
     for refusal in missing:
-        sys.stderr.write(f"no test: {refusal.module} {refusal.function} {refusal.error}: {refusal.shown}\n")
+        where = f"{refusal.module}:{refusal.line}"
+        sys.stderr.write(f"{why}: {where}: {refusal.error}: {refusal.shown} ({links[refusal]})\n")
     return 1 if missing else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

@@ -7,7 +7,6 @@ page of them.
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,18 +28,19 @@ PASSED_ON = {
 CAUGHT = {"Verdict"}
 # Never an error to a user: a caller logs it and goes on.
 LOGGED = {("reporting/planned_memory.py", "_plan")}
-HOLE = "\0"  # where a sentence is filled in, or a test leaves open what stands there
+HOLE = "\0"  # where a sentence is filled in
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """One sentence: `shown` as a reader sees it, `words` with holes for what is filled in."""
+    """One sentence: `shown` as a reader sees it, `holed` with holes for what is filled in, raised in line `line`."""
 
     module: str
     function: str
     error: str
+    line: int
     shown: str
-    words: tuple[str, ...]
+    holed: str
 
     @property
     def is_early(self) -> bool:
@@ -48,7 +48,7 @@ class Refusal:
 
 
 def find_refusals(package: Path = ROOT / "hf_longctx") -> list[Refusal]:
-    """Every sentence in the order of modules and lines; two raises that say the same count once."""
+    """Every sentence in the order of modules and lines."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(package.rglob("*.py"))}
     own = {
         node.name
@@ -57,7 +57,7 @@ def find_refusals(package: Path = ROOT / "hf_longctx") -> list[Refusal]:
         if isinstance(node, ast.ClassDef) and any(getattr(b, "id", "") in ERRORS | {"Exception"} for b in node.bases)
         if not node.name.startswith("_") and node.name not in CAUGHT  # with `_`: caught in its own module
     }
-    found: dict[tuple, Refusal] = {}
+    found = []
     for path, tree in trees.items():
         module = path.relative_to(package).as_posix()
         for function, node in _raises(tree, ""):
@@ -66,9 +66,8 @@ def find_refusals(package: Path = ROOT / "hf_longctx") -> list[Refusal]:
             if not known or not node.exc.args or (module, function.rpartition(".")[2]) in PASSED_ON | LOGGED:
                 continue
             for parts in _texts(node.exc.args[0], tree):
-                refusal = Refusal(module, function, name, _shown(parts), split_words(_holed(parts)))
-                found.setdefault((module, name, refusal.shown), refusal)
-    return list(found.values())
+                found.append(Refusal(module, function, name, node.lineno, _shown(parts), _holed(parts)))
+    return found
 
 
 def _raises(node: ast.AST, inside: str) -> Iterator[tuple[str, ast.Raise]]:
@@ -136,8 +135,3 @@ def _name(node: ast.expr) -> str:
     if isinstance(node, ast.BinOp):
         return _name(node.left) if isinstance(node.right, ast.Constant) else _name(node.right)
     return "..."
-
-
-def split_words(text: str) -> tuple[str, ...]:
-    """Words and holes; signs are left out, since tests often leave them out as well."""
-    return tuple(re.findall(rf"{HOLE}|[\w']*\w", text))

@@ -7,9 +7,11 @@ import os
 import pytest
 import torch
 
+from . import raises
 from .harness import Imports, World
 
 
+raises.install()
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 _WORLDS: dict[int, World] = {}
@@ -40,6 +42,14 @@ def worlds():
 def _one_thread():
     torch.set_num_threads(1)
     _IMPORTS.freeze()
+
+
+def pytest_configure(config) -> None:
+    raises.begin_worker(getattr(config, "workerinput", {}).get("workerid", "main"))
+
+
+def pytest_runtest_setup(item) -> None:
+    raises.begin_test(item.nodeid)
 
 
 def pytest_sessionfinish(session, exitstatus) -> None:

@@ -6,8 +6,12 @@ import accelerate  # noqa: F401
 import torch
 import transformers.trainer  # noqa: F401
 
-import hf_longctx.proof.compare
-import hf_longctx.trainer.causal_lm  # noqa: F401
+from . import raises
+
+
+raises.install()
+import hf_longctx.proof.compare  # noqa: E402
+import hf_longctx.trainer.causal_lm  # noqa: E402, F401
 
 
 torch.set_num_threads(1)

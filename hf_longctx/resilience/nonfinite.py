@@ -22,11 +22,11 @@ _UNSEEN = "backward"
 
 
 def has_finite_step(model: torch.nn.Module, losses: list[torch.Tensor]) -> torch.Tensor:
-    """Whether this rank's losses and its (parts of the) summed gradients are finite; no synchronization."""
+    """Whether this rank's losses, its (parts of) summed gradients and their norm are finite; no synchronization."""
     gradients = [_local(gradient) for _, gradient in _gradients(model)]
     norm = torch.nn.utils.get_total_norm(gradients) if gradients else torch.zeros(())
     device = losses[0].device
-    return torch.isfinite(torch.stack([value.float().to(device) for value in (*losses, norm)])).all()
+    return torch.stack([torch.isfinite(value).to(device) for value in (*losses, norm)]).all()
 
 
 def forget_gradients(model: torch.nn.Module) -> None:
@@ -53,6 +53,7 @@ def explain_step(trainer, model: torch.nn.Module, batches: list[dict], losses: l
     found = {
         "losses": [float(loss) for loss in losses],
         "gradient": _first_bad(_gradients(model)),
+        "largest": _largest(_gradients(model)),
         "weight": _first_bad(model.named_parameters()),
         "place": None,
         "unseen": False,
@@ -86,7 +87,10 @@ def _sentence(everywhere: list[dict]) -> str:
     if gradient is not None:
         parts.append(f"the gradient of `{gradient}` is the first that is not finite")
     elif not parts:
-        parts.append("every gradient is finite, but their norm overflows")
+        # Clipping to a norm of `inf` makes every gradient 0, and without it the square in Adam's second moment is
+        # `inf` for good: either way a step is counted in which nothing is learned.
+        size, name = max(found["largest"] for found in everywhere)
+        return f"every gradient is finite, but their norm overflows; the largest is {size:.3g}, in that of `{name}`"
     for rank, found in enumerate(everywhere):
         if found["weight"]:
             parts.append(f"the weight `{found['weight']}` itself is not finite on rank {rank}")
@@ -112,6 +116,12 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 def _first_bad(tensors: Iterator[tuple[str, torch.Tensor]]) -> str | None:
     return next((name.removeprefix("module.") for name, tensor in tensors if not _is_finite(_local(tensor))), None)
+
+
+def _largest(tensors: Iterator[tuple[str, torch.Tensor]]) -> tuple[float, str]:
+    """The largest magnitude, and in which tensor it is."""
+    sizes = ((float(_local(t).abs().max()), name.removeprefix("module.")) for name, t in tensors if _local(t).numel())
+    return max(sizes, default=(0.0, ""))
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:

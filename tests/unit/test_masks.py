@@ -30,6 +30,7 @@ from hf_longctx.attention.masks import (
 from hf_longctx.attention.packed import PACKED
 from hf_longctx.attention.padding_masks import without_padding_mask
 from hf_longctx.attention.ulysses import ulysses_attention
+from hf_longctx.parallel.segments import PAD_SEGMENT
 from hf_longctx.parallel.shard import SequenceShard, cut_batch
 
 
@@ -113,25 +114,47 @@ def test_two_chunk_lengths_are_refused():
         read_rule(masking_utils.and_masks(*chunks))
 
 
-@pytest.mark.parametrize(
-    "function",
-    [
+MIXED_WINDOWS = {
+    "causal, window both ways": (
         masking_utils.and_masks(CAUSAL, masking_utils.sliding_window_bidirectional_overlay(3)),
-        masking_utils.and_masks(masking_utils.bidirectional_mask_function, masking_utils.sliding_window_overlay(3)),
+        AttentionRule(causal=True, window=4),
+    ),
+    "both windows, two-sided shorter": (
         masking_utils.and_masks(
             masking_utils.sliding_window_causal_mask_function(5), masking_utils.sliding_window_bidirectional_overlay(2)
         ),
-    ],
-    ids=["causal, window both ways", "all, window backwards", "both windows"],
-)
-def test_mixed_kinds_of_window_are_exact_or_refused(function):
+        AttentionRule(causal=True, window=3),
+    ),
+    "both windows, one-sided shorter": (
+        masking_utils.and_masks(
+            masking_utils.sliding_window_causal_mask_function(2), masking_utils.sliding_window_bidirectional_overlay(2)
+        ),
+        AttentionRule(causal=True, window=2),
+    ),
+    "two windows both ways": (
+        masking_utils.and_masks(
+            masking_utils.sliding_window_bidirectional_mask_function(4),
+            masking_utils.sliding_window_bidirectional_overlay(2),
+        ),
+        AttentionRule(window=2),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MIXED_WINDOWS)
+def test_mixed_kinds_of_window_are_exact(case):
     """The host's one-sided window counts the query, its two-sided window does not."""
-    try:
-        rule = read_rule(function)
-    except NotImplementedError:
-        return
-    seen = visible(index_function(KernelPlan(rule)), 1, 9)
-    assert torch.equal(seen, visible(function, 1, 9))
+    function, expected = MIXED_WINDOWS[case]
+    rule = read_rule(function)
+    assert rule == expected
+    assert torch.equal(visible(index_function(KernelPlan(rule)), 1, 9), visible(function, 1, 9))
+
+
+@pytest.mark.parametrize("also", [[], [masking_utils.sliding_window_bidirectional_overlay(2)]])
+def test_window_backwards_without_a_causal_rule_is_refused(also):
+    behind = [masking_utils.bidirectional_mask_function, masking_utils.sliding_window_overlay(3), *also]
+    with pytest.raises(NotImplementedError, match="looks 3 tokens back but also ahead"):
+        read_rule(masking_utils.and_masks(*behind))
 
 
 # Rules on rows, against loops
@@ -276,25 +299,32 @@ def test_chunks_are_counted_from_the_start_of_each_document():
 
 
 def test_chunks_of_different_documents_never_share_a_number():
-    segments = torch.arange(5).repeat_interleave(8)[None]
-    for chunk in (1, 3, 7, 8):
-        chunks = chunk_segments(segments, chunk, 1, 40, CPU)
-        pairs = {(int(c), int(s)) for c, s in zip(chunks[0], segments[0])}
-        assert len(pairs) == len({c for c, _ in pairs}) == 5 * -(-8 // chunk)
+    """Every way to lay documents out in six tokens, with padding before, between and behind them."""
+    for cuts in itertools.product((False, True), repeat=5):
+        numbers = [0, *itertools.accumulate(map(int, cuts))]
+        # A document of padding is one stretch, and what follows it goes on counting, as after a mask with holes.
+        for padding in (None, *range(numbers[-1] + 1)):
+            segments = torch.tensor([[PAD_SEGMENT if number == padding else number for number in numbers]])
+            for chunk in range(1, 7):
+                chunks = chunk_segments(segments, chunk, 1, 6, CPU)[0].tolist()
+                position = [index - numbers.index(number) for index, number in enumerate(numbers)]
+                expected = [(number, at // chunk) for number, at in zip(numbers, position)]
+                assert [number == PAD_SEGMENT for number in chunks] == [number == padding for number in numbers]
+                for one, other in itertools.combinations(range(6), 2):
+                    if padding not in (numbers[one], numbers[other]):
+                        same = chunks[one] == chunks[other]
+                        assert same == (expected[one] == expected[other]), (numbers, padding, chunk)
 
 
-def test_chunks_of_a_mask_with_holes_are_those_of_the_host_or_refused():
+def test_chunks_of_a_mask_with_holes_are_those_of_the_host():
     mask = torch.tensor([[1, 1, 1, 0, 1, 1, 1, 1, 1]])
     rule = AttentionRule(causal=True, chunk=4)
     host = masking_utils.and_masks(
         masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long)),
         masking_utils.padding_mask_function(mask.bool()),
     )
-    try:
-        shard = cut_batch({"input_ids": torch.ones_like(mask), "attention_mask": mask}, 1, 0)["sequence_shard"]
-        plan = plan_row(rule, shard, 1, CPU)
-    except NotImplementedError:
-        return
+    shard = cut_batch({"input_ids": torch.ones_like(mask), "attention_mask": mask}, 1, 0)["sequence_shard"]
+    plan = plan_row(rule, shard, 1, CPU)
     real = mask[0].bool()
     assert torch.equal(visible(index_function(plan), 1, 9)[0, real], visible(host, 1, 9)[0, real])
 

@@ -240,6 +240,8 @@ def test_counters_count():
 
 LACKING = """
 import sys
+from tests import raises
+raises.install()
 sys.modules["sentence_transformers"] = sys.modules["trl"] = None
 import hf_longctx
 for name in sys.argv[1:]:
@@ -254,7 +256,7 @@ def test_missing_host_is_told_with_the_extra():
     names = ("pack_embeddings", "SpanRankingLoss", "LongContextSentenceTransformerTrainer")
     names = (*names, "TiledMultipleNegativesRankingLoss", "LongContextSFTTrainer")
     command = [sys.executable, "-c", LACKING, *names]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT.parent).stdout
     assert "`pack_embeddings` needs sentence-transformers: `pip install hf-longctx[embedding]`" in printed
     assert "`SpanRankingLoss` needs sentence-transformers: `pip install hf-longctx[embedding]`" in printed
     assert "`LongContextSentenceTransformerTrainer` needs sentence-transformers: `pip install hf-lon" in printed

@@ -1,6 +1,6 @@
 """Every sentence that no other test reads in full: what provokes it, the error, and what it says.
 
-`docs/refusals.md` finds the tests of sentences here and elsewhere. A new sentence gets a line in the table, unless the
+`docs/refusals.md` links sentences to tests here and elsewhere. A new sentence gets a line in the table, unless the
 test of its feature reads it already.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from ..training import Rows, reset_host, train
 
 
 class Poison(TrainerCallback):
-    """In step 2, on one rank, layer 0's MLP gives NaN from its third token on in row 1, or an infinite gradient."""
+    """In step 2, on one rank, layer 0's MLP gives NaN or an infinite or huge gradient, from token 2 on in row 1."""
 
     def __init__(self, how: str, rank: int, times: int = 9) -> None:
         self.how, self.rank, self.times, self.is_on = how, rank, times, False
@@ -38,7 +39,9 @@ class Poison(TrainerCallback):
         if self.how == "forward":
             return output + mask - mask
         if output.requires_grad:
-            output.register_hook(lambda gradient: gradient + mask)
+            output.register_hook(
+                lambda gradient: gradient * (mask + 1).clamp(max=1e25) if self.how == "huge" else gradient + mask
+            )
         return output
 
 
@@ -89,7 +92,27 @@ def test_infinite_gradient_names_where_backward_and_the_first_parameter(world2):
         assert " in row 1 of the batch, from token 2 on (`input_ids` [" in sentence
 
 
-@pytest.mark.parametrize("how", ["forward", "backward"])
+HUGE = (
+    r"step 2 is not finite: every gradient is finite, but their norm overflows; "
+    r"the largest is \d\S*e\+2\d, in that of `model\.[a-z_0-9.]+weight`\."
+)
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_norm_that_overflows_is_refused_though_every_gradient_is_finite(world2, size):
+    sentences = {result[0] for result in world2.run(poison_here, (size, "huge", "raise"), {})}
+    assert len(sentences) == 1 and re.match(HUGE, sentences.pop())
+
+
+def test_a_norm_that_overflows_would_be_a_step_of_nothing():
+    """What the trainer of transformers does with it: it counts a step and moves the weights by what came before."""
+    plain = {"optim": "sgd", "weight_decay": 0.0}
+    assert re.match(HUGE, poison(1, "huge", "raise", rank=0, **plain)[0])
+    error, _, _, before, _ = poison(1, "huge", "off", rank=0, **plain)
+    assert error is None and torch.equal(before[1], before[2]) and not torch.equal(before[0], before[1])
+
+
+@pytest.mark.parametrize("how", ["forward", "backward", "huge"])
 def test_skipped_step_leaves_weights_and_moments_and_is_counted_in_the_log(world2, how):
     results = world2.run(poison_here, (2, how, "skip"), {"gradient_accumulation_steps": 2, "num_train_epochs": 3})
     for error, history, weights, before, steps_taken in results:
