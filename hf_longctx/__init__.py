@@ -63,7 +63,7 @@ __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)
 
 
 def _register_attention_names() -> None:
-    from .attention.registry import register_attention_names
+    from .attention.names import register_attention_names
 
     register_attention_names()
 

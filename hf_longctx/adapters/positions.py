@@ -17,11 +17,10 @@ import torch
 from transformers import PreTrainedModel
 
 from ..attention.cache_names import CACHE_LENGTH_NAMES, find_cache
+from ..attention.call_documents import document_facts, refuse_cache, shard_of_rows
 from ..attention.implicit_positions import FOLLOWED, local_positions, longest_document
-from ..attention.packed import refuse_cache
-from ..attention.registry import ATTENTION_FUNCTIONS
+from ..attention.registry import find_attention
 from ..families import counts_positions
-from ..parallel.segments import DOCUMENT_BOUND_KEYS, segment_rows
 from ..parallel.shard import SequenceShard
 from .instance_forward import InstancePatch, PatchHandle, patch_on, put_on
 
@@ -76,7 +75,7 @@ class _DecoderPatch(InstancePatch):
     def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
         names = inspect.signature(type(module).forward).parameters
         given = {**dict(zip(list(names)[1:], args)), **kwargs}
-        shard = given.get("sequence_shard") or _documents_of_call(module, given)
+        shard = given.get("sequence_shard") or _documents_of_batch(module, given)
         if shard is None:
             return own(*args, **kwargs)
         tables, positions = _tables(module), local_positions(shard)
@@ -109,28 +108,24 @@ class _TablePatch(InstancePatch):
         return embedded if positions.dim() == 1 else embedded.view(*positions.shape, -1)
 
 
-def _documents_of_call(decoder: torch.nn.Module, given: dict[str, object]) -> SequenceShard | None:
+def _documents_of_batch(decoder: torch.nn.Module, given: dict[str, object]) -> SequenceShard | None:
     """The documents of a batch that no one has cut. The decoder makes a mask of ones, behind which they would hide."""
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     if (
         tokens is None
         or given.get("attention_mask") is not None
-        or decoder.config._attn_implementation not in ATTENTION_FUNCTIONS
+        or find_attention(decoder.config._attn_implementation) is None
     ):
         return None
     rows, num_tokens = tokens.shape[:2]
-    facts = {name: given[name] for name in DOCUMENT_BOUND_KEYS if given.get(name) is not None}
-    positions = given.get("position_ids")
-    if isinstance(positions, torch.Tensor) and positions.dim() == 2 and positions.shape[1] == num_tokens:
-        facts["position_ids"] = positions
-    segments, only_right_padding = segment_rows(facts, rows, num_tokens, tokens.device)
-    if segments is None:
+    shard = shard_of_rows(document_facts(given, num_tokens), rows, num_tokens, tokens.device)
+    if shard.segment_ids is None:
         return None
     use_cache = given.get("use_cache")
     fills_cache = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache
     if fills_cache or find_cache(given) is not None:
         refuse_cache()
-    return SequenceShard(1, 0, num_tokens, num_tokens, segments, only_right_padding)
+    return shard
 
 
 def _validate_length(decoder: torch.nn.Module, tables: list[torch.nn.Module], shard: SequenceShard) -> None:

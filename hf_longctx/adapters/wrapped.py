@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..attention.registry import ATTENTION_FUNCTIONS
+from ..attention.registry import find_attention
 
 
 def unwrap(model):
@@ -13,4 +13,4 @@ def unwrap(model):
 def runs_our_attention(model) -> bool:
     """Whether the text part of `model` runs an attention of ours, which reads a batch's `sequence_shard`."""
     config = getattr(unwrap(model), "config", None)
-    return config is not None and config.get_text_config()._attn_implementation in ATTENTION_FUNCTIONS
+    return config is not None and find_attention(config.get_text_config()._attn_implementation) is not None

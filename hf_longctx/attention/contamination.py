@@ -18,6 +18,7 @@ from ..parallel.mesh import SequenceMesh
 from ..parallel.segments import PAD_SEGMENT, segment_rows
 from ..parallel.shard import shard_batch
 from ..tiny_check import SAME_SUMS, evaluation_mode, first_ordinary_token
+from .registry import name_that_packs, name_that_shards
 
 
 _LABELS = ("labels", "shift_labels", "num_items_in_batch")
@@ -148,8 +149,9 @@ def _validate_moved(before: torch.Tensor, after: torch.Tensor, chosen: torch.Ten
     if not leak <= noise:
         raise AssertionError(
             f"documents packed in one row see each other: with one of them replaced, the outputs of others moved by "
-            f"{leak:.1e} of the largest (allowed {noise:.0e}); run the model with attn_implementation='packed', or "
-            "'ulysses' if rows are shared, without a cache and without an `attention_mask`."
+            f"{leak:.1e} of the largest (allowed {noise:.0e}); run the model with "
+            f"attn_implementation={name_that_packs()!r}, or {name_that_shards()!r} if rows are shared, without a "
+            "cache and without an `attention_mask`."
         )
     if not float(moved[chosen].max()) > 0:
         raise AssertionError(
@@ -165,5 +167,5 @@ def _validate_gradients(size: torch.Tensor, largest: torch.Tensor, chosen: torch
         raise AssertionError(
             f"documents packed in one row see each other: the outputs of one send gradients of {leak:.1e} of its own "
             f"largest ({float(largest):.1e}) to the embeddings of others (allowed {noise:.0e}); run the model with "
-            "attn_implementation='packed', or 'ulysses' if rows are shared."
+            f"attn_implementation={name_that_packs()!r}, or {name_that_shards()!r} if rows are shared."
         )

@@ -26,7 +26,7 @@ class DeferredMask:
     def __init__(self, arguments: dict[str, object]) -> None:
         self._arguments = arguments
         self._built: dict[str, object] = {}
-        self._documents: list = []
+        self._shared: dict[str, object] = {}
 
     def build(self, kernel: str) -> object:
         """The mask that `kernel` itself would have got: a tensor, a block mask or `None`."""
@@ -52,11 +52,11 @@ class DeferredMask:
         """The 2-D mask of the batch, `(B, T)`, or `None`."""
         return self._arguments.get("attention_mask")
 
-    def documents(self, read: Callable) -> object:
-        """What `read()` says of the documents of this forward, asked once for all layers."""
-        if not self._documents:
-            self._documents.append(read())
-        return self._documents[0]
+    def once(self, name: str, read: Callable) -> object:
+        """What `read()` returns, computed once under this name for all layers of the forward."""
+        if name not in self._shared:
+            self._shared[name] = read()
+        return self._shared[name]
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

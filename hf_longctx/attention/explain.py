@@ -18,7 +18,7 @@ from ..tiny_check import evaluation_mode
 from .blocks import BlockPlan
 from .kernels import is_flash
 from .masks import AttentionRule, KernelPlan
-from .registry import ATTENTION_FUNCTIONS
+from .registry import find_attention, name_that_packs
 from .varlen import VarlenBounds
 
 
@@ -59,19 +59,19 @@ def explain_attention(model: torch.nn.Module, batch: Mapping[str, object]) -> At
     """Say how `model` attends over `batch`.
 
     Args:
-        model (`torch.nn.Module`): runs `"packed"` or `"ulysses"`.
+        model (`torch.nn.Module`): runs `"packed"` or `"ulysses"`, or another attention that plans an inner kernel.
         batch (`Mapping`): full rows, as for `model(**batch)`, or a rank's share from `shard_batch`.
 
     Raises:
-        ValueError: the model runs another attention.
+        ValueError: the model runs an attention of transformers, or one that plans no inner kernel.
 
     Communication: none for full rows; that of a forward for a share, which every rank of the group must pass.
     """
     name = model.config.get_text_config()._attn_implementation
-    if name not in ATTENTION_FUNCTIONS:
+    if find_attention(name) is None:
         raise ValueError(
             f"`{type(model).__name__}` runs attn_implementation={name!r}, whose plan only the host knows: call "
-            "`model.set_attn_implementation('packed')`."
+            f"`model.set_attn_implementation({name_that_packs()!r})`."
         )
     shard = batch.get("sequence_shard")
     if shard is None:
@@ -80,6 +80,11 @@ def explain_attention(model: torch.nn.Module, batch: Mapping[str, object]) -> At
     inputs = {key: value for key, value in batch.items() if "labels" not in key and key != "num_items_in_batch"}
     with evaluation_mode(model):
         model.base_model(**inputs)
+    if not shard.kernel_plans:
+        raise ValueError(
+            f"`{type(model).__name__}` runs attn_implementation={name!r}, which plans no inner kernel, so there is "
+            "nothing to explain: read its own function."
+        )
     return AttentionExplanation(tuple(_describe(name[1], plan, shard) for name, plan in shard.kernel_plans.items()))
 
 

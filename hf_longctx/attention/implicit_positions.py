@@ -25,7 +25,7 @@ def local_positions(shard: SequenceShard) -> torch.Tensor | None:
         `torch.Tensor` of shape `(t,)` if rows are one document each, else `(B, t)`; 0 for the tokens that make rows
         divisible. `None` if counting from 0 is right.
     """
-    if _packs_documents(shard):
+    if packs_documents(shard):
         segments = shard.segment_ids
         index = torch.arange(segments.shape[1], device=segments.device)
         begins = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
@@ -41,7 +41,7 @@ def local_positions(shard: SequenceShard) -> torch.Tensor | None:
 
 def longest_document(shard: SequenceShard) -> int:
     """Tokens of the longest document of the whole rows; padding counts as one."""
-    if not _packs_documents(shard):
+    if not packs_documents(shard):
         return shard.num_tokens
     return max(int(row.unique_consecutive(return_counts=True)[1].max()) for row in shard.segment_ids)
 
@@ -55,7 +55,7 @@ def validate_positions(module: torch.nn.Module, shard: SequenceShard, extras: di
     kind = getattr(getattr(module, "config", None), "model_type", None)
     if kind not in COUNTS_POSITIONS or FOLLOWED in extras:
         return
-    if shard.size > 1 or _packs_documents(shard):
+    if shard.size > 1 or packs_documents(shard):
         raise NotImplementedError(
             f"a decoder of type `{kind}` numbers its tokens itself, from 0 on every rank and across documents: build "
             "one of our trainers, or call `hf_longctx.adapters.positions.follow_positions(model)` before the "
@@ -63,6 +63,6 @@ def validate_positions(module: torch.nn.Module, shard: SequenceShard, extras: di
         )
 
 
-def _packs_documents(shard: SequenceShard) -> bool:
+def packs_documents(shard: SequenceShard) -> bool:
     """Whether a row holds several documents; padding alone has no segment above 0."""
     return shard.segment_ids is not None and bool((shard.segment_ids > 0).any())

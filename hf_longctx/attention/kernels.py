@@ -19,6 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from ..parallel.segments import PAD_SEGMENT
 from .blocks import BlockPlan, plan_blocks, run_blocks, visible
+from .call import AttentionCall
 from .masks import AttentionRule, KernelPlan, build_mask, segment_bounds
 from .varlen import VarlenBounds, fits, run_varlen
 
@@ -56,17 +57,18 @@ def _importable(module: str) -> bool:
         return False
 
 
-def choose_kernel(name: str, query: torch.Tensor, extras: dict[str, object]) -> str:
+def choose_kernel(name: str, call: AttentionCall) -> str:
     """Turn `"auto"` into a kernel for this call; any other name is kept.
 
     Args:
         name (`str`): `LongContextConfig.inner_attention`.
-        query (`torch.Tensor` of shape `(B, N, t, H)`): decides by device, precision and head size.
-        extras (`dict`): the call's keyword arguments; sinks and softcap rule kernels out.
+        call ([`AttentionCall`]): its query decides by device, precision and head size; sinks and softcap rule kernels
+            out.
     """
     if name != "auto":
         return name
-    needs_more = extras.get("s_aux") is not None or extras.get("softcap") is not None
+    query = call.query
+    needs_more = call.per_head.get("s_aux") is not None or call.extras.get("softcap") is not None
     on_gpu = query.device.type == "cuda"
     if needs_more:
         return "flex_attention" if on_gpu else "eager"
@@ -76,9 +78,9 @@ def choose_kernel(name: str, query: torch.Tensor, extras: dict[str, object]) -> 
     return "sdpa"
 
 
-def refuse_unsupported(kernel: str, extras: dict[str, object], dropout: float) -> None:
+def refuse_unsupported(kernel: str, call: AttentionCall) -> None:
     """Raise `NotImplementedError` if the model asks `kernel` for something it would silently ignore."""
-    sinks, softcap = extras.get("s_aux"), extras.get("softcap")
+    sinks, softcap, dropout = call.per_head.get("s_aux"), call.extras.get("softcap"), call.dropout
     if sinks is not None and (
         kernel == "sdpa" or (is_flash(kernel) and not _flash_supports(kernel, "s_aux", "learnable_sink"))
     ):
@@ -121,44 +123,37 @@ class ModuleView:
         return getattr(self._module, name)
 
 
-def run_plain(kernel: str, module: torch.nn.Module, query, key, value, attention_mask, **kwargs):
-    """Run `kernel` exactly as the host would have run it under its own name."""
+def run_plain(kernel: str, call: AttentionCall, mask: object, is_causal: bool | None) -> tuple:
+    """Run `kernel` exactly as transformers would have run it under its own name, on a mask that it built itself."""
+    kwargs = {**call.extras, **call.per_head, "dropout": call.dropout, "scaling": call.scaling}
+    if is_causal is not None:
+        kwargs["is_causal"] = is_causal
+    module, tensors = call.module, (call.query, call.key, call.value)
     if kernel == "eager":
         own = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", eager_attention)
-        return own(module, query, key, value, attention_mask, **kwargs)
+        return own(module, *tensors, mask, **kwargs)
     function = flash_attention_forward if is_flash(kernel) else ALL_ATTENTION_FUNCTIONS[kernel]
-    return function(ModuleView(module, kernel), query, key, value, attention_mask, **kwargs)
+    return function(ModuleView(module, kernel), *tensors, mask, **kwargs)
 
 
-def run_planned(
-    kernel: str,
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    plan: KernelPlan,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-    s_aux: torch.Tensor | None,
-) -> torch.Tensor:
+def run_planned(kernel: str, call: AttentionCall, plan: KernelPlan) -> torch.Tensor:
     """Run `kernel` on whole rows under `plan`.
 
     Args:
-        query (`torch.Tensor` of shape `(B, n, T, H)`): some heads of whole rows; `key`, `value`: `(B, k, T, H)`,
-            `n % k == 0`.
+        call ([`AttentionCall`]): some heads of whole rows.
         plan ([`KernelPlan`]): what may be seen; `plan.prepared` was made by [`plan_for_kernel`].
-        s_aux (`torch.Tensor` of shape `(n,)`, *optional*): sinks of these heads.
 
     Returns:
         `torch.Tensor` of shape `(B, T, n, H_v)`.
     """
+    query, key, value = call.query, call.key, call.value
+    softcap, s_aux = call.extras.get("softcap"), call.per_head.get("s_aux")
     rule, prepared = plan.rule, plan.prepared
     groups = query.shape[1] // key.shape[1]
-    view = ModuleView(module, kernel, num_key_value_groups=groups, is_causal=rule.causal)
-    extras = {"dropout": dropout, "scaling": scaling}
+    view = ModuleView(call.module, kernel, num_key_value_groups=groups, is_causal=rule.causal)
+    extras = {"dropout": call.dropout, "scaling": call.scaling}
     if isinstance(prepared, VarlenBounds):
-        return _without_padding(run_varlen(rule, prepared, query, key, value, scaling), plan)
+        return _without_padding(run_varlen(rule, prepared, query, key, value, call.scaling), plan)
     if is_flash(kernel):
         window = rule.window
         if window is not None and not rule.causal:
@@ -175,7 +170,7 @@ def run_planned(
 
     if not isinstance(prepared, BlockPlan):
         return attend(query, key, value, prepared, rule.causal)
-    return run_blocks(prepared, lambda q, k, v, call: attend(q, k, v, call.mask, call.is_causal), query, key, value)
+    return run_blocks(prepared, lambda q, k, v, cut: attend(q, k, v, cut.mask, cut.is_causal), query, key, value)
 
 
 def _without_padding(output: torch.Tensor, plan: KernelPlan) -> torch.Tensor:
@@ -185,23 +180,22 @@ def _without_padding(output: torch.Tensor, plan: KernelPlan) -> torch.Tensor:
     return output.masked_fill((plan.segments == PAD_SEGMENT)[..., None, None], 0)
 
 
-def plan_for_kernel(
-    plan: KernelPlan, kernel: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout: float = 0.0
-) -> object:
-    """What `kernel` takes to obey `plan` on whole rows of these shapes; none of it is `T x T` where rows are cut.
+def plan_for_kernel(plan: KernelPlan, kernel: str, call: AttentionCall) -> object:
+    """What `kernel` takes to obey `plan` on the whole rows of `call`; none of it is `T x T` where rows are cut.
 
     Returns:
         `None` (nothing to obey beside causality), flat bounds for a flash kernel, [`VarlenBounds`], a [`BlockPlan`],
         or a mask: for flex attention its block mask, and for the others only if a document is interrupted by padding,
         or for `"eager"` with padding, whose padded queries the host lets see everything.
     """
+    query = call.query
     rows, _, num_tokens, _ = query.shape
     if is_flash(kernel):
         return _bounds_for_flash(plan, kernel, rows, num_tokens, query.device)
     if kernel == "sdpa" and plan.is_plain:
         return None
     device, dtype = query.device, query.dtype
-    if kernel == "sdpa" and fits(query, key, value, dropout):
+    if kernel == "sdpa" and fits(query, call.key, call.value, call.dropout):
         try:
             return VarlenBounds(*segment_bounds(plan.segments, rows, num_tokens, device))
         except NotImplementedError:
@@ -263,7 +257,7 @@ def eager_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with explicit scores, for any mix of softcap and sinks, on the heads it is given.
 
-    Shapes as in [`run_planned`]; `attention_mask` is additive, broadcastable to `(B, n, T, T)`. The host's own eager
+    Shapes as in [`AttentionCall`]; `attention_mask` is additive, broadcastable to `(B, n, T, T)`. The host's own eager
     functions read sinks and head counts from the module and so cannot run on a part of the heads.
 
     Memory: `B x n x T x T` scores.

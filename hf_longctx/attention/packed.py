@@ -10,22 +10,25 @@ Price: see [`blocks`][hf_longctx.attention.blocks]; bounds are read once per for
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from ..parallel.segments import DOCUMENT_BOUND_KEYS, segment_rows
 from ..parallel.shard import SequenceShard
-from .deferred import DeferredMask
-from .implicit_positions import validate_positions
+from .call import AttentionCall
+from .call_documents import documents_of_call, rows_of_call
+from .deferred import DeferredMask, deferred_mask
+from .implicit_positions import packs_documents, validate_positions
 from .kernels import choose_kernel, is_flash, plan_for_kernel, refuse_unsupported, run_plain, run_planned
-from .masks import AttentionRule, KernelPlan, packed_documents, plan_row
+from .masks import KernelPlan
 from .padding_masks import without_padding_mask
+from .registry import AttentionEntry, name_that_packs, name_that_shards
 
 
-# Keyword arguments that change the result and that no inner kernel can take on a part of the heads.
+# Keyword arguments that change the result and that cannot be cut by heads.
 _REFUSED_EXTRAS = ("position_bias", "indices", "block_indices", "sinks", "cache", "head_mask")
-_KNOWN_EXTRAS = ("sliding_window", "softcap", "s_aux")
+_KNOWN_EXTRAS = ("sliding_window", "softcap")
 
 
 def packed_attention(
@@ -67,122 +70,103 @@ def packed_attention(
     Communication: none.
     Gradient: that of the documents taken one by one.
     """
-    if sequence_shard is None:
-        sequence_shard = _documents_of_call(module, query, key, attention_mask, kwargs)
-    elif sequence_shard.size > 1:
+    call = PACKED.call(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    return attend_documents(call, sequence_shard, attend_rows, run_inner_kernel)
+
+
+PACKED = AttentionEntry(
+    "packed", packed_attention, deferred_mask, packs_rows=True, per_head=("s_aux",), takes=("dropout", "softcap")
+)
+
+
+def attend_documents(
+    call: AttentionCall, shard: SequenceShard | None, run: Callable, run_alone: Callable | None = None
+) -> tuple[torch.Tensor, object]:
+    """Attention over whole rows on one process, whatever says which documents they hold.
+
+    Args:
+        call ([`AttentionCall`]): all heads.
+        shard ([`SequenceShard`], *optional*): the facts of the batch; otherwise they are read from the call.
+        run (`Callable`): `(call, shard) -> output`: whole rows of some heads to `(B, T, n, H_v)`, in which every token
+            sees what `call.plan(shard)` says.
+        run_alone (`Callable`, *optional*): `call -> (output, weights)`: rows of one document each, which may have a
+            cache or a mask of the model's own. Without it `run` gets them, and those two are refused.
+
+    Returns:
+        tuple of `(B, T, N, H_v)`, and weights or `None`.
+
+    Raises:
+        ValueError: bounds that do not describe the rows, a mask or a cache beside them, or a share of several
+            processes.
+        NotImplementedError: a mask or input that `run` would get wrong.
+    """
+    if shard is not None and shard.size > 1:
         raise ValueError(
-            f"`sequence_shard` is the share of one of {sequence_shard.size} processes, but the model runs "
-            "attn_implementation='packed', which works on whole rows: call `model.set_attn_implementation('ulysses')`."
+            f"`sequence_shard` is the share of one of {shard.size} processes, but the model runs "
+            f"attn_implementation={call.entry.name!r}, which works on whole rows: call "
+            f"`model.set_attn_implementation({name_that_shards()!r})`."
         )
-    if sequence_shard is None:
-        kernel = choose_kernel("auto", query, kwargs)
-        if isinstance(attention_mask, DeferredMask):
-            deferred, attention_mask = attention_mask, attention_mask.build(kernel)
-            if attention_mask is None and is_causal is None and not hasattr(module, "is_causal"):
-                is_causal = deferred.rule().causal  # a kernel that is told nothing takes it for causal
-        extras = {**kwargs, "dropout": dropout, "scaling": scaling}
-        if is_causal is not None:
-            extras["is_causal"] = is_causal
-        return run_plain(kernel, module, query, key, value, attention_mask, **extras)
-    return _attend_documents(
-        module, query, key, value, attention_mask, dropout, scaling, is_causal, sequence_shard, kwargs
-    )
+    if shard is None and run_alone is not None:
+        shard = documents_of_call(call)
+        if shard is None:
+            return run_alone(call)
+    return _attend_documents(call, shard, run), None
 
 
 @torch.compiler.disable
-def _attend_documents(
-    module, query, key, value, attention_mask, dropout, scaling, is_causal, shard: SequenceShard, kwargs: dict
-) -> tuple[torch.Tensor, None]:
+def _attend_documents(call: AttentionCall, shard: SequenceShard | None, run: Callable) -> torch.Tensor:
     """Rows of known documents. Not traced: every batch cuts its rows at other places."""
-    attention_mask, is_causal = without_padding_mask(attention_mask, is_causal, shard, len(query))
-    validate_call(module, query, key, attention_mask, shard, kwargs)
-    return attend_rows(module, query, key, value, attention_mask, dropout, scaling, is_causal, shard, kwargs), None
+    if shard is None:
+        shard = documents_of_call(call) or rows_of_call(call)
+    return run(validated(call, shard), shard)
 
 
-def _documents_of_call(module, query, key, attention_mask, kwargs: dict[str, object]) -> SequenceShard | None:
-    """The documents that this call packs, as the shard of one process, or `None` for rows of one document each."""
-    bounds = {name: kwargs[name] for name in DOCUMENT_BOUND_KEYS if kwargs.get(name) is not None}
-    if query.shape[2] != key.shape[2]:  # a cache or cross-attention: the bounds speak of other tokens
-        if bounds:
-            refuse_cache()
-        return None
-    if torch.compiler.is_compiling() and not bounds:
-        return None  # the host describes documents in the mask itself then
-    packs = getattr(getattr(module, "config", None), "_attn_implementation", None) == "packed"
-    if isinstance(attention_mask, DeferredMask):
-        return attention_mask.documents(lambda: _read_documents(packs, query, attention_mask, bounds, kwargs))
-    return _read_documents(packs, query, None, bounds, kwargs)
+def run_inner_kernel(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Rows of one document each: the inner kernel as transformers runs it, on the mask that it would have built."""
+    kernel = choose_kernel("auto", call)
+    mask, is_causal = call.mask, call.is_causal
+    if isinstance(mask, DeferredMask):
+        mask = mask.build(kernel)
+        if mask is None and is_causal is None and not hasattr(call.module, "is_causal"):
+            is_causal = call.rule().causal  # a kernel that is told nothing takes it for causal
+    return run_plain(kernel, call, mask, is_causal)
 
 
-@torch.compiler.disable
-def _read_documents(
-    packs: bool,
-    query: torch.Tensor,
-    mask: DeferredMask | None,
-    bounds: dict[str, object],
-    kwargs: dict[str, object],
-) -> SequenceShard | None:
-    """See [`_documents_of_call`]; `packs`: the user named `"packed"`, and so means to pack."""
-    rows, _, num_tokens, _ = query.shape
-    facts = dict(bounds)
-    if mask is not None:
-        facts["attention_mask"] = mask.padding
-    positions = kwargs.get("position_ids")
-    if isinstance(positions, torch.Tensor) and positions.dim() == 2 and positions.shape[1] == num_tokens:
-        facts["position_ids"] = positions
-    segments, only_right_padding = segment_rows(facts, rows, num_tokens, query.device)
-    if segments is None and mask is not None and mask.padding is None:
-        segments = packed_documents(mask.mask_function)
-        only_right_padding = segments is None
-    is_packed = bool(bounds) or (segments is not None and facts.get("attention_mask") is None)
-    # A model that keeps its positions from attention shows documents in the mask alone, and a cache hides them there.
-    is_hidden = packs and torch.is_grad_enabled() and "position_ids" not in kwargs
-    is_hidden = is_hidden and facts.get("attention_mask") is None
-    if kwargs.get("use_cache") and (is_packed or is_hidden):
-        refuse_cache()
-    if not is_packed:
-        return None
-    return SequenceShard(
-        size=1,
-        rank=0,
-        num_tokens=num_tokens,
-        local_len=num_tokens,
-        segment_ids=segments,
-        only_right_padding=only_right_padding,
-    )
+def validated(call: AttentionCall, shard: SequenceShard) -> AttentionCall:
+    """The call as whole rows of `shard` can be computed from it, without a mask that only repeats their padding.
 
-
-def refuse_cache() -> None:
-    """Raise `ValueError` for a cache beside packed documents."""
-    raise ValueError(
-        "`use_cache` is on for a batch that packs documents, or could without attention seeing it: a cache holds one "
-        "document a row, and hides the others; pass `use_cache=False`, or set `model.config.use_cache = False`."
-    )
-
-
-def validate_call(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    attention_mask: object,
-    shard: SequenceShard,
-    extras: dict[str, object],
-) -> None:
-    """Refuse a call whose tokens are not those of the shard, or that brings what no part of the heads can take."""
-    name = type(module).__name__
-    if query.shape[2] != key.shape[2] or query.shape[2] != shard.local_len:
+    Raises:
+        NotImplementedError: its tokens are not those of the shard, or it brings what its attention does not compute or
+            what cannot be cut by heads.
+        ValueError: a per-head input without one entry a head.
+    """
+    mask, is_causal = without_padding_mask(call.mask, call.is_causal, shard, len(call.query))
+    call = replace(call, mask=mask, is_causal=is_causal)
+    name, tokens, keys = type(call.module).__name__, call.query.shape[2], call.key.shape[2]
+    if tokens != keys or tokens != shard.local_len:
         raise NotImplementedError(
-            f"`{name}` attends from {query.shape[2]} to {key.shape[2]} tokens, but this rank holds {shard.local_len}: "
+            f"`{name}` attends from {tokens} to {keys} tokens, but this rank holds {shard.local_len}: "
             "cross-attention, key/value caches and virtual prompt tokens cannot be sharded; train without them, or "
             "set `sequence_parallel_size` to 1."
         )
-    if attention_mask is not None and not isinstance(attention_mask, DeferredMask):
+    if mask is not None and not isinstance(mask, DeferredMask):
         raise NotImplementedError(
-            f"`{name}` got a mask of {type(attention_mask).__name__} that the model made itself, which only knows "
+            f"`{name}` got a mask of {type(mask).__name__} that the model made itself, which only knows "
             "this rank's tokens: set `sequence_parallel_size` to 1 for this model."
         )
-    validate_positions(module, shard, extras)
-    for key_name, extra in extras.items():
+    if not call.entry.packs_rows and packs_documents(shard):
+        raise NotImplementedError(
+            f"a row holds several documents, which attn_implementation={call.entry.name!r} does not keep apart: call "
+            f"`model.set_attn_implementation({name_that_packs()!r})`, or pad documents instead of packing them."
+        )
+    validate_positions(call.module, shard, call.extras)
+    _validate_inputs(call, name)
+    return call
+
+
+def _validate_inputs(call: AttentionCall, name: str) -> None:
+    """Refuse what the attention of `call` would ignore, or could not cut by heads."""
+    for key_name, extra in call.extras.items():
         bias_like = (
             isinstance(extra, torch.Tensor)
             and extra.dim() > 0
@@ -194,99 +178,66 @@ def validate_call(
                 f"`{name}` passes `{key_name}` to its attention, which cannot be split by heads yet: set "
                 "`sequence_parallel_size` to 1 for this model."
             )
+    asked = {"dropout": call.dropout, "softcap": call.extras.get("softcap")}
+    for key_name, value in asked.items():
+        if value and key_name not in call.entry.takes:
+            raise NotImplementedError(
+                f"`{name}` asks for `{key_name}` ({value}), which attn_implementation={call.entry.name!r} does not "
+                "compute: set it to 0 in the model's configuration, or run the model on another attention."
+            )
+    for key_name, tensor in call.per_head.items():
+        if tensor is not None and (tensor.dim() == 0 or len(tensor) != call.query.shape[1]):
+            raise ValueError(
+                f"`{key_name}` has shape {tuple(tensor.shape)}, but attn_implementation={call.entry.name!r} cuts it "
+                f"by heads: its first dimension must be the {call.query.shape[1]} query heads of `{name}`."
+            )
 
 
-def attend_rows(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: DeferredMask | None,
-    dropout: float,
-    scaling: float | None,
-    is_causal: bool | None,
-    shard: SequenceShard,
-    extras: dict[str, object],
-    heads: slice = slice(None),
-) -> torch.Tensor:
-    """Plan and run the kernel on whole rows of some heads.
+def attend_rows(call: AttentionCall, shard: SequenceShard) -> torch.Tensor:
+    """Plan and run an inner kernel on whole rows of some heads.
 
     Args:
-        query (`torch.Tensor` of shape `(B, n, T, H)`): `T` tokens of whole rows; `key`, `value`: `(B, k, T, H)`.
+        call ([`AttentionCall`]): `T` tokens of whole rows; `s_aux` and `softcap` are computed.
         shard ([`SequenceShard`]): documents and padding of the rows; keeps the plan for the other layers.
-        extras (`dict`): the call's keyword arguments: `s_aux` of all heads, `softcap`, ...
-        heads (`slice`): which of all heads these are.
 
     Returns:
         `torch.Tensor` of shape `(B, T, n, H_v)`.
     """
-    kernel = choose_kernel(shard.inner_attention, query, extras)
-    refuse_unsupported(kernel, extras, dropout)
-    plan = _plan(module, query, key, value, attention_mask, dropout, is_causal, shard, kernel, extras)
-    sinks = extras.get("s_aux")
-    call = (plan, dropout, scaling, extras.get("softcap"), None if sinks is None else sinks[heads])
-    if dropout:
-        return _run_with_head_streams(heads.start or 0, kernel, module, query, key, value, *call)
-    return run_planned(kernel, module, query, key, value, *call)
+    kernel = choose_kernel(shard.inner_attention, call)
+    refuse_unsupported(kernel, call)
+    plan = _plan(call, shard, kernel)
+    if call.dropout:
+        return _run_with_head_streams(kernel, call, plan)
+    return run_planned(kernel, call, plan)
 
 
-def _plan(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: DeferredMask | None,
-    dropout: float,
-    is_causal: bool | None,
-    shard: SequenceShard,
-    kernel: str,
-    extras: dict[str, object],
-) -> KernelPlan:
+def _plan(call: AttentionCall, shard: SequenceShard, kernel: str) -> KernelPlan:
     """The rule of this call applied to the whole row, with the kernel's mask. Layers with the same rule share it."""
-    if attention_mask is not None:
-        rule = attention_mask.rule()
-    else:
-        rule = AttentionRule(causal=getattr(module, "is_causal", True) if is_causal is None else is_causal)
-    if is_flash(kernel) and extras.get("sliding_window") is not None and rule.window is None:
+    rule, query = call.rule(), call.query
+    if is_flash(kernel) and call.extras.get("sliding_window") is not None and rule.window is None:
         raise NotImplementedError(
-            f"`{type(module).__name__}` asks for a sliding window of {extras['sliding_window']} tokens that its mask "
-            f"does not have, so '{kernel}' and 'sdpa' would disagree: use `inner_attention='sdpa'`."
+            f"`{type(call.module).__name__}` asks for a sliding window of {call.extras['sliding_window']} tokens that "
+            f"its mask does not have, so '{kernel}' and 'sdpa' would disagree: use `inner_attention='sdpa'`."
         )
-    sizes = query.shape[0], query.shape[-1], value.shape[-1]
-    name = (rule, kernel, query.dtype, query.device, sizes, bool(dropout))
+    sizes = query.shape[0], query.shape[-1], call.value.shape[-1]
+    name = (rule, kernel, query.dtype, query.device, sizes, bool(call.dropout))
     if name not in shard.kernel_plans:
-        plan = plan_row(rule, shard, query.shape[0], query.device)
-        shard.kernel_plans[name] = replace(plan, prepared=plan_for_kernel(plan, kernel, query, key, value, dropout))
+        plan = call.plan(shard)
+        shard.kernel_plans[name] = replace(plan, prepared=plan_for_kernel(plan, kernel, call))
     return shard.kernel_plans[name]
 
 
-def _run_with_head_streams(
-    first_head: int,
-    kernel: str,
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    plan: KernelPlan,
-    dropout: float,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-) -> torch.Tensor:
+def _run_with_head_streams(kernel: str, call: AttentionCall, plan: KernelPlan) -> torch.Tensor:
     """Run the kernel head by head, each with the random stream of its global index.
 
     One shared seed is drawn from the default generator, which checkpointing saves and restores. Drawing all heads from
     one stream instead would give the heads of different ranks the same dropout mask.
     """
     seed = int(torch.randint(2**62, (1,)))
-    groups = query.shape[1] // key.shape[1]
-    devices = [query.device] if query.device.type == "cuda" else []
+    devices = [call.query.device] if call.query.device.type == "cuda" else []
     outputs = []
-    for head in range(query.shape[1]):
-        one, shared = slice(head, head + 1), slice(head // groups, head // groups + 1)
-        sink = None if sinks is None else sinks[one]
+    for head in range(call.query.shape[1]):
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed + first_head + head)
-            tensors = (query[:, one], key[:, shared], value[:, shared])
-            outputs.append(run_planned(kernel, module, *tensors, plan, dropout, scaling, softcap, sink))
+            torch.manual_seed(seed + call.first_head + head)
+            outputs.append(run_planned(kernel, call.of_heads(slice(head, head + 1)), plan))
     return torch.cat(outputs, dim=2)

@@ -10,13 +10,17 @@ Source: DeepSpeed-Ulysses, https://huggingface.co/papers/2309.14509.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..parallel.collectives import heads_to_sequence, sequence_to_heads
 from ..parallel.heads import split_heads
 from ..parallel.shard import SequenceShard
-from .packed import attend_rows, packed_attention, validate_call
-from .padding_masks import without_padding_mask
+from .call import AttentionCall
+from .deferred import deferred_mask
+from .packed import attend_documents, attend_rows, run_inner_kernel, validated
+from .registry import AttentionEntry
 
 
 def ulysses_attention(
@@ -57,51 +61,69 @@ def ulysses_attention(
     Communication: two all-to-alls forward, two backward.
     Gradient: equal to the unsharded layer's, restricted to my tokens.
     """
-    if sequence_shard is None or sequence_shard.size == 1:
-        return packed_attention(
-            module,
-            query,
-            key,
-            value,
-            attention_mask,
-            dropout,
-            scaling,
-            is_causal,
-            sequence_shard=sequence_shard,
-            **kwargs,
-        )
-    return _sharded_attention(
-        module, query, key, value, attention_mask, dropout, scaling, is_causal, sequence_shard, kwargs
-    )
+    call = ULYSSES.call(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    return attend_sharded(call, sequence_shard, attend_rows, run_inner_kernel)
+
+
+ULYSSES = AttentionEntry(
+    "ulysses",
+    ulysses_attention,
+    deferred_mask,
+    shards_rows=True,
+    packs_rows=True,
+    per_head=("s_aux",),
+    takes=("dropout", "softcap"),
+)
+
+
+def attend_sharded(
+    call: AttentionCall, shard: SequenceShard | None, run: Callable, run_alone: Callable | None = None
+) -> tuple[torch.Tensor, object]:
+    """Attention over whole rows, wherever their tokens live: the body of any attention function.
+
+    Args:
+        call ([`AttentionCall`]): my tokens of all heads.
+        shard ([`SequenceShard`], *optional*): the facts of the batch; otherwise they are read from the call.
+        run (`Callable`): `(call, shard) -> output`: whole rows of some heads to `(B, T, n, H_v)`, in which every token
+            sees what `call.plan(shard)` says. Its call holds these heads of everything, per-head inputs included; it
+            knows nothing of ranks.
+        run_alone (`Callable`, *optional*): without a shard, `call -> (output, weights)`; see [`attend_documents`].
+
+    Returns:
+        tuple of `(B, t, N, H_v)`, and weights or `None`.
+
+    Raises:
+        ValueError: more ranks than query heads, a per-head input without one entry a head, or rows that do not fit
+            their bounds.
+        NotImplementedError: what `run` would get wrong, as the call's entry says, or what cannot be cut by heads.
+        RuntimeError: the shard has no process group yet.
+
+    Communication: two all-to-alls forward, two backward; none if one process holds the rows.
+    Gradient: equal to the unsharded layer's, restricted to my tokens. A per-head input gets, on the rank that computes
+        its heads, the gradient of all ranks' losses, and zero on the others: the wrapper's mean makes it exact.
+    """
+    if shard is None or shard.size == 1 or not call.entry.shards_rows:
+        return attend_documents(call, shard, run, run_alone)
+    return _sharded_attention(call, shard, run), None
 
 
 @torch.compiler.disable
-def _sharded_attention(
-    module, query, key, value, attention_mask, dropout, scaling, is_causal, shard: SequenceShard, kwargs: dict
-) -> tuple[torch.Tensor, None]:
-    """The sharded half of [`ulysses_attention`]. Never traced: a compiler may lose the gradient of a collective."""
-    attention_mask, is_causal = without_padding_mask(attention_mask, is_causal, shard, len(query))
-    validate_call(module, query, key, attention_mask, shard, kwargs)
-    split = split_heads(query.shape[1], key.shape[1], shard.size)
+def _sharded_attention(call: AttentionCall, shard: SequenceShard, run: Callable) -> torch.Tensor:
+    """The sharded half of [`attend_sharded`]. Never traced: a compiler may lose the gradient of a collective."""
+    call = validated(call, shard)
+    split = split_heads(call.query.shape[1], call.key.shape[1], shard.size)
     if shard.group is None:
         raise RuntimeError(
             "`sequence_shard` is not bound to this process's group: call `batch['sequence_shard'].bind(mesh)` on "
             "a batch that a data worker cut, or use `hf_longctx.shard_batch`."
         )
-    query, key, value = sequence_to_heads(query, key, value, split, shard.group, shard.stopwatch)
+    tensors = sequence_to_heads(call.query, call.key, call.value, split, shard.group, shard.stopwatch)
     padding = shard.local_len * shard.size - shard.num_tokens
     if padding:
         # From here the row is the user's own again, so the kernel sees what one process would: the same lengths, the
         # same fast path without a mask, the same random numbers.
-        query, key, value = (tensor[:, :, : shard.num_tokens] for tensor in (query, key, value))
-    index = split.key_value_index(shard.rank)
-    if index is not None:
-        index = torch.tensor(index, device=key.device)
-        key, value = key.index_select(1, index), value.index_select(1, index)
-    heads = slice(*split.query[shard.rank])
-    output = attend_rows(
-        module, query, key, value, attention_mask, dropout, scaling, is_causal, shard, kwargs, heads=heads
-    )
+        tensors = [tensor[:, :, : shard.num_tokens] for tensor in tensors]
+    output = run(call.holding(slice(*split.query[shard.rank]), *tensors), shard)
     if padding:
         output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, padding))
-    return heads_to_sequence(output, split, shard.group, shard.stopwatch), None
+    return heads_to_sequence(output, split, shard.group, shard.stopwatch)

@@ -8,7 +8,7 @@ from sentence_transformers.sentence_transformer.modules import CNN, LSTM, WordWe
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..attention.kernels import validate_kernel_available
-from ..attention.registry import ATTENTION_FUNCTIONS
+from ..attention.registry import name_that_packs, name_that_shards, packs_rows, shards_rows
 from ..parallel.heads import validate_head_count
 
 
@@ -17,7 +17,7 @@ def check_packable(model: object) -> list[Transformer]:
     if not isinstance(model, SentenceTransformer):
         raise TypeError(
             f"`model` is a `{type(model).__name__}`, but packing is for a `SentenceTransformer`: load it with "
-            "`SentenceTransformer(name, model_kwargs={'attn_implementation': 'packed'})`."
+            f"`SentenceTransformer(name, model_kwargs={{'attn_implementation': {name_that_packs()!r}}})`."
         )
     inner = [model[0], *model[0].modules()] if isinstance(model[0], Router) else [model[0]]
     transformers = [module for module in inner if isinstance(module, Transformer)]
@@ -33,11 +33,11 @@ def check_packable(model: object) -> list[Transformer]:
 
 def _check_transformer(module: Transformer) -> None:
     name, attention = type(module.model).__name__, getattr(module.config, "_attn_implementation", None)
-    if attention not in ATTENTION_FUNCTIONS:
+    if not packs_rows(attention):
         raise ValueError(
             f"`{name}` runs attn_implementation={attention!r}, which would let the texts of a flat row see each other:"
-            " load the model with `SentenceTransformer(name, model_kwargs={'attn_implementation': 'packed'})`, or "
-            "'ulysses' for several processes a row."
+            f" load the model with `SentenceTransformer(name, model_kwargs={{'attn_implementation': "
+            f"{name_that_packs()!r}}})`, or {name_that_shards()!r} for several processes a row."
         )
     if module.unpad_inputs is False:
         raise ValueError(
@@ -65,11 +65,12 @@ def _check_transformer(module: Transformer) -> None:
 def refuse_leak(module: Transformer) -> None:
     """Raise `ValueError` if a flat row meets a kernel that does not know where texts end."""
     attention = getattr(module.config, "_attn_implementation", None)
-    if attention in ATTENTION_FUNCTIONS or is_flash_attention_requested(requested_attention_implementation=attention):
+    if packs_rows(attention) or is_flash_attention_requested(requested_attention_implementation=attention):
         return
     raise ValueError(
         f"several texts in one row reached attn_implementation={attention!r}, which lets them see each other: call "
-        "`model[0].model.set_attn_implementation('packed')`, or pad with `model[0].unpad_inputs = False`."
+        f"`model[0].model.set_attn_implementation({name_that_packs()!r})`, or pad with `model[0].unpad_inputs = "
+        "False`."
     )
 
 
@@ -89,10 +90,11 @@ def check_shardable(model: SentenceTransformer, size: int, inner_attention: str)
 def _check_shared_transformer(module: Transformer, size: int) -> None:
     name = type(module.model).__name__
     attention = module.config._attn_implementation
-    if attention != "ulysses":
+    if not shards_rows(attention):
         raise ValueError(
             f"`{name}` runs attn_implementation={attention!r}, which works on whole rows, with "
-            f"`sequence_parallel_size` ({size}): load it with `model_kwargs={{'attn_implementation': 'ulysses'}}`."
+            f"`sequence_parallel_size` ({size}): load it with `model_kwargs={{'attn_implementation': "
+            f"{name_that_shards()!r}}}`."
         )
     heads = getattr(module.config.get_text_config(), "num_attention_heads", None)
     if isinstance(heads, int):

@@ -28,19 +28,28 @@ class HeadSplit:
 
     def key_value_index(self, rank: int) -> tuple[int, ...] | None:
         """The local key/value head that each local query head reads, or `None` if plain grouping already says so."""
-        group_size = self.num_query_heads // self.num_key_value_heads
-        start, stop = self.query[rank]
-        index = tuple(head // group_size - self.key_value[rank][0] for head in range(start, stop))
-        count = self.key_value_count(rank)
-        if len(index) % count == 0:
-            local_group = len(index) // count
-            if index == tuple(i // local_group for i in range(len(index))):
-                return None
-        return index
+        return group_index(*self.query[rank], self.num_query_heads // self.num_key_value_heads)
 
     def replication(self) -> float:
         """Key/value heads received by all ranks together, divided by the heads that exist. 1.0 is no replication."""
         return sum(self.key_value_count(rank) for rank in range(len(self.query))) / self.num_key_value_heads
+
+
+def group_index(start: int, stop: int, group_size: int) -> tuple[int, ...] | None:
+    """The key/value head that each of the query heads `start` to `stop` reads, counted from the first that is read.
+
+    Args:
+        group_size (`int`): query heads that read one key/value head.
+
+    Returns:
+        `tuple` of `int`, or `None` if plain grouping already says so.
+    """
+    first = start // group_size
+    index = tuple(head // group_size - first for head in range(start, stop))
+    local_group, rest = divmod(len(index), index[-1] + 1)
+    if not rest and index == tuple(i // local_group for i in range(len(index))):
+        return None
+    return index
 
 
 @lru_cache(maxsize=256)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..attention.deferred import deferred_mask
+from ..attention.registry import AttentionEntry, name_that_packs, name_that_shards
 from ..parallel.heads import HeadSplit, split_heads
 
 
@@ -45,7 +47,7 @@ def planned_attention(
     sequence_shard: PlannedRows | None = None,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """What `"ulysses"` around a flash kernel would hold. Registered as `attn_implementation="planned"`.
+    """What `"ulysses"` around a flash kernel would hold. Known as `"planned"`, during a simulation only.
 
     Args:
         query (`torch.Tensor` of shape `(B, N, t, H)`): of one rank; `key`, `value`: `(B, K, t, H)`.
@@ -60,7 +62,7 @@ def planned_attention(
     if not isinstance(query, FakeTensor):
         raise RuntimeError(
             f"`attn_implementation` ('{PLANNED}') computes nothing, it only plans memory: load the model with "
-            "'ulysses' or 'packed' to train it."
+            f"{name_that_shards()!r} or {name_that_packs()!r} to train it."
         )
     rows = sequence_shard or PlannedRows()
     if rows.size == 1:
@@ -75,6 +77,10 @@ def planned_attention(
     output = _attend(rows, query, key, value)
     shape = (output.shape[0], output.shape[1] // rows.size, split.num_query_heads, output.shape[3])
     return _ToTokens.apply(shape, output), None
+
+
+# Not in the registry, by which trainers ask whether an attention is ours.
+PLANNED_ATTENTION = AttentionEntry(PLANNED, planned_attention, deferred_mask)
 
 
 def _attend(rows: PlannedRows, *tensors: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
-from ..attention.registry import ATTENTION_FUNCTIONS, register_attention_names
-from .fake_attention import PLANNED, planned_attention
+from ..attention.registry import known_to_transformers
+from .fake_attention import PLANNED, PLANNED_ATTENTION
 
 
 # Differ between layers that hold the same memory: numbers, and masks and positions, which attention does not keep.
@@ -56,15 +56,8 @@ class Stack:
 
 def model_on_meta(config: PretrainedConfig) -> torch.nn.Module:
     """The model of a configuration, without memory, on the attention that plans."""
-    use_planned_attention()
-    with torch.device("meta"):
+    with known_to_transformers(PLANNED_ATTENTION), torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=PLANNED).train()
-
-
-def use_planned_attention() -> None:
-    """Register the attention of simulations under its name."""
-    ATTENTION_FUNCTIONS.setdefault(PLANNED, planned_attention)
-    register_attention_names()
 
 
 def find_stack(model: torch.nn.Module) -> Stack | None:

@@ -9,6 +9,7 @@ import torch
 
 from ..adapters.wrapped import unwrap
 from ..attention.kernels import validate_kernel_available
+from ..attention.registry import name_that_shards, shards_rows
 from ..config.run import SOURCE_FIELDS, LongContextConfig
 from ..families import SHARDED_LAYERS
 from ..parallel.heads import validate_head_count
@@ -109,11 +110,12 @@ def check_model(model, config: LongContextConfig) -> None:
     base = unwrap(model)
     name = type(base).__name__
     text = base.config.get_text_config()
-    if text._attn_implementation != "ulysses":
+    if not shards_rows(text._attn_implementation):
         raise ValueError(
             f"`{name}` runs attn_implementation={text._attn_implementation!r}, which would see only this rank's "
             f"tokens, with `sequence_parallel_size` ({size}): load it with `from_pretrained(..., "
-            "attn_implementation='ulysses')` or call `model.set_attn_implementation('ulysses')`."
+            f"attn_implementation={name_that_shards()!r})` or call "
+            f"`model.set_attn_implementation({name_that_shards()!r})`."
         )
     if getattr(base.config, "is_encoder_decoder", False):
         raise NotImplementedError(

@@ -9,7 +9,9 @@ import torch
 
 from hf_longctx.attention import kernels
 from hf_longctx.attention.blocks import BlockPlan, plan_blocks, visible
+from hf_longctx.attention.call import AttentionCall
 from hf_longctx.attention.masks import AttentionRule, KernelPlan, build_mask
+from hf_longctx.attention.packed import PACKED
 from hf_longctx.parallel.segments import PAD_SEGMENT
 
 
@@ -52,11 +54,14 @@ def tensors(rows: int, key_heads: int = 2, value_size: int = 8) -> list[torch.Te
     return [tensor.transpose(1, 2).requires_grad_() for tensor in made]
 
 
+def call_of(*inputs: torch.Tensor, **extras) -> AttentionCall:
+    return PACKED.call(torch.nn.Identity(), *inputs, None, **extras)
+
+
 def run(kernel: str, plan: KernelPlan, prepared, inputs, **extras) -> list[torch.Tensor]:
     """Output and gradients under a random upstream gradient that is zero where there is padding."""
     plan = KernelPlan(plan.rule, plan.segments, prepared)
-    options = {"dropout": 0.0, "scaling": None, "softcap": None, "s_aux": None} | extras
-    output = kernels.run_planned(kernel, torch.nn.Identity(), *inputs, plan, **options)
+    output = kernels.run_planned(kernel, call_of(*inputs, **extras), plan)
     upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=output.dtype)
     if plan.segments is not None:
         keep = (plan.segments != PAD_SEGMENT)[..., None, None]
@@ -74,7 +79,7 @@ def test_blocks_equal_one_call_with_the_whole_mask(kernel, rule, layout):
     whole = build_mask(plan, kernel, rows, 400, torch.float64, CPU)
     if kernel == "eager":
         whole = whole.clamp(min=-1e300)  # the host's own sum with the lowest number overflows
-    prepared = kernels.plan_for_kernel(plan, kernel, *inputs)
+    prepared = kernels.plan_for_kernel(plan, kernel, call_of(*inputs))
     if kernel == "sdpa" and not plan.is_plain:
         assert isinstance(prepared, BlockPlan)
     for actual, expected in zip(run(kernel, plan, prepared, inputs), run(kernel, plan, whole, inputs)):
@@ -87,7 +92,7 @@ def test_eager_blocks_know_sinks_and_softcap(rule):
     plan, inputs = KernelPlan(RULES[rule], LAYOUTS["ragged"]), tensors(1)
     extras = {"softcap": 3.0, "s_aux": torch.randn(4, dtype=torch.float64)}
     whole = build_mask(plan, "eager", 1, 400, torch.float64, CPU).clamp(min=-1e300)
-    prepared = kernels.plan_for_kernel(plan, "eager", *inputs)
+    prepared = kernels.plan_for_kernel(plan, "eager", call_of(*inputs))
     assert isinstance(prepared, BlockPlan)
     for actual, expected in zip(
         run("eager", plan, prepared, inputs, **extras), run("eager", plan, whole, inputs, **extras)
@@ -142,8 +147,8 @@ def test_random_layouts_are_covered_once():
 def test_interrupted_document_keeps_the_mask():
     segments = torch.tensor([[0, 0, PAD_SEGMENT, 0]], dtype=torch.int32)
     assert plan_of(AttentionRule(causal=True), segments) is None
-    query = torch.zeros(1, 2, 4, 8)
-    plan = kernels.plan_for_kernel(KernelPlan(AttentionRule(causal=True), segments), "sdpa", query, query, query)
+    call = call_of(*[torch.zeros(1, 2, 4, 8)] * 3)
+    plan = kernels.plan_for_kernel(KernelPlan(AttentionRule(causal=True), segments), "sdpa", call)
     assert plan.shape == (1, 1, 4, 4)
 
 
@@ -153,9 +158,9 @@ def test_same_segment_number_in_two_rows_is_not_an_interruption():
 
 
 def test_eager_lets_padded_queries_see_what_the_host_does():
-    query = torch.zeros(1, 2, 400, 8)
+    call = call_of(*[torch.zeros(1, 2, 400, 8)] * 3)
     plan = KernelPlan(AttentionRule(causal=True), segments_of((-30, 370)))
-    assert kernels.plan_for_kernel(plan, "eager", query, query, query).shape == (1, 1, 400, 400)
+    assert kernels.plan_for_kernel(plan, "eager", call).shape == (1, 1, 400, 400)
 
 
 @pytest.mark.parametrize("offset", [0, 3])

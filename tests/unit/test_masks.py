@@ -27,6 +27,7 @@ from hf_longctx.attention.masks import (
     read_rule,
     segment_bounds,
 )
+from hf_longctx.attention.packed import PACKED
 from hf_longctx.attention.padding_masks import without_padding_mask
 from hf_longctx.attention.ulysses import ulysses_attention
 from hf_longctx.parallel.shard import SequenceShard, cut_batch
@@ -246,17 +247,16 @@ def test_built_mask_equals_plain_loops(kernel):
 
 def test_sdpa_takes_no_mask_for_a_plain_plan_and_flash_never_takes_one(monkeypatch):
     monkeypatch.setattr(kernels, "_flash_supports", lambda kernel, *names: kernel != "org/plain")
-    query = torch.zeros(2, 3, 8, 4)
+    call = PACKED.call(torch.nn.Identity(), *[torch.zeros(2, 3, 8, 4)] * 3, None)
     plain = KernelPlan(AttentionRule(causal=True))
     window = KernelPlan(AttentionRule(causal=True, window=3))
-    same = query, query, query
-    assert kernels.plan_for_kernel(plain, "sdpa", *same) is None
-    assert isinstance(kernels.plan_for_kernel(window, "sdpa", *same), BlockPlan)
-    assert kernels.plan_for_kernel(window, "flash_attention_2", *same) is None
+    assert kernels.plan_for_kernel(plain, "sdpa", call) is None
+    assert isinstance(kernels.plan_for_kernel(window, "sdpa", call), BlockPlan)
+    assert kernels.plan_for_kernel(window, "flash_attention_2", call) is None
     with pytest.raises(NotImplementedError, match="sliding window of 3 tokens.*'org/plain'.*sdpa"):
-        kernels.plan_for_kernel(window, "org/plain", *same)
+        kernels.plan_for_kernel(window, "org/plain", call)
     segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1], [-1, -1, 0, 0, 0, 0, 0, 0]])
-    bounds = kernels.plan_for_kernel(KernelPlan(plain.rule, segments), "org/kernel", *same)
+    bounds = kernels.plan_for_kernel(KernelPlan(plain.rule, segments), "org/kernel", call)
     assert bounds["cu_seq_lens_q"].tolist() == bounds["cu_seq_lens_k"].tolist() == [0, 3, 7, 8, 10, 16]
     assert bounds["max_length_q"] == bounds["max_length_k"] == 6
 
@@ -436,13 +436,17 @@ def test_model_that_hands_its_mask_to_torch_is_refused():
 # Kernels: which one, and what it cannot do
 
 
+def call_on(query, dropout: float = 0.0, **extras):
+    return PACKED.call(None, query, None, None, None, dropout, **extras)
+
+
 def fake_query(device: str = "cpu", dtype: torch.dtype = torch.float32, head_size: int = 64):
     return SimpleNamespace(device=SimpleNamespace(type=device), dtype=dtype, shape=(1, 2, 8, head_size))
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager", "flex_attention", "flash_attention_3", "org/name"])
 def test_named_kernel_is_kept(name):
-    assert kernels.choose_kernel(name, fake_query("cuda", torch.bfloat16), {"softcap": 30.0}) == name
+    assert kernels.choose_kernel(name, call_on(fake_query("cuda", torch.bfloat16), softcap=30.0)) == name
 
 
 @pytest.mark.parametrize(
@@ -462,12 +466,12 @@ def test_named_kernel_is_kept(name):
 )
 def test_auto_takes_the_kernel_that_can(monkeypatch, query, extras, expected):
     monkeypatch.setattr(kernels, "is_flash_attn_2_available", lambda: True)
-    assert kernels.choose_kernel("auto", query, extras) == expected
+    assert kernels.choose_kernel("auto", call_on(query, **extras)) == expected
 
 
 def test_auto_takes_sdpa_without_flash(monkeypatch):
     monkeypatch.setattr(kernels, "is_flash_attn_2_available", lambda: False)
-    assert kernels.choose_kernel("auto", fake_query("cuda", torch.bfloat16), {}) == "sdpa"
+    assert kernels.choose_kernel("auto", call_on(fake_query("cuda", torch.bfloat16))) == "sdpa"
 
 
 SINKS = {"s_aux": torch.zeros(2)}
@@ -485,15 +489,15 @@ SINKS = {"s_aux": torch.zeros(2)}
 def test_what_a_kernel_would_ignore_is_refused_by_name(monkeypatch, kernel, extras, dropout, sentence):
     monkeypatch.setattr(kernels, "_flash_supports", lambda kernel, *names: False)
     with pytest.raises(NotImplementedError, match=sentence):
-        kernels.refuse_unsupported(kernel, extras, dropout)
+        kernels.refuse_unsupported(kernel, call_on(None, dropout, **extras))
 
 
 @pytest.mark.parametrize("kernel", ["eager", "flex_attention", "org/with-sinks"])
 def test_what_a_kernel_can_do_is_not_refused(monkeypatch, kernel):
     monkeypatch.setattr(kernels, "_flash_supports", lambda kernel, *names: kernel == "org/with-sinks")
-    kernels.refuse_unsupported(kernel, {**SINKS, "softcap": 30.0}, 0.0)
-    kernels.refuse_unsupported("sdpa", {"s_aux": None, "softcap": None}, 0.1)
-    kernels.refuse_unsupported("eager", {}, 0.1)
+    kernels.refuse_unsupported(kernel, call_on(None, **SINKS, softcap=30.0))
+    kernels.refuse_unsupported("sdpa", call_on(None, 0.1, s_aux=None, softcap=None))
+    kernels.refuse_unsupported("eager", call_on(None, 0.1))
 
 
 @pytest.fixture

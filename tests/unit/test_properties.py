@@ -25,7 +25,7 @@ from hf_longctx import LongContextConfig, PackingCollator
 from hf_longctx.attention import blocks
 from hf_longctx.attention.deferred import DeferredMask
 from hf_longctx.attention.masks import AttentionRule, build_mask, plan_row
-from hf_longctx.attention.packed import attend_rows
+from hf_longctx.attention.packed import PACKED, attend_rows
 from hf_longctx.attention.reference import _sees, reference_attention
 from hf_longctx.config.run import INNER_ATTENTIONS, MEMORY_PRESETS
 from hf_longctx.data.packing.datasets import PackedDataset, PackedStream
@@ -358,15 +358,10 @@ def test_attention_of_all_ranks_is_the_reference(case, kernel, heads, size, shor
     split, module, parts = split_heads(*heads, size), torch.nn.Module(), []
     with mock.patch.object(blocks, "_SHORTEST_BLOCK", shortest_block):  # so that short rows are cut as well
         for rank in range(size):
-            query, key, value = leaves
             shard = cut_batch(batch, 1, 0, inner_attention=kernel)["sequence_shard"]
-            mine, shared = slice(*split.query[rank]), slice(*split.key_value[rank])
-            key, value, index = key[:, shared], value[:, shared], split.key_value_index(rank)
-            if index is not None:
-                key, value = key[:, list(index)], value[:, list(index)]
             mask = DeferredMask({"mask_function": function, "batch_size": rows})
-            tensors = (query[:, mine], key, value, mask)
-            parts.append(attend_rows(module, *tensors, 0.0, None, None, shard, {}, heads=mine))
+            call = PACKED.call(module, *leaves, mask).of_heads(slice(*split.query[rank]))
+            parts.append(attend_rows(call, shard))
     actual = torch.cat(parts, dim=2)
     gradients = [torch.autograd.grad((out * upstream).sum(), leaves) for out in (actual, expected)]
     real = (upstream != 0).detach()

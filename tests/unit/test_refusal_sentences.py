@@ -23,7 +23,7 @@ from hf_longctx.adapters import tiled_loss, tiled_loss_check, tiled_mlp
 from hf_longctx.adapters.tiled_loss import tile_loss
 from hf_longctx.attention import kernels
 from hf_longctx.attention.masks import AttentionRule, KernelPlan, read_rule
-from hf_longctx.attention.packed import packed_attention
+from hf_longctx.attention.packed import PACKED, packed_attention
 from hf_longctx.cli import pack as pack_command
 from hf_longctx.cli import plan as plan_command
 from hf_longctx.cli import plan_report
@@ -274,7 +274,7 @@ def test_a_flash_kernel_without_windows_is_refused(monkeypatch):
     monkeypatch.setattr(kernels, "_flash_supports", lambda *_: False)
     plan = KernelPlan(AttentionRule(causal=True, window=3))
     with pytest.raises(NotImplementedError, match="this model has a sliding window of 3 tokens, which"):
-        kernels.plan_for_kernel(plan, "flash_attention_2", ROWS, ROWS, ROWS)
+        kernels.plan_for_kernel(plan, "flash_attention_2", PACKED.call(None, ROWS, ROWS, ROWS, None))
 
 
 def test_a_sharded_head_is_refused(monkeypatch):

@@ -7,6 +7,7 @@ import torch
 
 from hf_longctx.attention import kernels, varlen
 from hf_longctx.attention.masks import AttentionRule, KernelPlan
+from hf_longctx.attention.packed import PACKED
 from hf_longctx.attention.reference import reference_attention
 from hf_longctx.attention.varlen import VarlenBounds, fits
 
@@ -55,10 +56,11 @@ def test_kernel_gets_the_rule_and_the_documents(on_cuda, rule, key_heads, segmen
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, heads, 9, 8, generator=generator) for heads in (4, key_heads, key_heads))
     plan = KernelPlan(rule, None if segments is None else torch.tensor(segments, dtype=torch.int32))
-    prepared = kernels.plan_for_kernel(plan, "sdpa", query, key, value)
+    call = PACKED.call(torch.nn.Identity(), query, key, value, None, scaling=0.3)
+    prepared = kernels.plan_for_kernel(plan, "sdpa", call)
     assert isinstance(prepared, VarlenBounds) or plan.is_plain
     plan = KernelPlan(plan.rule, plan.segments, prepared)
-    output = kernels.run_planned("sdpa", torch.nn.Identity(), query, key, value, plan, 0.0, 0.3, None, None)
+    output = kernels.run_planned("sdpa", call, plan)
     expected = reference_attention(
         query, key, value, causal=rule.causal, window=rule.window, segments=segments, scaling=0.3
     )
@@ -66,9 +68,9 @@ def test_kernel_gets_the_rule_and_the_documents(on_cuda, rule, key_heads, segmen
 
 
 def test_interrupted_document_goes_through_a_mask(on_cuda):
-    query = torch.zeros(1, 2, 4, 8)
+    call = PACKED.call(torch.nn.Identity(), *[torch.zeros(1, 2, 4, 8)] * 3, None)
     plan = KernelPlan(AttentionRule(causal=True), torch.tensor([[0, 0, -1, 0]], dtype=torch.int32))
-    assert kernels.plan_for_kernel(plan, "sdpa", query, query, query).shape == (1, 1, 4, 4)
+    assert kernels.plan_for_kernel(plan, "sdpa", call).shape == (1, 1, 4, 4)
 
 
 class OnDevice(torch.Tensor):

@@ -1,0 +1,103 @@
+"""Which documents the rows of a call hold, where no shard says so.
+
+A batch tells by flat bounds, by an index, by positions that restart, or by its mask. What is read becomes the shard of
+one process, so that everything behind it is the code of shared rows.
+Price: the batch's bounds are read once a forward, not once a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from ..parallel.segments import DOCUMENT_BOUND_KEYS, segment_rows
+from ..parallel.shard import SequenceShard
+from .call import AttentionCall
+from .deferred import DeferredMask
+from .masks import packed_documents
+
+
+def documents_of_call(call: AttentionCall) -> SequenceShard | None:
+    """The documents that this call packs, as the shard of one process, or `None` for rows of one document each.
+
+    Raises:
+        ValueError: a cache beside several documents, or bounds that do not describe the rows.
+    """
+    has_bounds = any(call.extras.get(name) is not None for name in DOCUMENT_BOUND_KEYS)
+    if call.query.shape[2] != call.key.shape[2]:  # a cache or cross-attention: the bounds speak of other tokens
+        if has_bounds:
+            refuse_cache()
+        return None
+    if torch.compiler.is_compiling() and not has_bounds:
+        return None  # transformers describes documents in the mask itself then
+    return _once_a_forward(call, "documents", lambda: _read_documents(call, has_bounds))
+
+
+def rows_of_call(call: AttentionCall) -> SequenceShard:
+    """Rows of one document each with their padding, for an attention that has no other way to run them.
+
+    Raises:
+        NotImplementedError: keys of other tokens than the queries', or a mask that the model made itself.
+    """
+    tokens, keys = call.query.shape[2], call.key.shape[2]
+    own_mask = call.mask is not None and not isinstance(call.mask, DeferredMask)
+    if tokens != keys or own_mask:
+        mask = f"a mask of {type(call.mask).__name__} that the model made itself"
+        raise NotImplementedError(
+            f"`{type(call.module).__name__}` attends from {tokens} to {keys} tokens"
+            f"{' with ' + mask if own_mask else ''}, but attn_implementation={call.entry.name!r} computes whole rows "
+            "under transformers' own masks only: pass `use_cache=False`, or run this model on 'sdpa'."
+        )
+    rows = len(call.query)
+    facts = {"attention_mask": None if call.mask is None else call.mask.padding}
+    return _once_a_forward(call, "rows", lambda: shard_of_rows(facts, rows, tokens, call.query.device))
+
+
+def _once_a_forward(call: AttentionCall, name: str, read: Callable) -> object:
+    """What `read()` returns; all layers of a forward share its mask, and so the answer."""
+    return call.mask.once(name, read) if isinstance(call.mask, DeferredMask) else read()
+
+
+@torch.compiler.disable
+def _read_documents(call: AttentionCall, has_bounds: bool) -> SequenceShard | None:
+    """See [`documents_of_call`]."""
+    rows, _, num_tokens, _ = call.query.shape
+    mask = call.mask if isinstance(call.mask, DeferredMask) else None
+    padding = None if mask is None else mask.padding
+    facts = {**document_facts(call.extras, num_tokens), "attention_mask": padding}
+    shard = shard_of_rows(facts, rows, num_tokens, call.query.device)
+    if shard.segment_ids is None and mask is not None and padding is None:
+        segments = packed_documents(mask.mask_function)
+        shard = SequenceShard(1, 0, num_tokens, num_tokens, segments, only_right_padding=segments is None)
+    is_packed = has_bounds or (shard.segment_ids is not None and padding is None)
+    # A model that keeps its positions from attention shows documents in the mask alone, and a cache hides them there.
+    # Whoever chose a name that does nothing else means to pack.
+    means_to_pack = call.entry.packs_rows and not call.entry.shards_rows
+    is_hidden = means_to_pack and torch.is_grad_enabled() and "position_ids" not in call.extras and padding is None
+    if call.extras.get("use_cache") and (is_packed or is_hidden):
+        refuse_cache()
+    return shard if is_packed else None
+
+
+def document_facts(given: Mapping[str, object], num_tokens: int) -> dict[str, object]:
+    """What tells documents among the keyword arguments of a model or of its attention: bounds and positions."""
+    facts = {name: given[name] for name in DOCUMENT_BOUND_KEYS if given.get(name) is not None}
+    positions = given.get("position_ids")
+    if isinstance(positions, torch.Tensor) and positions.dim() == 2 and positions.shape[1] == num_tokens:
+        facts["position_ids"] = positions
+    return facts
+
+
+def shard_of_rows(facts: Mapping[str, object], rows: int, num_tokens: int, device: torch.device) -> SequenceShard:
+    """Whole rows on one process; see [`segment_rows`] for what `facts` may hold."""
+    segments, only_right_padding = segment_rows(facts, rows, num_tokens, device)
+    return SequenceShard(1, 0, num_tokens, num_tokens, segments, only_right_padding)
+
+
+def refuse_cache() -> None:
+    """Raise `ValueError` for a cache beside packed documents."""
+    raise ValueError(
+        "`use_cache` is on for a batch that packs documents, or could without attention seeing it: a cache holds one "
+        "document a row, and hides the others; pass `use_cache=False`, or set `model.config.use_cache = False`."
+    )
