@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..attention.cache_names import CACHE_LENGTH_NAMES, find_cache
-from ..attention.documents import document_facts, refuse_cache, shard_of_rows
+from ..attention.call_documents import document_facts, refuse_cache, shard_of_rows
 from ..attention.implicit_positions import FOLLOWED, local_positions, longest_document
 from ..attention.registry import find_attention
 from ..families import counts_positions

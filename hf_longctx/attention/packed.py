@@ -17,8 +17,8 @@ import torch
 
 from ..parallel.shard import SequenceShard
 from .call import AttentionCall
+from .call_documents import documents_of_call, rows_of_call
 from .deferred import DeferredMask, deferred_mask
-from .documents import documents_of_call, rows_of_call
 from .implicit_positions import packs_documents, validate_positions
 from .kernels import choose_kernel, is_flash, plan_for_kernel, refuse_unsupported, run_plain, run_planned
 from .masks import KernelPlan

@@ -2,7 +2,7 @@
 
 Some encoders (LayoutLM, MarkupLM) turn the batch's padding mask into numbers of their own, `(B, 1, 1, t)`. On a share
 that knows local tokens only, but nothing that the shard does not know for the whole row, so it can be left to the
-shard. Any other mask is refused by [`validate_call`][hf_longctx.attention.packed.validate_call].
+shard. Any other mask is refused by [`validated`][hf_longctx.attention.packed.validated].
 """
 
 from __future__ import annotations

@@ -93,6 +93,8 @@ def test_transformers_registries_take_a_name_and_a_function():
     assert parameters(GeneralInterface.register) == ["key", "value"]
     assert issubclass(transformers.AttentionInterface, GeneralInterface)
     assert issubclass(masking_utils.AttentionMaskInterface, GeneralInterface)
+    for interface in (transformers.AttentionInterface, masking_utils.AttentionMaskInterface):
+        assert "sdpa" in interface._global_mapping, f"transformers changed `{interface.__name__}._global_mapping`"
 
 
 def test_transformers_kernels_read_what_the_module_view_overrides():
