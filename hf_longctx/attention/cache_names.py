@@ -20,4 +20,5 @@ OUTPUT_NAME = next(name for name in CACHE_NAMES if name in {field.name for field
 
 def find_cache(values: Mapping[str, object]) -> object | None:
     """The cache among the arguments of a call or the fields of an output, or `None`."""
-    return next((values[name] for name in CACHE_NAMES if name in values and values[name] is not None), None)
+    # An output is not asked for an older name: it would warn, and answer with the cache of the new one.
+    return next((value for name, value in values.items() if name in CACHE_NAMES and value is not None), None)

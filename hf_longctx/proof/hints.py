@@ -14,6 +14,8 @@ _INDEXER = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
+# Heads of a recurrent layer, whose size follows from the width.
+_STATE_HEADS = {"mamba_n_heads": 8, "mamba_d_head": "auto"}
 
 HINTS: dict[str, dict[str, object]] = {
     # Sizes that the default configuration leaves out and the model needs.
@@ -27,16 +29,36 @@ HINTS: dict[str, dict[str, object]] = {
     "qwen4_exp_text": _INDEXER,
     "xmod": {"default_language": "en_XX"},
     # Sizes that must fit each other.
+    "bamba": _STATE_HEADS,
+    # Every layer counts twice: attention, then MLP.
+    "dory": {
+        "num_hidden_layers": 8,
+        "layer_types": ["sliding_attention", "mlp", "sliding_attention", "mlp", "full_attention", "mlp"]
+        + ["sliding_attention", "mlp"],
+        "n_input_layers": 2,
+        "n_recurrent_layers": 4,
+        "n_output_layers": 2,
+    },
+    "falcon_h1": {**_STATE_HEADS, "mamba_d_ssm": None},
     "gemma3n_text": {"num_kv_shared_layers": 0},
     "gemma4_text": {"num_kv_shared_layers": 0},
+    "granitemoehybrid": _STATE_HEADS,
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+    },
     "lilt": {"hidden_size": 96, "channel_shrink_ratio": 2},
+    "mamba2": {"expand": 2, "head_dim": 32, "n_groups": 1},
     "mobilebert": {"embedding_size": 64, "true_hidden_size": 64, "intra_bottleneck_size": 64, "use_bottleneck": False},
     # Rotary sections are pairs of a head's numbers: 8, or 4 and 2 where a half or a quarter of it rotates.
     "glm4v_moe_text": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
     "glm4v_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     "glm_ocr_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
+    "hy_v4_vl_text": {"rope_parameters": {"mrope_section": [2, 1, 1]}},
     "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     "qwen2_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     "reformer": {"axial_pos_embds": False},

@@ -30,7 +30,8 @@ _KEY_VALUE_HEADS = re.compile(r"(\w+_)?(num_(key_value|kv)_heads|n_kv_heads|n_he
 _LAYERS = re.compile(r"(num_hidden|num|n|(num_)?(en|de)coder|num_block)_layers?|num_blocks|depth")
 _WIDTH = re.compile(
     r"(\w+_)?hidden_size|d_model|n_embd|dim|(\w+_)?embed(ding)?_dim|emb_dim|embedding_size|\w*embed_proj_dim|"
-    r"hidden_dim|model_dim|projection_dim|proj_dim|lstm_hidden_size|lru_width|\w*out_hidden_size|d_embed"
+    r"hidden_dim|model_dim|projection_dim|proj_dim|lstm_hidden_size|lru_width|\w*out_hidden_size|d_embed|"
+    r"adapter_((in|out)_dim|input_size)"
 )
 _MLP = re.compile(r"(\w+_)?(intermediate_size(_mlp)?|ffn_dim|ffn_hidden_size|d_ff|n_inner|d_inner|mlp_dim|ff_dim)")
 _HEAD_SIZE = re.compile(r"(\w+_)?(head_dim|head_size|kv_channels|d_kv|d_head|head_dimension)")
@@ -93,7 +94,8 @@ def shrink_values(values: Mapping[str, object], size: int) -> dict[str, object]:
     """The fields of a configuration, with those of the configurations inside it, made small."""
     values = dict(values)
     heads = _first(values, _HEADS)
-    heads = min(heads, max(HEADS, size)) if heads else HEADS
+    most = max(HEADS, size)
+    heads = min(heads, most) if heads else most  # without any, it may hold a configuration that has
     kept = _kept_layers(values)
     facts = _Facts(heads, kept, _first(values, _LAYERS) or 0, _head_size(values))
     small = {name: _shrink_field(name, value, values, facts) for name, value in values.items()}
@@ -125,7 +127,10 @@ def _shrink_field(name: str, value: object, values: Mapping, facts: _Facts) -> o
         return {"head_dim": HEAD_SIZE, "num_key_value_heads": facts.heads}.get(name)
     if name == "per_layer_config" and isinstance(value, Mapping):
         kept = {facts.kept.index(int(key)): item for key, item in value.items() if int(key) in facts.kept}
-        return {key: {n: _shrink_field(n, v, values, facts) for n, v in item.items()} for key, item in kept.items()}
+        return {
+            key: {n: _shrink_field(n, v, {**values, **item}, facts) for n, v in item.items()}
+            for key, item in kept.items()
+        }
     if isinstance(value, Mapping):
         if "rope" in name:
             return _shrink_rope(value, facts)

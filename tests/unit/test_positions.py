@@ -230,8 +230,15 @@ def test_a_cache_beside_documents_is_refused():
     follow_positions(model)
     with pytest.raises(ValueError, match="`use_cache` is on"):
         model(**{**packed(documents()), "use_cache": True})
+    cache, decoder, row = DynamicCache(config=model.config), model.get_decoder(), packed(documents())
+    for name in {OUTPUT_NAME, "past_key_values"}:  # what the installed transformers calls it, and what it still takes
+        with pytest.raises(ValueError, match="`use_cache` is on"):
+            model(**{**row, name: cache})
+        with pytest.raises(ValueError, match="`use_cache` is on"):
+            decoder(**{**row, name: cache})
+    place = list(inspect.signature(type(decoder).forward).parameters)[1:].index(OUTPUT_NAME)
     with pytest.raises(ValueError, match="`use_cache` is on"):
-        model(**{**packed(documents()), OUTPUT_NAME: DynamicCache(config=model.config)})
+        decoder(row.pop("input_ids"), *[None] * (place - 1), cache, **row)
     assert find_cache({"cache": None, "past_key_values": 1, "cache_params": None}) == 1
     assert find_cache({"cache": 2, "position_ids": 1}) == 2 and find_cache({"use_cache": True}) is None
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 
 import pytest
 import torch
@@ -266,6 +267,18 @@ def test_outputs_are_those_of_the_host_without_logits():
     as_tuple = model(**{**batch, "use_cache": False, "output_hidden_states": False}, return_dict=False)
     assert isinstance(as_tuple, tuple) and len(as_tuple) == 1
     assert as_tuple[0].item() == pytest.approx(expected.loss.item(), rel=1e-6)
+
+
+def test_an_output_without_a_cache_is_not_asked_for_one_by_an_older_name(monkeypatch):
+    """transformers would warn of the name, in every run and every plan."""
+    warned = []
+    monkeypatch.setattr(logging.Logger, "warning_once", lambda self, message, *rest, **more: warned.append(message))
+    model = tiny("llama")
+    tile_loss(model)
+    for use_cache in (False, True):
+        outputs = model(**{**batch_of(), "use_cache": use_cache})
+        assert (find_cache(outputs) is not None) == use_cache
+    assert warned == []
 
 
 def test_arguments_may_be_positional_and_inputs_embedded():

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 from transformers.models.llama.modeling_llama import LlamaMLP
 
+from hf_longctx.adapters.dense_mlps import find_dense_mlps
 from hf_longctx.adapters.tiled_mlp import tile_mlp
 
 from ..models import VOCAB, build
@@ -469,6 +470,35 @@ class Blend(torch.nn.Module):
 def test_modules_that_only_look_like_mlps_are_refused(how, said):
     with pytest.raises(NotImplementedError, match=f"`Blend` .*{said}"):
         tile_mlp(Layer(Blend(how)), 5)
+
+
+class Remembering(torch.nn.Module):
+    """Has the weights of an MLP, and an argument for what it saw before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(16, 32), torch.nn.Linear(32, 16)
+
+
+class WithCache(Remembering):
+    def forward(self, tokens, cache=None):
+        return self.down(self.up(tokens))
+
+
+class WithOlderCache(Remembering):
+    def forward(self, tokens, past_key_values=None):
+        return self.down(self.up(tokens))
+
+
+class WithState(Remembering):
+    def forward(self, tokens, cache_params=None):
+        return self.down(self.up(tokens))
+
+
+@pytest.mark.parametrize("kind", [WithCache, WithOlderCache, WithState])
+def test_modules_that_take_a_cache_are_no_mlps(kind):
+    found, _ = find_dense_mlps(Layer(kind()))
+    assert not any(isinstance(module, kind) for module in found.values())
 
 
 def test_modules_without_weights_are_proved_at_their_first_call():

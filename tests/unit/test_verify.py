@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_longctx.cli import main
 from hf_longctx.proof.build import build_model
@@ -47,6 +48,24 @@ def test_shrinking_keeps_kinds_and_makes_sizes_small(kind, expected):
     with torch.device("meta"):
         auto = tf.AutoModelForMaskedLM if kind == "bert" else tf.AutoModelForCausalLM
         assert sum(p.numel() for p in auto.from_config(tiny).parameters()) < 500_000
+
+
+FITTED = ("bamba", "dory", "dots3_note", "dots3_note_text", "falcon_h1", "granitemoehybrid", "hy_v4_vl_text", "jamba")
+
+
+@pytest.mark.parametrize("size", [2, 8])
+@pytest.mark.parametrize("kind", [kind for kind in (*FITTED, "mamba2") if kind in CONFIG_MAPPING])
+def test_sizes_that_must_fit_each_other_do_for_any_number_of_ranks(kind, size):
+    """transformers checks them when it makes the configuration."""
+    tiny = shrink(CONFIG_MAPPING[kind](), size)
+    assert tiny.get_text_config().num_hidden_layers <= 4 and tiny.get_text_config().hidden_size == 16 * max(4, size)
+    if kind == "dory":
+        assert tiny.layer_types == ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+        assert (tiny.n_input_layers, tiny.n_recurrent_layers, tiny.n_output_layers) == (1, 2, 1)
+    if kind == "mamba2":
+        assert tiny.num_heads % tiny.n_groups == 0
+    if kind == "jamba":
+        assert tiny.layer_types == ["linear_attention", "full_attention"]
 
 
 def test_a_tiny_model_has_a_head_a_rank_if_the_real_one_has():
