@@ -25,7 +25,7 @@ PASSED_ON = {
     ("resilience/checkpoints.py", "_refuse_everywhere"),
 }
 # Never an error to a user: the package itself catches it and makes a result of it.
-CAUGHT = {"Verdict"}
+CAUGHT = {"Outcome"}
 # Never an error to a user: a caller logs it and goes on.
 LOGGED = {("reporting/planned_memory.py", "_plan")}
 HOLE = "\0"  # where a sentence is filled in

@@ -76,7 +76,7 @@ def show_cost(console: Console, runs: dict[str, tuple[dict, float]]) -> None:
     for name in ("run", "peak memory per process", "tokens/s", "seconds with loading"):
         table.add_column(name, justify="left" if name == "run" else "right")
     for name, (metrics, seconds) in runs.items():
-        peaks = ", ".join(f"{rank['host_bytes'] / GIB:.2f} GiB" for rank in metrics["peak_memory"])
+        peaks = ", ".join(f"{rank['cpu_bytes'] / GIB:.2f} GiB" for rank in metrics["peak_memory"])
         speed = median(entry["tokens_per_second"] for entry in metrics["history"])
         table.add_row(name, peaks, f"{speed:.0f}", f"{seconds:.0f}")
     console.print(table)
@@ -104,8 +104,8 @@ def main() -> int:
     largest = compare(console, shared, single)
     show_cost(console, {"two processes": (shared, shared_seconds), "one process": (single, single_seconds)})
     exact = largest <= TOLERANCE
-    verdict = "[green]equal[/green]" if exact else "[red]not equal[/red]"
-    console.print(f"Largest difference {largest:.1e}, allowed {TOLERANCE:.0e}: {verdict}.")
+    outcome = "[green]equal[/green]" if exact else "[red]not equal[/red]"
+    console.print(f"Largest difference {largest:.1e}, allowed {TOLERANCE:.0e}: {outcome}.")
     console.print(f"Picture:    {shared_folder / 'loss_and_throughput.png'}")
     console.print(f"Model card: {shared_folder / 'README.md'}")
     console.print(f"Model:      {shared_folder}")

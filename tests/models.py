@@ -82,7 +82,7 @@ def config_of(name: str, **changes):
 
 MASKED_LM = ("bert", "modernbert")
 # Whose own loss compares a token with its own label, and averages over the tokens that it sees.
-ALIGNED = ("bart", "marian")
+UNSHIFTED = ("bart", "marian")
 
 
 def build(name: str, attention: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes):

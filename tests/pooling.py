@@ -15,7 +15,7 @@ LAYOUTS = {
     "one document": [(0, 11, 0)],
     "tokens": [(i, i + 1, i) for i in range(11)],
     "empty ones": [(0, 0, 0), (0, 6, 0), (6, 6, 6), (6, 11, 6), (11, 11, 10)],
-    "sentences of a document": [(1, 3, 1), (3, 4, 3), (6, 10, 6)],
+    "messages of a document": [(1, 3, 1), (3, 4, 3), (6, 10, 6)],
     "overlapping": [(0, 7, 0), (3, 9, 3), (3, 9, 0)],
     "in no order": [(8, 11, 8), (0, 3, 0), (3, 8, 3)],
     "none": [],

@@ -60,7 +60,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     plan.add_argument("model", help="hub id, folder or config.json; only the configuration is read")
     plan.add_argument("--gpus", type=int, default=1, help="all GPUs of the run; hosts have 8")
     plan.add_argument("--gpu_memory", type=float, default=80, help="GiB of one GPU")
-    plan.add_argument("--host_memory", type=float, help="GiB of one host, for checkpoints that are offloaded")
+    plan.add_argument("--cpu_memory", type=float, help="GiB of one host, for checkpoints that are offloaded")
     plan.add_argument("--target_tokens", help="tokens of a row that must fit, such as 131072, 128K or 1M")
     plan.add_argument("--optimizer", default="adamw", help="adamw, adafactor, sgd, or lora: AdamW on adapters")
     plan.add_argument("--wrapper", help="fsdp2 (default for several GPUs), ddp, or none (default for one)")

@@ -38,8 +38,8 @@ def run_env() -> int:
         if limit and is_newer(installed, limit):
             newer.append(f"`{package}` {installed} is newer than tested ({limit})")
     console.print(table)
-    for sentence in newer:
-        console.print(f"{sentence}: run `hf-longctx verify` on your model, or install the tested version.")
+    for message in newer:
+        console.print(f"{message}: run `hf-longctx verify` on your model, or install the tested version.")
     import torch
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]

@@ -51,7 +51,7 @@ class Padded:
 
 
 def run_pack(options: argparse.Namespace) -> int:
-    """Print the report, draw the picture and return the exit code: 2, with the sentence, on bad input."""
+    """Print the report, draw the picture and return the exit code: 2, with the message, on bad input."""
     console = Console(soft_wrap=True, highlight=False)
     try:
         _check_options(options)

@@ -31,7 +31,7 @@ from .plan_report import (
 )
 
 
-GPUS_PER_HOST = 8
+GPUS_PER_NODE = 8
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
 _MEASURED_TOKENS = {"cpu": 1024, "cuda": 16384}
 _MEASURED_LAYERS = 2
@@ -42,7 +42,7 @@ _LEAST_TOKENS = 1024
 
 
 def run_plan(options: argparse.Namespace) -> int:
-    """Print the plan, draw and write what is asked for, and return the exit code: 2, with the sentence, if refused."""
+    """Print the plan, draw and write what is asked for, and return the exit code: 2, with the message, if refused."""
     console = Console(soft_wrap=True, highlight=False)
     console.width = max(console.width, _TABLE_WIDTH if console.is_terminal else _PIPED_WIDTH)
     try:
@@ -81,7 +81,7 @@ def recommend(cells: list[Cell], target: int | None) -> Cell | None:
 def _report(
     console: Console, options: argparse.Namespace, planner: Planner, settings: Settings, target: int | None
 ) -> None:
-    memory = _bytes(options.gpu_memory), _bytes(options.host_memory)
+    memory = _bytes(options.gpu_memory), _bytes(options.cpu_memory)
     cells = []
     for size in _sizes(options.gpus, planner):
         sharing = settings.of(tokens=target or size, sequence_parallel_size=size)
@@ -110,13 +110,13 @@ def _plan_cell(
     settings: Settings,
     target: int | None,
     device_bytes: int,
-    host_bytes: int | None,
+    cpu_bytes: int | None,
 ) -> Cell:
     settings = planner.preset(preset, settings)
-    longest = planner.longest_tokens(settings, device_bytes, host_bytes)
+    longest = planner.longest_tokens(settings, device_bytes, cpu_bytes)
     shown = target or longest
     settings = settings.of(tokens=max(shown, settings.sequence_parallel_size))
-    return Cell(preset, settings, longest, planner.ledger(settings) if shown else None)
+    return Cell(preset, settings, longest, planner.breakdown(settings) if shown else None)
 
 
 def _why_not(
@@ -125,26 +125,26 @@ def _why_not(
     target: int | None,
     options: argparse.Namespace,
     device_bytes: int,
-    host_bytes: int | None,
+    cpu_bytes: int | None,
 ) -> str:
     """The longest row that fits, and what the wanted one would need."""
     widest = max(cells, key=lambda cell: (cell.longest, cell.size, list(PRESETS).index(cell.preset.name)))
     tokens = target or _LEAST_TOKENS * widest.size
     settings = widest.settings.of(tokens=tokens)
-    ledger = planner.ledger(settings)
-    needs = [f"{format_number(ledger.device / USABLE_SHARE / GIB)} GiB a GPU"]
-    if host_bytes is not None and ledger.host > host_bytes:
-        needs.append(f"{format_number(ledger.host / GIB)} GiB a host")
+    breakdown = planner.breakdown(settings)
+    needs = [f"{format_number(breakdown.device / USABLE_SHARE / GIB)} GiB a GPU"]
+    if cpu_bytes is not None and breakdown.cpu > cpu_bytes:
+        needs.append(f"{format_number(breakdown.cpu / GIB)} GiB a host")
     wanted = f"rows of {tokens:,} tokens need {' and '.join(needs)}"
     for times in (2, 4, 8):
         size = _sizes(options.gpus * times, planner)[-1]
         more = settings.of(
             sequence_parallel_size=size,
             world_size=options.gpus * times,
-            processes_per_host=min(options.gpus * times, GPUS_PER_HOST),
+            processes_per_node=min(options.gpus * times, GPUS_PER_NODE),
             wrapper="fsdp2" if settings.wrapper == "none" else settings.wrapper,
         )
-        if planner.fits(more, device_bytes, host_bytes):
+        if planner.fits(more, device_bytes, cpu_bytes):
             wanted += f", or {options.gpus * times} GPUs ({size} a row)"
             break
     if not widest.longest:
@@ -171,7 +171,7 @@ def _calibrate(console: Console, planner: Planner) -> Planner:
     tokens = _MEASURED_TOKENS[device]
     settings = Settings(tokens=tokens, compute_dtype=dtype, optimizer="sgd", on_gpu=device == "cuda")
     settings = short.preset("loss", settings)
-    planned, free = short.ledger(settings), free_bytes(device)
+    planned, free = short.breakdown(settings), free_bytes(device)
     if planned.device > 0.9 * free:
         raise ValueError(
             f"`--measure` needs {planned.device / GIB:.1f} GiB for {_MEASURED_LAYERS} layers and {tokens:,} tokens, "
@@ -198,7 +198,7 @@ def _settings(options: argparse.Namespace) -> Settings:
     return Settings(
         tokens=1,
         world_size=options.gpus,
-        processes_per_host=min(options.gpus, GPUS_PER_HOST),
+        processes_per_node=min(options.gpus, GPUS_PER_NODE),
         weights_dtype=torch.bfloat16 if options.optimizer == "lora" else torch.float32,
         optimizer=options.optimizer,
         wrapper=options.wrapper or ("fsdp2" if options.gpus > 1 else "none"),
@@ -218,7 +218,7 @@ def _read_config(model: str) -> PretrainedConfig:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    for name in ("gpus", "gpu_memory", "host_memory", "peak_tflops", "utilisation"):
+    for name in ("gpus", "gpu_memory", "cpu_memory", "peak_tflops", "utilisation"):
         value = getattr(options, name)
         if value is not None and value <= 0:
             raise ValueError(f"`--{name}` ({value:g}) must be more than 0.")

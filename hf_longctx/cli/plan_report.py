@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import PretrainedConfig
 
-from ..planner.memory_plan import DEVICE_KINDS, USABLE_SHARE, Ledger, Planner
+from ..planner.memory_plan import DEVICE_KINDS, USABLE_SHARE, MemoryBreakdown, Planner
 from ..planner.presets import PRESETS, Preset
 from ..planner.settings import GIB, Settings
 from ..reporting.flops import ModelFlops, count_flops
@@ -43,13 +43,13 @@ class Cell:
         preset ([`Preset`]): the rung.
         settings ([`Settings`]): with the tokens that are shown: the target, or the longest row.
         longest (`int`): tokens of the longest row that fits; 0 if none does.
-        ledger ([`Ledger`], *optional*): bytes at the tokens that are shown.
+        breakdown ([`MemoryBreakdown`], *optional*): bytes at the tokens that are shown.
     """
 
     preset: Preset
     settings: Settings
     longest: int
-    ledger: Ledger | None
+    breakdown: MemoryBreakdown | None
 
     @property
     def size(self) -> int:
@@ -95,7 +95,7 @@ def print_facts(
 ) -> None:
     """What the plan is for, and what it takes for granted."""
     numel = sum(p.numel() for p in planner.model.parameters())
-    host = "" if options.host_memory is None else f", {options.host_memory:g} GiB a host"
+    host = "" if options.cpu_memory is None else f", {options.cpu_memory:g} GiB a host"
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", f"{escape(options.model)}, {numel / 1e9:.2f}B parameters")
     planned = f"{USABLE_SHARE:.0%} of it planned with"
@@ -111,7 +111,7 @@ def print_facts(
 
 
 def print_cells(console: Console, cells: list[Cell], best: Cell | None, target: int | None, speed: Speed) -> None:
-    """The ledger of every preset and number of ranks, in GiB of one GPU."""
+    """The breakdown of every preset and number of ranks, in GiB of one GPU."""
     shown = f"rows of {target:,} tokens" if target else "the longest row of each line"
     console.print(f"GiB of one GPU at the fullest moment of a step, for {shown}:")
     names = [_SHORT_NAMES.get(kind, kind) for kind in DEVICE_KINDS]
@@ -119,20 +119,24 @@ def print_cells(console: Console, cells: list[Cell], best: Cell | None, target: 
     table = Table(show_edge=False, **look)
     for name in ("", "preset", "P"):
         table.add_column(name, no_wrap=True)
-    for name in (*names, "all", "host", "PFLOP", "sec", "longest"):
+    for name in (*names, "all", "cpu", "PFLOP", "sec", "longest"):
         table.add_column(name, justify="right", overflow="fold")
     for cell in cells:
         style = "bold green" if cell is best else None
         mark = "->" if cell is best else ""
         row = ["-"] * (len(names) + 4)
-        if cell.ledger is not None:
-            amounts = [*(getattr(cell.ledger, kind) for kind in DEVICE_KINDS), cell.ledger.device, cell.ledger.host]
+        if cell.breakdown is not None:
+            amounts = [
+                *(getattr(cell.breakdown, kind) for kind in DEVICE_KINDS),
+                cell.breakdown.device,
+                cell.breakdown.cpu,
+            ]
             row = [*(_format_gib(amount) for amount in amounts), *speed.cells(cell.settings)]
         table.add_row(mark, cell.preset.name, str(cell.size), *row, f"{cell.longest:,}", style=style)
     console.print(table)
     console.print(
         "P: GPUs that share a row · grads: gradients · optim: optimizer · hidden: hidden states · attn: attention · "
-        "work: workspace\nall: of one GPU · host: of one host · PFLOP and sec: of one row · longest: tokens of the "
+        "work: workspace\nall: of one GPU · cpu: of one node · PFLOP and sec: of one row · longest: tokens of the "
         "longest row that fits",
         style="dim",
     )
@@ -157,11 +161,11 @@ def draw_plan(path: Path, planner: Planner, cells: list[Cell], shown: Cell, devi
     figure = Figure(figsize=(13, 5), dpi=150, layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     lengths = _lengths(max(shown.longest, 8 * shown.size))
-    ledgers = [planner.ledger(shown.settings.of(tokens=length)) for length in lengths]
+    breakdowns = [planner.breakdown(shown.settings.of(tokens=length)) for length in lengths]
     labels = [format_tokens(length) for length in lengths]
     bottom = [0.0] * len(lengths)
     for kind, color in zip(DEVICE_KINDS, _COLORS):
-        heights = [getattr(ledger, kind) / GIB for ledger in ledgers]
+        heights = [getattr(breakdown, kind) / GIB for breakdown in breakdowns]
         left.bar(labels, heights, bottom=bottom, color=color, label=_NAMES.get(kind, kind))
         bottom = [low + height for low, height in zip(bottom, heights)]
     left.axhline(device_bytes / GIB, color="black", linewidth=1, label="memory of one GPU")
@@ -243,10 +247,10 @@ def write_recipe(path: Path, model: str, cell: Cell, target: int | None) -> None
         launcher = f"accelerate launch --config_file {_ACCELERATE[settings.wrapper]}"
         launcher += f" --num_processes {settings.world_size}"
     needed = yaml.safe_dump({"model_name_or_path": model}).strip()
-    ledger = cell.ledger
+    breakdown = cell.breakdown
     lines = [
-        f"# Planned: {ledger.device / GIB:.1f} GiB of each of {settings.world_size} GPUs for rows of "
-        f"{ledger.tokens:,} tokens; {cell.longest:,} would fit.",
+        f"# Planned: {breakdown.device / GIB:.1f} GiB of each of {settings.world_size} GPUs for rows of "
+        f"{breakdown.tokens:,} tokens; {cell.longest:,} would fit.",
         f"#   {launcher} recipes/sft.py --config {path.name}",
         "",
         f"{needed}  # <- a model on the Hub, or a folder",

@@ -1,6 +1,6 @@
 """`hf-longctx verify`: a table of the proof, and an exit code for a script.
 
-0 exact, 1 wrong, 2 refused with the sentence, 3 could not be built.
+0 exact, 1 wrong, 2 refused with the message, 3 could not be built.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def run_verify(options: argparse.Namespace) -> int:
     return result.exit_code
 
 
-def _end(console: Console, verdict: str, sentence: str) -> int:
-    console.print(f"[{_STYLES[verdict]}]{_WORDS[verdict]}[/]: {escape(sentence)}")
-    return EXIT_CODES[verdict]
+def _end(console: Console, outcome: str, message: str) -> int:
+    console.print(f"[{_STYLES[outcome]}]{_WORDS[outcome]}[/]: {escape(message)}")
+    return EXIT_CODES[outcome]
 
 
 def _print(console: Console, options: argparse.Namespace, result: VerifyResult) -> None:
@@ -76,32 +76,32 @@ def _print(console: Console, options: argparse.Namespace, result: VerifyResult) 
     plain = not console.is_terminal
     table = Table(box=box.SIMPLE if plain else box.ROUNDED, show_edge=not plain)
     outputs = "embeddings" if embeds else "outputs"
-    columns = ("rows", "loss", outputs, "worst gradient", "of parameter", "eval", "allowed", "verdict", "seconds")
+    columns = ("rows", "loss", outputs, "worst gradient", "of parameter", "eval", "allowed", "outcome", "seconds")
     for name in columns:
-        table.add_column(name, justify="left" if name in ("rows", "of parameter", "verdict") else "right")
+        table.add_column(name, justify="left" if name in ("rows", "of parameter", "outcome") else "right")
     for rows in result.rows:
         table.add_row(*_cells(rows))
     console.print(table)
-    blind = [rows.blind for rows in result.rows if rows.blind is not None]
-    if blind and embeds:
-        seen = ", ".join(f"{value:.1e}" for value in blind)
+    baseline = [rows.baseline for rows in result.rows if rows.baseline is not None]
+    if baseline and embeds:
+        seen = ", ".join(f"{value:.1e}" for value in baseline)
         console.print(f"if texts saw each other, or ranks exchanged nothing, embeddings would be off by {seen}")
-    elif blind:
-        console.print(f"without the exchange between processes the outputs would be off by {max(blind):.1e}")
-    verdict = result.verdict
-    sentence = f"{len(result.rows)} kinds of rows in {result.seconds:.1f} s" if result else result.sentence
-    console.print(f"[{_STYLES[verdict]}]{_WORDS[verdict]}[/]: {escape(sentence)}")
+    elif baseline:
+        console.print(f"without the exchange between processes the outputs would be off by {max(baseline):.1e}")
+    outcome = result.outcome
+    message = f"{len(result.rows)} kinds of rows in {result.seconds:.1f} s" if result else result.message
+    console.print(f"[{_STYLES[outcome]}]{_WORDS[outcome]}[/]: {escape(message)}")
 
 
 def _cells(rows: RowsResult) -> list[str]:
-    verdict = f"[{_STYLES[rows.verdict]}]{_WORDS[rows.verdict]}[/]"
+    outcome = f"[{_STYLES[rows.outcome]}]{_WORDS[rows.outcome]}[/]"
     seconds = f"{rows.seconds:.1f}"
     errors = rows.errors
     if errors is None:
-        return [rows.rows, "-", "-", "-", "-", "-", "-", verdict, seconds]
+        return [rows.rows, "-", "-", "-", "-", "-", "-", outcome, seconds]
     numbers = [f"{value:.1e}" for value in (errors.loss, errors.logits, errors.gradient)]
     allowed = f"{rows.tolerance:.1e} ({rows.dtype})"
-    return [rows.rows, *numbers, escape(errors.parameter), f"{errors.evaluation:.1e}", allowed, verdict, seconds]
+    return [rows.rows, *numbers, escape(errors.parameter), f"{errors.evaluation:.1e}", allowed, outcome, seconds]
 
 
 def _validate_writable(output: str | None) -> None:

@@ -56,7 +56,7 @@ def take_configs(trainer: str, configs: Mapping[str, type], arguments: dict[str,
 
 
 def _right_place(kind: type, configs: Mapping[str, type]) -> str:
-    """The end of a sentence: where a config of another class belongs."""
+    """The end of a message: where a config of another class belongs."""
     for name, known in configs.items():
         if issubclass(kind, known):
             return f"pass the `{kind.__name__}` as `{name}`"

@@ -2,7 +2,7 @@
 
 Training uses accelerate's own sharding, told the data-parallel size and rank instead of the process count, so epochs,
 shuffling and resuming are exactly those of a data-parallel run with one process a group. Evaluation must count each
-row once: where the rows do not divide evenly, the last groups draw `Filler`, which is computed and not counted, so
+row once: where the rows do not divide evenly, the last groups draw a `DummySample`, computed and not counted, so
 that no rank waits for another.
 """
 
@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 
 @dataclass(frozen=True)
-class Filler:
+class DummySample:
     """A row that only keeps a rank busy. Its labels are ignored."""
 
     row: object
@@ -35,7 +35,7 @@ class FilledRows:
         return len(self.dataset)
 
     def __getitem__(self, index: int):
-        return self.dataset[index] if index < len(self.dataset) else Filler(self.dataset[0])
+        return self.dataset[index] if index < len(self.dataset) else DummySample(self.dataset[0])
 
     def total(self, batch_size: int, data_parallel_size: int) -> int:
         if data_parallel_size == 1:
@@ -66,7 +66,7 @@ class FilledStream(IterableDataset):
                 window = []
         if window:
             if self.size > 1:
-                window += [Filler(last)] * (step - len(window))
+                window += [DummySample(last)] * (step - len(window))
             yield from window[mine]
 
 
@@ -75,7 +75,7 @@ def evaluation_loader(dataset, data_parallel_size: int, data_parallel_rank: int,
 
     Args:
         dataset: map-style or iterable.
-        arguments: of `DataLoader`, with `batch_size` and `collate_fn`; the collator must know [`Filler`].
+        arguments: of `DataLoader`, with `batch_size` and `collate_fn`; the collator must know [`DummySample`].
     """
     batch_size = arguments["batch_size"]
     if isinstance(dataset, IterableDataset):

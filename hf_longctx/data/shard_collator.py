@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import IGNORE_INDEX, cut_batch
-from .evaluation_rows import Filler
+from .evaluation_rows import DummySample
 
 
 class ShardCollator:
@@ -45,7 +45,7 @@ class ShardCollator:
         self.inner_attention, self.shift_labels = inner_attention, shift_labels
 
     def __call__(self, rows: list) -> dict[str, object]:
-        real = [row for row in rows if not isinstance(row, Filler)]
+        real = [row for row in rows if not isinstance(row, DummySample)]
         batch = dict(self.collator(real or [rows[0].row]))
         if batch.get("labels") is None:
             raise ValueError(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 
-def evaluate_everywhere(trainer, host_loop: Callable, *args, metric_key_prefix: str = "eval", **kwargs):
+def evaluate_everywhere(trainer, library_loop: Callable, *args, metric_key_prefix: str = "eval", **kwargs):
     """The host's evaluation loop, with its evaluator run on every rank.
 
     The host deals the texts of an evaluator to single processes, which would give the ranks of one group different
@@ -18,7 +18,7 @@ def evaluate_everywhere(trainer, host_loop: Callable, *args, metric_key_prefix: 
     """
     evaluator, trainer.evaluator = trainer.evaluator, None
     try:
-        output = host_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = library_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
     finally:
         trainer.evaluator = evaluator
     if trainer.is_in_train and isinstance(trainer.eval_dataset, dict) and metric_key_prefix.startswith("eval_"):

@@ -47,15 +47,15 @@ def report_truncation(trainer) -> None:
             num_lost += max(len(ids) - limit, 0)
     if not num_long:
         return
-    sentence = (
+    message = (
         f"{num_long} of {num_texts} texts looked at are longer than `model.max_seq_length` ({limit}), and "
         f"{num_lost / num_tokens:.1%} of all tokens would be cut off unseen"
     )
     if policy == "error":
         raise ValueError(
-            f"{sentence}: raise `model.max_seq_length`, split the texts, or set `overlong_texts` to 'truncate'."
+            f"{message}: raise `model.max_seq_length`, split the texts, or set `overlong_texts` to 'truncate'."
         )
-    logger.warning(f"{sentence}; set `overlong_texts` to 'truncate' if that is meant, or to 'error' to stop there")
+    logger.warning(f"{message}; set `overlong_texts` to 'truncate' if that is meant, or to 'error' to stop there")
 
 
 def _sampled_texts(dataset) -> Iterator[list[str]]:

@@ -12,13 +12,13 @@ import torch
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 
-def text_digests(features: Mapping[str, Any]) -> torch.Tensor:
-    """A 64-bit digest of every text: the sum over its tokens of a random number for token and place.
+def text_hashes(features: Mapping[str, Any]) -> torch.Tensor:
+    """A 64-bit hash of every text: the sum over its tokens of a random number for token and place.
 
     Args:
         features (`Mapping[str, Any]`):
             One column as sentence-transformers hands it to a loss: `input_ids (n, T)` with `attention_mask`, or
-            `input_ids` of all texts in a row with their bounds in `cu_seq_lens_q`. An entry `text_digests` is returned
+            `input_ids` of all texts in a row with their bounds in `cu_seq_lens_q`. An entry `text_hashes` is returned
             as it is.
 
     Returns:
@@ -28,8 +28,8 @@ def text_digests(features: Mapping[str, Any]) -> torch.Tensor:
     Raises:
         ValueError: token ids do not tell what a text is.
     """
-    if "text_digests" in features:
-        return features["text_digests"]
+    if "text_hashes" in features:
+        return features["text_hashes"]
     ids, bounds = features.get("input_ids"), features.get("cu_seq_lens_q")
     # A model leaves its embeddings behind in the batch, which is no input.
     inputs = [key for key, x in features.items() if isinstance(x, torch.Tensor) and x.is_floating_point()]
@@ -38,7 +38,7 @@ def text_digests(features: Mapping[str, Any]) -> torch.Tensor:
         has = f"`{inputs[0]}`" if inputs else "no `input_ids`"
         raise ValueError(
             f"`mask_duplicates` tells texts by their token ids, but this batch has {has}: set "
-            "`mask_duplicates=False`, or add a column `text_digests` with one integer a row."
+            "`mask_duplicates=False`, or add a column `text_hashes` with one integer a row."
         )
     if bounds is None:
         mask = features.get("attention_mask")
@@ -48,7 +48,7 @@ def text_digests(features: Mapping[str, Any]) -> torch.Tensor:
     if len(ids) != bounds[-1]:
         raise ValueError(
             f"`mask_duplicates` needs all tokens of a text, but `cu_seq_lens_q` ends at {int(bounds[-1])} and "
-            f"`input_ids` has {len(ids)} tokens: set `mask_duplicates=False`, or add a column `text_digests` with one "
+            f"`input_ids` has {len(ids)} tokens: set `mask_duplicates=False`, or add a column `text_hashes` with one "
             "integer a row."
         )
     text = torch.repeat_interleave(torch.arange(len(bounds) - 1, device=ids.device), bounds.diff())

@@ -18,7 +18,7 @@ from ..losses.contrastive import contrastive_loss
 from ..losses.contrastive_rules import ContrastiveRule
 from ..parallel.collectives import mean_gradient
 from ..parallel.mesh import SequenceMesh
-from .text_hashes import text_digests
+from .text_hashes import text_hashes
 
 
 try:
@@ -136,15 +136,15 @@ class TiledMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
 
     def forward(self, sentence_features: Iterable[dict[str, torch.Tensor]], labels: torch.Tensor | None = None):
         features = list(sentence_features)
-        digests = [text_digests(column) for column in features] if self.mask_duplicates else None
+        hashes = [text_hashes(column) for column in features] if self.mask_duplicates else None
         # One graph for all calls of `calculate_loss`, so that the gradient of the scale is averaged once.
         scale = self._scale()
         if not self.uses_gradient_cache:
-            return self._contrast(embed_columns(self.model, features), digests, scale)
+            return self._contrast(embed_columns(self.model, features), hashes, scale)
 
         def calculate(embeddings: list[list[torch.Tensor]]) -> torch.Tensor:
             backward = torch.is_grad_enabled()
-            return self.calculate_loss(embeddings, labels, with_backward=backward, digests=digests, scale=scale)
+            return self.calculate_loss(embeddings, labels, with_backward=backward, hashes=hashes, scale=scale)
 
         return cached_loss(self, features, calculate)
 
@@ -154,7 +154,7 @@ class TiledMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
         labels: torch.Tensor | None = None,
         *,
         with_backward: bool = False,
-        digests: Sequence[torch.Tensor] | None = None,
+        hashes: Sequence[torch.Tensor] | None = None,
         scale: float | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """The loss from the embeddings of all mini-batches; `MatryoshkaLoss` calls it for every width.
@@ -164,17 +164,17 @@ class TiledMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
         scale = self._scale() if scale is None else scale
         columns = [torch.cat(parts) if parts else torch.empty(0, 1) for parts in reps]
         if not with_backward:
-            return self._contrast(columns, digests, scale)
+            return self._contrast(columns, hashes, scale)
         if self.log_scale is None:
-            loss = self._contrast(columns, digests, scale)
+            loss = self._contrast(columns, hashes, scale)
             loss.backward()
             return loss.detach()
         leaf = scale.detach().requires_grad_(scale.requires_grad)
-        loss = self._contrast(columns, digests, leaf)
+        loss = self._contrast(columns, hashes, leaf)
         loss.backward()
         return loss.detach() + (scale - leaf.detach()) * leaf.grad if leaf.requires_grad else loss.detach()
 
-    def _contrast(self, columns, digests, scale) -> torch.Tensor:
+    def _contrast(self, columns, hashes, scale) -> torch.Tensor:
         self._validate()
         rule = ContrastiveRule(
             directions=self.directions,
@@ -187,7 +187,7 @@ class TiledMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
             scale=scale,
             rule=rule,
             normalize=self.similarity_fct is cos_sim,
-            digests=digests,
+            hashes=hashes,
             tile_size=self.loss_tile_size,
             group=negatives_group(self),
             negatives=self.negatives,

@@ -30,7 +30,7 @@ def contrastive_loss(
     scale: float | torch.Tensor = 20.0,
     rule: ContrastiveRule | None = None,
     normalize: bool = True,
-    digests: Sequence[torch.Tensor] | None = None,
+    hashes: Sequence[torch.Tensor] | None = None,
     tile_size: int = 1024,
     group: dist.ProcessGroup | None = None,
     negatives: str = "gather",
@@ -43,7 +43,7 @@ def contrastive_loss(
         scale (`float` or `torch.Tensor`, *optional*, defaults to 20.0): what scores are multiplied by.
         rule ([`ContrastiveRule`], *optional*): directions, softmaxes and hardness; queries to documents if left out.
         normalize (`bool`, *optional*, defaults to `True`): scores are cosines; otherwise dot products.
-        digests (`Sequence[torch.Tensor]`, *optional*):
+        hashes (`Sequence[torch.Tensor]`, *optional*):
             of every column, `(n,)` in int64, equal for equal texts. Candidates that are no negatives are then left
             out: see [`Duplicates`].
         tile_size (`int`, *optional*, defaults to 1024): rows and candidates whose scores exist at a time.
@@ -60,21 +60,21 @@ def contrastive_loss(
     Raises:
         ValueError: on all ranks, for too few columns, different numbers of rows or columns, or values not finite.
 
-    Relations: equals `MultipleNegativesRankingLoss` on one process, where `digests` find nothing to leave out.
+    Relations: equals `MultipleNegativesRankingLoss` on one process, where `hashes` find nothing to leave out.
     Normalization: `ranks * (sum over my rows) / (rows of all ranks)`, so the mean over ranks is the mean over rows.
-    Communication: two small all-gathers of integers (one without `digests`); with `"gather"` one all-gather, and one
+    Communication: two small all-gathers of integers (one without `hashes`); with `"gather"` one all-gather, and one
         reduce-scatter in the backward; with `"ring"` `3P - 1` messages between neighbours in the forward.
     Gradient: to every column and to `scale`; those of all ranks are summed, none is scaled.
     Memory: `O(n D)` for my rows and `O(N D)` for the candidates (`O(n D)` with `"ring"`), `tile_size * N` scores.
     Source: Inf-CL, https://huggingface.co/papers/2410.17243, for tiles and ring.
     """
     rule, counts = rule or ContrastiveRule(), agree_on_rows(columns, group, refuse_nonfinite)
-    if digests is not None:
-        digests = _gather_digests(torch.stack(list(digests)), counts, group)
+    if hashes is not None:
+        hashes = _gather_hashes(torch.stack(list(hashes)), counts, group)
     with without_autocast(columns[0].device):
         columns = [_prepare(column, normalize) for column in columns]
         scale = torch.as_tensor(scale, dtype=columns[0].dtype, device=columns[0].device)
-        run = _Run(rule, tile_size, counts, 0 if group is None else dist.get_rank(group), digests)
+        run = _Run(rule, tile_size, counts, 0 if group is None else dist.get_rank(group), hashes)
         if group is not None and negatives == "ring":
             return sum_with_gradient(lambda tensors, needs: _ring(run, group, tensors, needs), scale, *columns)
         shared = slice(QUERY if rule.needs_queries else POSITIVE, None)
@@ -133,12 +133,12 @@ def agree_on_rows(
 class _Run:
     """What does not change over the blocks of one loss."""
 
-    def __init__(self, rule, tile_size, counts, rank, digests) -> None:
+    def __init__(self, rule, tile_size, counts, rank, hashes) -> None:
         self.rule, self.tile_size, self.counts, self.rank = rule, tile_size, counts, rank
         self.starts = [sum(counts[:r]) for r in range(len(counts))]
         self.start, self.local = self.starts[rank], counts[rank]
         self.factor = len(counts) / sum(counts)
-        self.duplicates = None if digests is None else Duplicates(digests)
+        self.duplicates = None if hashes is None else Duplicates(hashes)
 
     def tiles(self, rows, gradients, scale, num_columns, with_scale) -> RowTiles:
         return RowTiles(
@@ -209,10 +209,10 @@ def _ring(run: _Run, group, tensors, needs):
     return run.result(tiles), [scale_gradient.to(scale.dtype) if needs[0] else None, *gradients]
 
 
-def _gather_digests(digests: torch.Tensor, counts: list[int], group: dist.ProcessGroup | None) -> torch.Tensor:
+def _gather_hashes(hashes: torch.Tensor, counts: list[int], group: dist.ProcessGroup | None) -> torch.Tensor:
     """`(C, N)` from every rank's `(C, n)`."""
-    padded = digests.new_zeros(len(digests), max(counts))
-    padded[:, : digests.shape[1]] = digests
+    padded = hashes.new_zeros(len(hashes), max(counts))
+    padded[:, : hashes.shape[1]] = hashes
     parts = gather_integer_rows(padded, group)
     return torch.cat([part[:, :count] for part, count in zip(parts, counts)], dim=1)
 

@@ -67,14 +67,14 @@ class Duplicates:
     the positive of pair `i` is none either, its own included. The positive of a pair always stays.
 
     Args:
-        digests (`torch.Tensor` of shape `(C, N)`): one integer a text, for all columns and the pairs of all ranks.
+        hashes (`torch.Tensor` of shape `(C, N)`): one integer a text, for all columns and the pairs of all ranks.
 
     Memory: `O(C N)`. A tile is compared only where both its rows and its candidates hold a text that occurs twice.
     """
 
-    def __init__(self, digests: torch.Tensor) -> None:
-        self.digests = digests
-        query, positive, *negatives = digests
+    def __init__(self, hashes: torch.Tensor) -> None:
+        self.hashes = hashes
+        query, positive, *negatives = hashes
         twice = _occurs_again(query) | _occurs_again(positive)
         self._rows = [twice, twice, *(torch.isin(positive, negative) for negative in negatives)]
         self._candidates = [twice, twice, *(torch.isin(negative, positive) for negative in negatives)]
@@ -87,15 +87,15 @@ class Duplicates:
                 return None
 
         def same(row_column: int, candidate_column: int) -> torch.Tensor:
-            return self.digests[row_column, rows, None] == self.digests[candidate_column, candidates]
+            return self.hashes[row_column, rows, None] == self.hashes[candidate_column, candidates]
 
         if column > POSITIVE:
             return same(POSITIVE, column)
         return same(QUERY, QUERY).logical_or_(same(POSITIVE, POSITIVE))
 
 
-def _occurs_again(digests: torch.Tensor) -> torch.Tensor:
-    _, places, counts = digests.unique(return_inverse=True, return_counts=True)
+def _occurs_again(hashes: torch.Tensor) -> torch.Tensor:
+    _, places, counts = hashes.unique(return_inverse=True, return_counts=True)
     return (counts > 1)[places]
 
 

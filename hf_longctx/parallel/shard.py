@@ -45,7 +45,7 @@ class SequenceShard:
         only_right_padding (`bool`): each row is one document followed by padding, so a causal kernel needs no mask.
         inner_attention (`str`): the kernel that `"ulysses"` runs.
         has_own_positions (`bool`): the batch brought `position_ids`; otherwise they count from 0 in each row.
-        row_digest (`int`): checksum of the full rows, equal on the ranks of a group.
+        row_hash (`int`): checksum of the full rows, equal on the ranks of a group.
         group (`ProcessGroup`, *optional*): the `sp` axis; bound in the main process, since it cannot leave a data
             worker.
         stopwatch ([`Stopwatch`], *optional*): times the exchanges of this batch.
@@ -59,7 +59,7 @@ class SequenceShard:
     only_right_padding: bool = True
     inner_attention: str = "auto"
     has_own_positions: bool = False
-    row_digest: int = 0
+    row_hash: int = 0
     group: dist.ProcessGroup | None = field(default=None, repr=False)
     stopwatch: Stopwatch | None = field(default=None, repr=False)
 
@@ -168,17 +168,17 @@ def cut_batch(
         only_right_padding=only_right_padding,
         inner_attention=inner_attention,
         has_own_positions=batch.get("position_ids") is not None,
-        row_digest=_digest(batch),
+        row_hash=_hash(batch),
     )
     return share
 
 
 def validate_same_rows(shard: SequenceShard) -> None:
     """Raise `RuntimeError` if the ranks of a group hold different rows. Communication: one all-gather of 8 bytes."""
-    digests = gather_integers(shard.row_digest, shard.group)
-    if len(set(digests)) > 1:
+    hashes = gather_integers(shard.row_hash, shard.group)
+    if len(set(hashes)) > 1:
         raise RuntimeError(
-            f"the {shard.size} ranks of one sequence-parallel group drew different rows (checksums {digests}): they "
+            f"the {shard.size} ranks of one sequence-parallel group drew different rows (checksums {hashes}): they "
             "must read the same data in the same order; split the data set by `mesh.data_parallel_rank`, not by the "
             "process rank, and seed a random collator by it."
         )
@@ -228,11 +228,11 @@ def _cut(value: torch.Tensor, rank: int, local_len: int, fill: int) -> torch.Ten
     return piece.contiguous()
 
 
-def _digest(batch: Mapping[str, object]) -> int:
-    digest = 0
+def _hash(batch: Mapping[str, object]) -> int:
+    row_hash = 0
     for key in ("input_ids", "inputs_embeds", "labels", "attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx"):
         value = batch.get(key)
         if isinstance(value, torch.Tensor):
-            digest = zlib.crc32(f"{key}{tuple(value.shape)}".encode(), digest)
-            digest = zlib.crc32(value.detach().cpu().contiguous().view(torch.uint8).numpy(), digest)
-    return digest
+            row_hash = zlib.crc32(f"{key}{tuple(value.shape)}".encode(), row_hash)
+            row_hash = zlib.crc32(value.detach().cpu().contiguous().view(torch.uint8).numpy(), row_hash)
+    return row_hash

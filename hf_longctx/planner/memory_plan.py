@@ -22,11 +22,11 @@ from ..parallel.heads import validate_head_count
 from .fake_model import count_adapters, find_stack, model_on_meta
 from .presets import MLP_TILE_SIZE, PRESETS, Preset
 from .settings import Settings
-from .simulate import Moments, simulate
-from .tracker import HOST, KINDS
+from .simulate import PhasePeaks, simulate
+from .tracker import CPU, KINDS
 
 
-DEVICE_KINDS = tuple(kind for kind in KINDS if kind != HOST)
+DEVICE_KINDS = tuple(kind for kind in KINDS if kind != CPU)
 # Kinds that a step makes and frees; a measured step tells how well they are planned.
 STEP_KINDS = ("hidden", "attention", "mlp", "logits", "workspace")
 # Of a device; the rest is left to the CUDA context, the buffers of NCCL and cuBLAS, and the gaps of the allocator.
@@ -37,7 +37,7 @@ _START = 4 * MLP_TILE_SIZE
 
 
 @dataclass(frozen=True)
-class Ledger:
+class MemoryBreakdown:
     """Bytes of one rank at the fullest moment of a step.
 
     Args:
@@ -47,7 +47,7 @@ class Ledger:
         attention, mlp (`int`): what they keep, and what they use while they run.
         logits (`int`): head and loss.
         workspace (`int`): buffers of the wrapper, temporaries of the optimizer, the batch.
-        host (`int`): checkpoints in the host's memory, of all ranks that share it.
+        cpu (`int`): checkpoints in CPU memory, of all ranks that share it.
         phase (`str`): when that is; `"backward -1"` is that of the last layer.
     """
 
@@ -60,7 +60,7 @@ class Ledger:
     mlp: int
     logits: int
     workspace: int
-    host: int
+    cpu: int
     phase: str
 
     @property
@@ -98,7 +98,7 @@ class Planner:
         self.model = model_on_meta(self.config)
         self.stack = find_stack(self.model)
         self.tiles_loss, self.tiles_mlp = _can_tile_loss(self.model), bool(find_dense_mlps(self.model)[0])
-        self._moments: dict[Settings, Moments] = {}
+        self._peaks: dict[Settings, PhasePeaks] = {}
 
     def preset(self, preset: Preset | str, settings: Settings) -> Settings:
         """`settings` on a rung of the ladder, without what this model cannot do."""
@@ -108,7 +108,7 @@ class Planner:
             settings = settings.of(loss_tile_size=None)
         return settings if self.tiles_mlp else settings.of(mlp_tile_size=None)
 
-    def ledger(self, settings: Settings) -> Ledger:
+    def breakdown(self, settings: Settings) -> MemoryBreakdown:
         """What one rank needs for rows of `settings.tokens`.
 
         Raises:
@@ -117,20 +117,20 @@ class Planner:
         """
         start = _start(settings)
         if settings.local_tokens < start:
-            moments = self._at(settings, settings.local_tokens)
+            peaks = self._at(settings, settings.local_tokens)
         else:
-            moments = self._line(settings, start).at(settings.local_tokens)
-        phase, kinds = max(moments.device.items(), key=lambda item: on_device(item[1]))
+            peaks = self._line(settings, start).at(settings.local_tokens)
+        phase, kinds = max(peaks.device.items(), key=lambda item: on_device(item[1]))
         kinds = {kind: round(kinds[kind]) for kind in DEVICE_KINDS}
-        return Ledger(tokens=settings.tokens, **kinds, host=_on_host(moments, settings), phase=phase[0])
+        return MemoryBreakdown(tokens=settings.tokens, **kinds, cpu=_on_cpu(peaks, settings), phase=phase[0])
 
-    def longest_tokens(self, settings: Settings, device_bytes: int, host_bytes: int | None = None) -> int:
+    def longest_tokens(self, settings: Settings, device_bytes: int, cpu_bytes: int | None = None) -> int:
         """The longest row that fits, a multiple of `sequence_parallel_size`; 0 if none does.
 
         Args:
             settings ([`Settings`]): of the run; its `tokens` are not looked at.
             device_bytes (`int`): of one device, of which `USABLE_SHARE` is planned with.
-            host_bytes (`int`, *optional*): of one host, for checkpoints that are offloaded.
+            cpu_bytes (`int`, *optional*): of one cpu, for checkpoints that are offloaded.
         """
         start = _start(settings)
         for _ in range(4):  # rows that turn out short are solved for again, from short ones
@@ -139,51 +139,51 @@ class Planner:
             if tokens >= start or start == 1:
                 break
             start = max(1, tokens // 2)
-        if host_bytes is not None and settings.offload:
-            tokens = min(tokens, line.longest_on_host(host_bytes, settings))
+        if cpu_bytes is not None and settings.offload:
+            tokens = min(tokens, line.longest_on_cpu(cpu_bytes, settings))
         return tokens * settings.sequence_parallel_size
 
     def choose_preset(
-        self, settings: Settings, device_bytes: int, host_bytes: int | None = None
+        self, settings: Settings, device_bytes: int, cpu_bytes: int | None = None
     ) -> tuple[Preset, Settings] | None:
         """The first rung of the ladder on which `settings.tokens` fit, with the settings it makes, or `None`."""
         for preset in PRESETS.values():
             candidate = self.preset(preset, settings)
-            if self.fits(candidate, device_bytes, host_bytes):
+            if self.fits(candidate, device_bytes, cpu_bytes):
                 return preset, candidate
         return None
 
-    def fits(self, settings: Settings, device_bytes: int, host_bytes: int | None = None) -> bool:
+    def fits(self, settings: Settings, device_bytes: int, cpu_bytes: int | None = None) -> bool:
         """Whether rows of `settings.tokens` fit."""
-        ledger = self.ledger(settings)
-        return ledger.device <= device_bytes * USABLE_SHARE and (host_bytes is None or ledger.host <= host_bytes)
+        breakdown = self.breakdown(settings)
+        return breakdown.device <= device_bytes * USABLE_SHARE and (cpu_bytes is None or breakdown.cpu <= cpu_bytes)
 
-    def _line(self, settings: Settings, start: int) -> Line:
-        return Line(start, self._at(settings, start), self._at(settings, 2 * start))
+    def _line(self, settings: Settings, start: int) -> LinearFit:
+        return LinearFit(start, self._at(settings, start), self._at(settings, 2 * start))
 
-    def _at(self, settings: Settings, local_tokens: int) -> Moments:
+    def _at(self, settings: Settings, local_tokens: int) -> PhasePeaks:
         """The whole model at a length: simulated, or continued from two short stacks."""
         validate_head_count(self.num_heads, settings.sequence_parallel_size)
-        settings = settings.of(tokens=local_tokens * settings.sequence_parallel_size, processes_per_host=None)
-        if settings not in self._moments:
+        settings = settings.of(tokens=local_tokens * settings.sequence_parallel_size, processes_per_node=None)
+        if settings not in self._peaks:
             stack = self.stack
             if stack is not None and settings.checkpointing:
                 stack = replace(stack, period=math.lcm(stack.period, settings.every_n_layers))
             sizes = (0,) if stack is None else stack.sizes
-            moments, *more = (simulate(self.model, settings, stack, size) for size in sizes)
+            peaks, *more = (simulate(self.model, settings, stack, size) for size in sizes)
             if more:
                 steps = (stack.num_layers - sizes[0]) / (sizes[1] - sizes[0])
-                moments = moments.towards(more[0], steps)
-            self._moments[settings] = self._with_buffers(moments, settings)
-        return self._moments[settings]
+                peaks = peaks.towards(more[0], steps)
+            self._peaks[settings] = self._with_buffers(peaks, settings)
+        return self._peaks[settings]
 
-    def _with_buffers(self, moments: Moments, settings: Settings) -> Moments:
+    def _with_buffers(self, peaks: PhasePeaks, settings: Settings) -> PhasePeaks:
         """The same with the buffers of the wrapper, and with the factor of a measured step."""
         device = {}
-        for phase, kinds in moments.device.items():
+        for phase, kinds in peaks.device.items():
             kinds = {**kinds, "workspace": kinds["workspace"] + self._buffers(settings, phase[0])}
             device[phase] = {kind: n * self.factor if kind in STEP_KINDS else n for kind, n in kinds.items()}
-        return replace(moments, device=device)
+        return replace(peaks, device=device)
 
     def _buffers(self, settings: Settings, phase: str) -> int:
         """What the wrapper holds beside shards and gradients.
@@ -205,22 +205,22 @@ class Planner:
 
 
 @dataclass(frozen=True)
-class Line:
-    """The moments of a step as straight lines over the tokens of one rank, through those at `start` and twice it."""
+class LinearFit:
+    """The peaks of a step as straight lines over the tokens of one rank, through those at `start` and twice it."""
 
     start: int
-    first: Moments
-    second: Moments
+    first: PhasePeaks
+    second: PhasePeaks
 
-    def at(self, local_tokens: int) -> Moments:
-        """The moments at any length."""
+    def at(self, local_tokens: int) -> PhasePeaks:
+        """The peaks at any length."""
         return self.first.towards(self.second, local_tokens / self.start - 1)
 
     def longest(self, budget: float) -> int:
         """The most tokens at which no moment is over `budget` bytes."""
         lengths = []
         for phase in self.first.device.keys() & self.second.device.keys():
-            here, there = (on_device(moments.device[phase]) for moments in (self.first, self.second))
+            here, there = (on_device(peaks.device[phase]) for peaks in (self.first, self.second))
             slope = (there - here) / self.start
             constant = here - slope * self.start
             if slope > 0:
@@ -229,11 +229,11 @@ class Line:
                 lengths.append(0)
         return max(0, int(min(lengths)))
 
-    def longest_on_host(self, host_bytes: int, settings: Settings) -> int:
-        """The most tokens whose checkpoints fit into the memory of a host, rounded up as they are."""
+    def longest_on_cpu(self, cpu_bytes: int, settings: Settings) -> int:
+        """The most tokens whose checkpoints fit into the memory of a cpu, rounded up as they are."""
         count = round(self.first.num_checkpoints)
-        per_token = self.first.host / count / self.start
-        each = host_bytes // (count * _processes(settings))
+        per_token = self.first.cpu / count / self.start
+        each = cpu_bytes // (count * _processes(settings))
         return int(2 ** (each.bit_length() - 1) / per_token) if each else 0
 
 
@@ -247,15 +247,15 @@ def _start(settings: Settings) -> int:
 
 
 def _processes(settings: Settings) -> int:
-    return settings.processes_per_host or settings.world_size
+    return settings.processes_per_node or settings.world_size
 
 
-def _on_host(moments: Moments, settings: Settings) -> int:
+def _on_cpu(peaks: PhasePeaks, settings: Settings) -> int:
     """Bytes of offloaded checkpoints: torch rounds each block of pinned memory up to a power of two."""
-    count = round(moments.num_checkpoints)
+    count = round(peaks.num_checkpoints)
     if not count:
         return 0
-    return _processes(settings) * count * 2 ** (round(moments.host / count) - 1).bit_length()
+    return _processes(settings) * count * 2 ** (round(peaks.cpu / count) - 1).bit_length()
 
 
 def _count(module: torch.nn.Module | None) -> int:

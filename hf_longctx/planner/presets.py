@@ -47,6 +47,6 @@ PRESETS = {
         Preset("loss", "next to nothing", **_LOSS),
         Preset("mlp", "the forward of the MLPs once more", **_MLP),
         Preset("checkpoint", "the whole forward once more", **_MLP, checkpointing=True),
-        Preset("max", "copies to the host and back", **_MLP, checkpointing=True, offload=True),
+        Preset("max", "copies to CPU memory and back", **_MLP, checkpointing=True, offload=True),
     )
 }

@@ -21,7 +21,7 @@ class Settings:
         rows (`int`, *optional*, defaults to 1): rows of a micro-batch, `B`.
         sequence_parallel_size (`int`, *optional*, defaults to 1): ranks that share a row, `P`.
         world_size (`int`, *optional*, defaults to 1): all ranks, `W`.
-        processes_per_host (`int`, *optional*): ranks that share one host memory; defaults to `W`.
+        processes_per_node (`int`, *optional*): ranks that share the CPU memory of one node; defaults to `W`.
         weights_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): of the weights that the model is loaded
             with. Under `"lora"` they are frozen, and the adapters are fp32.
         compute_dtype (`torch.dtype`, *optional*, defaults to `torch.bfloat16`): of matrix products. Where it is not
@@ -33,7 +33,7 @@ class Settings:
         accumulates (`bool`, *optional*, defaults to `False`): gradients of an earlier micro-batch are there already.
         checkpointing (`bool`, *optional*, defaults to `False`): recompute layers in backward.
         every_n_layers (`int`, *optional*, defaults to 1): of which only every `n`-th is checkpointed.
-        offload (`bool`, *optional*, defaults to `False`): keep the checkpoints in host memory.
+        offload (`bool`, *optional*, defaults to `False`): keep the checkpoints in CPU memory.
         loss_tile_size (`int`, *optional*): tokens whose logits exist at a time; `None` computes them all.
         mlp_tile_size (`int`, *optional*): tokens in an MLP at a time; `None` for all.
         on_gpu (`bool`, *optional*, defaults to `True`): attention runs a flash kernel, whose backward has buffers that
@@ -44,7 +44,7 @@ class Settings:
     rows: int = 1
     sequence_parallel_size: int = 1
     world_size: int = 1
-    processes_per_host: int | None = None
+    processes_per_node: int | None = None
     weights_dtype: torch.dtype = torch.float32
     compute_dtype: torch.dtype = torch.bfloat16
     optimizer: str = "adamw"
@@ -61,7 +61,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name in ("tokens", "rows", "sequence_parallel_size", "world_size", "every_n_layers", "lora_rank"):
             _validate_count(name, getattr(self, name))
-        for name in ("processes_per_host", "loss_tile_size", "mlp_tile_size"):
+        for name in ("processes_per_node", "loss_tile_size", "mlp_tile_size"):
             if getattr(self, name) is not None:
                 _validate_count(name, getattr(self, name))
         for name, known in (("optimizer", OPTIMIZERS), ("wrapper", WRAPPERS)):
@@ -77,7 +77,7 @@ class Settings:
                 f"`wrapper` ('none') runs one process, but `world_size` is {self.world_size}: choose 'ddp' or 'fsdp2'."
             )
         if self.offload and not self.checkpointing:
-            raise ValueError("`offload` moves the checkpoints of layers to the host: set `checkpointing` as well.")
+            raise ValueError("`offload` moves the checkpoints of layers to the cpu: set `checkpointing` as well.")
 
     @property
     def local_tokens(self) -> int:

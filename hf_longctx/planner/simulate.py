@@ -26,38 +26,38 @@ from .fake_attention import PLANNED_ATTENTION, PlannedRows
 from .fake_model import FakeAnswers, Stack, add_adapters, fake_copy, fake_mode
 from .layer_watch import watch_layers
 from .settings import Settings
-from .tracker import HOST, StorageTracker
+from .tracker import CPU, StorageTracker
 
 
 @dataclass(frozen=True)
-class Moments:
+class PhasePeaks:
     """The fullest moment of every phase of a step.
 
     Args:
         device (`dict`): for each phase, bytes by kind.
-        host (`float`): most bytes of checkpoints in host memory.
+        cpu (`float`): most bytes of checkpoints in CPU memory.
         num_checkpoints (`float`): how many tensors these are.
     """
 
     device: dict[tuple[str, str], dict[str, float]]
-    host: float
+    cpu: float
     num_checkpoints: float
 
-    def towards(self, other: Moments, steps: float) -> Moments:
+    def towards(self, other: PhasePeaks, steps: float) -> PhasePeaks:
         """This and `steps` times the difference to `other`, in the phases that both have."""
         device = {
             phase: {kind: mine + (other.device[phase][kind] - mine) * steps for kind, mine in kinds.items()}
             for phase, kinds in self.device.items()
             if phase in other.device
         }
-        host, count = (
+        cpu, count = (
             mine + (theirs - mine) * steps
-            for mine, theirs in ((self.host, other.host), (self.num_checkpoints, other.num_checkpoints))
+            for mine, theirs in ((self.cpu, other.cpu), (self.num_checkpoints, other.num_checkpoints))
         )
-        return Moments(device, host, count)
+        return PhasePeaks(device, cpu, count)
 
 
-def simulate(model: torch.nn.Module, settings: Settings, stack: Stack | None, num_layers: int) -> Moments:
+def simulate(model: torch.nn.Module, settings: Settings, stack: Stack | None, num_layers: int) -> PhasePeaks:
     """Run one step with the first `num_layers` layers of `stack`, for `settings.local_tokens` tokens.
 
     Args:
@@ -128,7 +128,9 @@ def _nothing(record: logging.LogRecord) -> bool:
     return False
 
 
-def run_step(model: torch.nn.Module, batch: dict[str, object], settings: Settings, tracker: StorageTracker) -> Moments:
+def run_step(
+    model: torch.nn.Module, batch: dict[str, object], settings: Settings, tracker: StorageTracker
+) -> PhasePeaks:
     """A step of a run that has gone on for a while, so that the optimizer's state is there.
 
     Args:
@@ -149,7 +151,7 @@ def run_step(model: torch.nn.Module, batch: dict[str, object], settings: Setting
         backward(model, batch, settings)
         tracker.kind, tracker.phase = "workspace", "step"
         masters.step()
-    return Moments(dict(tracker.peaks), tracker.host_peak, tracker.host_count)
+    return PhasePeaks(dict(tracker.peaks), tracker.cpu_peak, tracker.cpu_count)
 
 
 def backward(model: torch.nn.Module, batch: dict[str, object], settings: Settings) -> None:
@@ -243,10 +245,10 @@ def _batch(model: torch.nn.Module, settings: Settings) -> dict[str, object]:
 
 
 def _offloading(run: Callable, tracker: StorageTracker) -> Callable:
-    """What the host puts around a checkpoint: its inputs live in host memory until they are needed."""
+    """What the host puts around a checkpoint: its inputs live in CPU memory until they are needed."""
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        with tracker.made(HOST):
+        with tracker.made(CPU):
             return torch.empty_like(tensor)
 
     def offloaded(function, *args, **kwargs):

@@ -2,7 +2,7 @@
 
 A dispatch mode sees every operation after autograd, so it sees every tensor that forward, recomputation and backward
 make, on real and on fake tensors alike. Storages are watched by weak reference: one that is freed is gone from the
-ledger at that moment. What a kernel allocates for itself while it runs is not seen.
+breakdown at that moment. What a kernel allocates for itself while it runs is not seen.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-# What bytes are for, in the order of a ledger. Everything but the last is on the device.
-KINDS = ("weights", "gradients", "optimizer", "hidden", "attention", "mlp", "logits", "workspace", "host")
-HOST = KINDS[-1]
+# What bytes are for, in the order of a breakdown. Everything but the last is on the device.
+KINDS = ("weights", "gradients", "optimizer", "hidden", "attention", "mlp", "logits", "workspace", "cpu")
+CPU = KINDS[-1]
 
 
 @dataclass
@@ -44,9 +44,9 @@ class StorageTracker(TorchDispatchMode):
         self.share = 1.0  # of the bytes of what is made next
         self.live: dict[str, float] = dict.fromkeys(KINDS, 0)
         self.peaks: dict[tuple[str, str], dict[str, float]] = {}
-        self.host_peak, self.host_count = 0.0, 0
+        self.cpu_peak, self.cpu_count = 0.0, 0
         self._phase = ""
-        self._device, self._on_host = 0.0, 0
+        self._device, self._on_cpu = 0.0, 0
         self._most: defaultdict[tuple[str, str], float] = defaultdict(lambda: -1.0)
         self._entries: dict[int, _Entry] = {}
         # Weak on both sides, or a tensor that lives on would keep the tracker.
@@ -79,7 +79,7 @@ class StorageTracker(TorchDispatchMode):
     def forget_peaks(self) -> None:
         """Start the phases anew; what is alive stays counted."""
         self.peaks.clear()
-        self.host_peak, self.host_count = self.live[HOST], self._on_host
+        self.cpu_peak, self.cpu_count = self.live[CPU], self._on_cpu
         self._most.clear()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -121,10 +121,10 @@ class StorageTracker(TorchDispatchMode):
 
     def _count(self, kind: str, nbytes: float) -> None:
         self.live[kind] += nbytes
-        if kind == HOST:
-            self._on_host += 1 if nbytes > 0 else -1
-            self.host_peak = max(self.host_peak, self.live[HOST])
-            self.host_count = max(self.host_count, self._on_host)
+        if kind == CPU:
+            self._on_cpu += 1 if nbytes > 0 else -1
+            self.cpu_peak = max(self.cpu_peak, self.live[CPU])
+            self.cpu_count = max(self.cpu_count, self._on_cpu)
         else:
             self._device += nbytes
 

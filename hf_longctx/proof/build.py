@@ -7,7 +7,7 @@ import copy
 import torch
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
 
-from .model_under_test import Subject
+from .model_under_test import ModelUnderTest
 from .tiny import validate_tiny
 
 
@@ -19,17 +19,17 @@ _AUTO = {
 }
 
 
-def build_model(subject: Subject, attention: str | None, dtype: torch.dtype) -> torch.nn.Module:
-    """The model in training mode, without dropout; weights depend on the subject alone.
+def build_model(tested: ModelUnderTest, attention: str | None, dtype: torch.dtype) -> torch.nn.Module:
+    """The model in training mode, without dropout; weights depend on the tested alone.
 
     Args:
         attention (`str`, *optional*): `None`: whatever the host chooses for it.
     """
-    auto, config = _AUTO[subject.task], copy.deepcopy(subject.config)
+    auto, config = _AUTO[tested.task], copy.deepcopy(tested.config)
     chosen = loading_options(config, attention, dtype)
     torch.manual_seed(0)
-    if subject.weights is not None:
-        model = auto.from_pretrained(subject.weights, config=config, dtype=torch.float32, **chosen)
+    if tested.weights is not None:
+        model = auto.from_pretrained(tested.weights, config=config, dtype=torch.float32, **chosen)
     else:
         validate_tiny(config, _count_parameters(auto, config))
         model = auto.from_config(config, dtype=torch.float32, **chosen)
@@ -53,10 +53,10 @@ def turn_dropout_off(model: torch.nn.Module) -> None:
             module.p = 0.0
 
 
-def sharded_model_on_meta(subject: Subject) -> torch.nn.Module:
+def sharded_model_on_meta(tested: ModelUnderTest) -> torch.nn.Module:
     """The model as it was given, on our attention, without memory."""
     with torch.device("meta"):
-        return _AUTO[subject.task].from_config(copy.deepcopy(subject.original), attn_implementation="ulysses")
+        return _AUTO[tested.task].from_config(copy.deepcopy(tested.original), attn_implementation="ulysses")
 
 
 def _count_parameters(auto, config) -> int:

@@ -1,6 +1,6 @@
 """What every rank does: build both models, ask the trainers' own checks, compare, and decide.
 
-The order is that of a training run: what the host cannot build is no verdict on us; then whatever the trainers would
+The order is that of a training run: what the host cannot build is no outcome on us; then whatever the trainers would
 refuse before their first step is refused here by the same code; only what they would train is compared.
 """
 
@@ -16,11 +16,11 @@ from ..attention.contamination import assert_no_cross_document
 from ..config.run import LongContextConfig
 from ..parallel.mesh import SequenceMesh
 from ..trainer.checks import check_model
-from ..trainer.sanity_check import ProbeResult, probe_model
+from ..trainer.sanity_check import SanityResult, run_sanity_check
 from .build import build_model, sharded_model_on_meta
-from .model_under_test import Setting, Subject
-from .numbers import Numbers, blind_outputs, compare, of_one_process, on_the_ranks, relative, wrap
-from .outcomes import SENSITIVE, Verdict, attempt, first_line, worst_of_ranks
+from .model_under_test import ModelUnderTest, Setting
+from .numbers import Numbers, compare, of_one_process, on_the_ranks, outputs_without_communication, relative, wrap
+from .outcomes import SENSITIVE, Outcome, attempt, first_line, worst_of_ranks
 from .random_rows import ROWS_OF_A_GROUP, Rows, make_rows, num_tokens_of
 from .result import REFUSED, UNBUILDABLE, WRONG, RowsResult, judge, tolerance
 from .tiny import FIRST_TOKEN
@@ -30,52 +30,52 @@ from .tiny import FIRST_TOKEN
 _SAME = 1e-6
 
 
-def prove(subject: Subject, setting: Setting) -> list[RowsResult]:
-    """The verdict on each kind of rows. Every rank of a world of `setting.world_size` calls this."""
+def prove(tested: ModelUnderTest, setting: Setting) -> list[RowsResult]:
+    """The outcome on each kind of rows. Every rank of a world of `setting.world_size` calls this."""
     results, pairs = [], {}
     for kind in setting.kinds:
         began = time.perf_counter()
         try:
-            result = _prove_kind(subject, setting, kind, pairs)
-        except Verdict as ended:
-            result = RowsResult(kind, ended.verdict, dtype=setting.dtype, sentence=ended.sentence)
+            result = _prove_kind(tested, setting, kind, pairs)
+        except Outcome as ended:
+            result = RowsResult(kind, ended.outcome, dtype=setting.dtype, message=ended.message)
         results.append(dataclasses.replace(result, seconds=time.perf_counter() - began))
     return results
 
 
-def _prove_kind(subject: Subject, setting: Setting, kind: str, pairs: dict) -> RowsResult:
-    pair = _pair_of(subject, setting, setting.dtype, pairs)
+def _prove_kind(tested: ModelUnderTest, setting: Setting, kind: str, pairs: dict) -> RowsResult:
+    pair = _pair_of(tested, setting, setting.dtype, pairs)
     result = pair.prove(kind)
-    if result.verdict != WRONG or setting.dtype != "float32":
+    if result.outcome != WRONG or setting.dtype != "float32":
         return result
     # Rounding, or a router's near tie that it decided, is gone in float64; a defect is not.
     precise = None
     try:
-        precise = _pair_of(subject, setting, "float64", pairs)
+        precise = _pair_of(tested, setting, "float64", pairs)
         return precise.prove(kind, pair.reference(kind))
-    except Verdict as ended:
+    except Outcome as ended:
         # Some hosts' masks overflow there; then what rounding leaves in float32 is measured on the oracle.
         measured = 0.0 if precise is None else precise.rounding_of(pair, kind)
-        again = judge(kind, result.errors, "float32", pair.num_tokens(kind), result.blind, measured)
-        if again.verdict == WRONG:
-            return dataclasses.replace(again, sentence=f"{again.sentence} In float64: {ended}")
+        again = judge(kind, result.errors, "float32", pair.num_tokens(kind), result.baseline, measured)
+        if again.outcome == WRONG:
+            return dataclasses.replace(again, message=f"{again.message} In float64: {ended}")
         return again
 
 
-def _pair_of(subject: Subject, setting: Setting, dtype: str, pairs: dict) -> Pair:
+def _pair_of(tested: ModelUnderTest, setting: Setting, dtype: str, pairs: dict) -> Pair:
     """Both models in one precision, built once; a failure is kept as well."""
     if dtype not in pairs:
         try:
-            pairs[dtype] = _pair_class(subject)(subject, setting, dtype)
-        except Verdict as ended:
+            pairs[dtype] = _pair_class(tested)(tested, setting, dtype)
+        except Outcome as ended:
             pairs[dtype] = ended
-    if isinstance(pairs[dtype], Verdict):
+    if isinstance(pairs[dtype], Outcome):
         raise pairs[dtype]
     return pairs[dtype]
 
 
-def _pair_class(subject: Subject) -> type:
-    if subject.task == "embedding":
+def _pair_class(tested: ModelUnderTest) -> type:
+    if tested.task == "embedding":
         from .embedding_pair import EmbeddingPair  # needs sentence-transformers
 
         return EmbeddingPair
@@ -86,17 +86,17 @@ class Pair:
     """One model in one process and the same one on all ranks.
 
     Raises:
-        Verdict: one process cannot run it.
+        Outcome: one process cannot run it.
     """
 
-    def __init__(self, subject: Subject, setting: Setting, dtype: str) -> None:
-        self.subject, self.setting, self.dtype = subject, setting, dtype
-        self.host = self._host_model()
-        self.vocabulary = self.host.config.get_text_config().vocab_size
+    def __init__(self, tested: ModelUnderTest, setting: Setting, dtype: str) -> None:
+        self.tested, self.setting, self.dtype = tested, setting, dtype
+        self.unsharded = self._unsharded_model()
+        self.vocabulary = self.unsharded.config.get_text_config().vocab_size
         self.references: dict[str, Numbers] = {}
-        self.needs, self.start = ProbeResult(), 0
+        self.needs, self.start = SanityResult(), 0
         self.reference("dense")  # before anything of ours, so that a host that cannot run is not held against us
-        self.ended: Verdict | None = None
+        self.ended: Outcome | None = None
         self.model: torch.nn.Module | None = None
 
     def prepare(self) -> None:
@@ -104,35 +104,33 @@ class Pair:
         if self.ended is None and self.model is None:
             try:
                 self._prepare()
-            except Verdict as ended:
+            except Outcome as ended:
                 self.ended = ended
         if self.ended is not None:
             raise self.ended
 
     def _prepare(self) -> None:
-        subject, setting, dtype = self.subject, self.setting, self.dtype
+        tested, setting, dtype = self.tested, self.setting, self.dtype
         self.mesh = SequenceMesh.build(setting.sequence_parallel_size)
-        self.model = attempt(lambda: build_model(subject, "ulysses", getattr(torch, dtype)), attention="ulysses")
-        self.model.load_state_dict(self.host.state_dict())
+        self.model = attempt(lambda: build_model(tested, "ulysses", getattr(torch, dtype)), attention="ulysses")
+        self.model.load_state_dict(self.unsharded.state_dict())
         self.needs = attempt(self._check)
         if self.needs.needs_position_ids:
             self.start = self._first_position()
         self.references.clear()
-        self.blind = self._blind_error()
+        self.baseline = self._baseline_error()
         self.wrapped = wrap(self.model, setting.wrapper)
 
     def prove(self, kind: str, rounded: Numbers | None = None) -> RowsResult:
-        """Numbers of one kind of rows, and the verdict; `rounded`: the oracle's in less precision."""
+        """Numbers of one kind of rows, and the outcome; `rounded`: the oracle's in less precision."""
         self.prepare()
         rows, theirs = self.rows(kind), self.reference(kind)
         if kind == "packed":
             attempt(lambda: self._check_documents(rows))
-        ours = attempt(
-            lambda: on_the_ranks(self.wrapped, self.subject.task, rows, self.mesh, self.setting, self.needs)
-        )
+        ours = attempt(lambda: on_the_ranks(self.wrapped, self.tested.task, rows, self.mesh, self.setting, self.needs))
         errors = compare(ours, theirs, self.mesh.data_parallel_rank * ROWS_OF_A_GROUP)
         measured = 0.0 if rounded is None else compare(rounded, theirs, 0).worst
-        return judge(kind, worst_of_ranks(errors), self.dtype, self.num_tokens(kind), self.blind, measured)
+        return judge(kind, worst_of_ranks(errors), self.dtype, self.num_tokens(kind), self.baseline, measured)
 
     def rounding_of(self, rounded: Pair, kind: str) -> float:
         """How far the oracle in less precision is from this one; 0 where this one has no numbers."""
@@ -140,7 +138,7 @@ class Pair:
         self.references.clear()
         try:
             return compare(rounded.reference(kind), self.reference(kind), 0).worst
-        except Verdict:
+        except Outcome:
             return 0.0
 
     def num_tokens(self, kind: str) -> int:
@@ -151,7 +149,7 @@ class Pair:
         first = min(FIRST_TOKEN, self.vocabulary // 2)
         tokens = num_tokens_of(kind, self.setting.sequence_parallel_size)
         settings = (self.vocabulary, self.setting.data_parallel_size, tokens, first)
-        rows = make_rows(kind, self.subject.task, *settings, self.subject.shifts_labels)
+        rows = make_rows(kind, self.tested.task, *settings, self.tested.shifts_labels)
         if self.needs.needs_position_ids:
             rows = rows.with_positions(self.start)
         return rows.without_padding_targets() if self.needs.padding_predicts else rows
@@ -160,38 +158,38 @@ class Pair:
         """The oracle's numbers, computed once."""
         if kind not in self.references:
             try:
-                numbers = of_one_process(self.host, self.subject.task, self.rows(kind))
+                numbers = of_one_process(self.unsharded, self.tested.task, self.rows(kind))
             except Exception as error:
-                raise Verdict(UNBUILDABLE, f"one process cannot run {kind} rows on it: {first_line(error)}") from error
+                raise Outcome(UNBUILDABLE, f"one process cannot run {kind} rows on it: {first_line(error)}") from error
             if not numbers.is_finite:
-                raise Verdict(UNBUILDABLE, f"one process gets numbers that are not finite from {kind} rows")
+                raise Outcome(UNBUILDABLE, f"one process gets numbers that are not finite from {kind} rows")
             self.references[kind] = numbers
         return self.references[kind]
 
-    def _host_model(self) -> torch.nn.Module:
-        subject = self.subject
-        problem = subject.problem
-        if subject.config is not None:
+    def _unsharded_model(self) -> torch.nn.Module:
+        tested = self.tested
+        problem = tested.problem
+        if tested.config is not None:
             try:
-                return build_model(subject, None, getattr(torch, self.dtype))
+                return build_model(tested, None, getattr(torch, self.dtype))
             except Exception as error:
                 problem = first_line(error)
-        _refuse_by_configuration(subject, self.setting)
-        raise Verdict(UNBUILDABLE, problem)
+        _refuse_by_configuration(tested, self.setting)
+        raise Outcome(UNBUILDABLE, problem)
 
     def _first_position(self) -> int | None:
         """What the host counts from, if it counts up by one: RoBERTa and its kin from `pad_token_id + 1`."""
         expected = self.reference("dense").outputs
         rows = self.rows("dense")
-        padding = getattr(self.host.config.get_text_config(), "pad_token_id", None) or 0
+        padding = getattr(self.unsharded.config.get_text_config(), "pad_token_id", None) or 0
         for start in (0, padding + 1):
-            explicit = dataclasses.replace(rows.with_positions(start), host_counts=False)
-            outputs = of_one_process(self.host, self.subject.task, explicit).outputs
+            explicit = dataclasses.replace(rows.with_positions(start), counts_itself=False)
+            outputs = of_one_process(self.unsharded, self.tested.task, explicit).outputs
             if relative(outputs, expected) <= _SAME:
                 return start
         return None
 
-    def _check(self) -> ProbeResult:
+    def _check(self) -> SanityResult:
         """What a trainer does before its first step."""
         setting = self.setting
         config = LongContextConfig(
@@ -199,8 +197,8 @@ class Pair:
         )
         check_model(self.model, config)
         follow_positions(self.model)
-        shifts, has_loss = self.subject.shifts_labels, self.subject.task != "encoder"
-        return probe_model(self.model, self.mesh, setting.inner_attention, shifts, check_loss=has_loss)
+        shifts, has_loss = self.tested.shifts_labels, self.tested.task != "encoder"
+        return run_sanity_check(self.model, self.mesh, setting.inner_attention, shifts, check_loss=has_loss)
 
     def _check_documents(self, rows: Rows) -> None:
         batch = rows.of_group(self.mesh.data_parallel_rank)
@@ -210,15 +208,17 @@ class Pair:
         except AssertionError as error:
             raise NotImplementedError(f"`{type(self.model).__name__}` cannot train on packed rows: {error}") from error
 
-    def _blind_error(self) -> float | None:
+    def _baseline_error(self) -> float | None:
         if self.setting.sequence_parallel_size == 1:
             return None
         rows, expected = self.rows("dense"), self.reference("dense").outputs
-        outputs = attempt(lambda: blind_outputs(self.model, self.subject.task, rows, self.mesh, self.setting))
+        outputs = attempt(
+            lambda: outputs_without_communication(self.model, self.tested.task, rows, self.mesh, self.setting)
+        )
         first = self.mesh.data_parallel_rank * ROWS_OF_A_GROUP
         error = relative(outputs, expected[first : first + len(outputs)])
         if error < SENSITIVE * tolerance(rows.batch["input_ids"].numel()):
-            raise Verdict(
+            raise Outcome(
                 UNBUILDABLE,
                 f"ranks that do not exchange anything differ by {error:.1e} only, so no comparison of this model "
                 "shows whether they do",
@@ -226,14 +226,14 @@ class Pair:
         return error
 
 
-def _refuse_by_configuration(subject: Subject, setting: Setting) -> None:
+def _refuse_by_configuration(tested: ModelUnderTest, setting: Setting) -> None:
     """A model that has no tiny version may still be refused by what its own configuration says."""
     config = LongContextConfig(sequence_parallel_size=setting.sequence_parallel_size)
     try:
-        model = sharded_model_on_meta(subject)
+        model = sharded_model_on_meta(tested)
     except Exception:
         return
     try:
         check_model(model, config)
     except (NotImplementedError, ValueError) as error:
-        raise Verdict(REFUSED, " ".join(str(error).split())) from error
+        raise Outcome(REFUSED, " ".join(str(error).split())) from error

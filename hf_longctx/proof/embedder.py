@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from ..parallel.pooling import POOLING_MODES
 from .build import build_model, loading_options, turn_dropout_off
-from .model_under_test import Subject, read_config
+from .model_under_test import ModelUnderTest, read_config
 from .tiny import FIRST_TOKEN, VOCABULARY
 
 
@@ -31,21 +31,21 @@ LENGTHS = ((5, 1, 9, 3), (17, 4, 2, 30))
 TEXTS_OF_A_GROUP = sum(map(len, LENGTHS))
 
 
-def build_embedder(subject: Subject, attention: str | None, dtype: torch.dtype) -> SentenceTransformer:
-    """The model in training mode, without dropout; weights depend on the subject alone.
+def build_embedder(tested: ModelUnderTest, attention: str | None, dtype: torch.dtype) -> SentenceTransformer:
+    """The model in training mode, without dropout; weights depend on the tested alone.
 
     Args:
         attention (`str`, *optional*): `None`: whatever the host chooses for it.
     """
-    options = {**loading_options(subject.config, attention, dtype), "dtype": dtype}
+    options = {**loading_options(tested.config, attention, dtype), "dtype": dtype}
     with _no_progress_bar():
-        model = _tiny(subject, options) if subject.weights is None else _as_it_is(subject, options)
+        model = _tiny(tested, options) if tested.weights is None else _as_it_is(tested, options)
     turn_dropout_off(model)
     return model.to(dtype).train()
 
 
-def _tiny(subject: Subject, options: dict[str, object]) -> SentenceTransformer:
-    inner = build_model(subject, None, torch.float32)
+def _tiny(tested: ModelUnderTest, options: dict[str, object]) -> SentenceTransformer:
+    inner = build_model(tested, None, torch.float32)
     with tempfile.TemporaryDirectory(prefix="hf_longctx_") as folder:
         tokenizer = _write(inner, folder)
         module = Transformer(folder, model_kwargs=options)
@@ -54,11 +54,11 @@ def _tiny(subject: Subject, options: dict[str, object]) -> SentenceTransformer:
     return SentenceTransformer(modules=[module, pooling], device="cpu")
 
 
-def _as_it_is(subject: Subject, options: dict[str, object]) -> SentenceTransformer:
-    """Its own size, weights and pooling; of the configuration, only dropout and the causal mask are the subject's."""
-    given = read_config(subject.weights).to_dict()
-    changed = {name: value for name, value in subject.config.to_dict().items() if given.get(name, given) != value}
-    return SentenceTransformer(subject.weights, model_kwargs=options, config_kwargs=changed, device="cpu")
+def _as_it_is(tested: ModelUnderTest, options: dict[str, object]) -> SentenceTransformer:
+    """Its own size, weights and pooling; of the configuration, only dropout and the causal mask are the tested's."""
+    given = read_config(tested.weights).to_dict()
+    changed = {name: value for name, value in tested.config.to_dict().items() if given.get(name, given) != value}
+    return SentenceTransformer(tested.weights, model_kwargs=options, config_kwargs=changed, device="cpu")
 
 
 @contextlib.contextmanager
@@ -85,9 +85,9 @@ def num_tokens_of(model: SentenceTransformer, texts: list[str]) -> int:
     return int(model.preprocess(texts)["attention_mask"].sum())
 
 
-def num_modes_of(subject: Subject) -> int:
+def num_modes_of(tested: ModelUnderTest) -> int:
     """How many embeddings of a text stand beside each other in the one that the model gives."""
-    return len(POOLING_MODES) if subject.weights is None else 1
+    return len(POOLING_MODES) if tested.weights is None else 1
 
 
 def _write(model: torch.nn.Module, folder: str) -> PreTrainedTokenizerFast:

@@ -73,7 +73,7 @@ def compare_embeddings(ours: Numbers, theirs: Numbers, first_row: int, num_modes
     return dataclasses.replace(errors, logits=float(torch.tensor(of_modes, dtype=torch.float64).max()))
 
 
-def blind_embeddings(
+def embeddings_without_communication(
     model: SentenceTransformer, texts: list[str], group: dist.ProcessGroup | None, rank: int, size: int
 ) -> torch.Tensor:
     """Embeddings by attention that does not know whose tokens a row has: the error that our layout prevents.

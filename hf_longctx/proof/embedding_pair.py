@@ -16,10 +16,17 @@ from ..embedding.packed_model import pack_embeddings, shared_rows
 from ..embedding.tiled_ranking_loss import TiledMultipleNegativesRankingLoss
 from ..parallel.mesh import SequenceMesh
 from .embedder import TEXTS_OF_A_GROUP, build_embedder, num_modes_of, num_tokens_of, texts_of_group
-from .embedding_numbers import blind_embeddings, compare_embeddings, embed, sees_later_tokens, train, train_on_ranks
-from .model_under_test import Setting, Subject
+from .embedding_numbers import (
+    compare_embeddings,
+    embed,
+    embeddings_without_communication,
+    sees_later_tokens,
+    train,
+    train_on_ranks,
+)
+from .model_under_test import ModelUnderTest, Setting
 from .numbers import Numbers, relative, wrap
-from .outcomes import SENSITIVE, Verdict, attempt, first_line, least_of_ranks, worst_of_ranks
+from .outcomes import SENSITIVE, Outcome, attempt, first_line, least_of_ranks, worst_of_ranks
 from .result import UNBUILDABLE, RowsResult, judge, tolerance
 from .tiny import CannotShrink
 
@@ -31,27 +38,27 @@ class EmbeddingPair:
     """One padded model in one process, and the same one packed and shared.
 
     Raises:
-        Verdict: one process cannot run it.
+        Outcome: one process cannot run it.
     """
 
-    def __init__(self, subject: Subject, setting: Setting, dtype: str) -> None:
-        self.subject, self.setting, self.dtype = subject, setting, dtype
+    def __init__(self, tested: ModelUnderTest, setting: Setting, dtype: str) -> None:
+        self.tested, self.setting, self.dtype = tested, setting, dtype
         self.groups = [texts_of_group(group) for group in range(setting.data_parallel_size)]
         self.columns = [sum(columns, []) for columns in zip(*self.groups)]
-        self.num_modes = num_modes_of(subject)
-        self.host, self.numbers = self._run_host()
+        self.num_modes = num_modes_of(tested)
+        self.unsharded, self.numbers = self._run_reference()
         self.mesh = SequenceMesh.build(setting.sequence_parallel_size)
 
     def prove(self, kind: str, rounded: Numbers | None = None) -> RowsResult:
-        """Numbers of one kind of rows, and the verdict; `rounded`: the oracle's in less precision."""
+        """Numbers of one kind of rows, and the outcome; `rounded`: the oracle's in less precision."""
         model = attempt(lambda: self._load(kind), ATTENTION[kind], "leave it padded, with attn_implementation='sdpa'")
         attempt(lambda: self._pack(model, kind))
-        blind = self._blind_error(model, kind)
+        baseline = self._baseline_error(model, kind)
         ours = attempt(lambda: self._packed(model) if kind == "packed" else self._shared(model))
         first = TEXTS_OF_A_GROUP * self._group(kind)
         errors = worst_of_ranks(compare_embeddings(ours, self.numbers, first, self.num_modes))
         measured = 0.0 if rounded is None else self._distance(rounded)
-        return judge(kind, errors, self.dtype, self.num_tokens(kind), blind, measured)
+        return judge(kind, errors, self.dtype, self.num_tokens(kind), baseline, measured)
 
     def rounding_of(self, rounded: EmbeddingPair, kind: str) -> float:
         """How far the oracle in less precision is from this one."""
@@ -59,7 +66,7 @@ class EmbeddingPair:
 
     def num_tokens(self, kind: str) -> int:
         """Of all texts."""
-        return num_tokens_of(self.host, sum(self.columns, []))
+        return num_tokens_of(self.unsharded, sum(self.columns, []))
 
     def reference(self, kind: str) -> Numbers:
         """The oracle's numbers: the same for both kinds."""
@@ -72,37 +79,37 @@ class EmbeddingPair:
         """Whose texts come first in what this rank embeds."""
         return self.mesh.data_parallel_rank if kind == "shared" else 0
 
-    def _run_host(self) -> tuple[SentenceTransformer, Numbers]:
-        if self.subject.config is None:
-            raise Verdict(UNBUILDABLE, self.subject.problem)
+    def _run_reference(self) -> tuple[SentenceTransformer, Numbers]:
+        if self.tested.config is None:
+            raise Outcome(UNBUILDABLE, self.tested.problem)
         try:
-            model = build_embedder(self.subject, None, getattr(torch, self.dtype))
+            model = build_embedder(self.tested, None, getattr(torch, self.dtype))
             embeddings = torch.cat([embed(model, columns) for columns in self.groups])
             numbers = train(MultipleNegativesRankingLoss(model), model, self.columns, embeddings)
         except CannotShrink as error:
-            raise Verdict(UNBUILDABLE, str(error)) from error
+            raise Outcome(UNBUILDABLE, str(error)) from error
         except Exception as error:
-            raise Verdict(UNBUILDABLE, f"one process cannot run padded rows on it: {first_line(error)}") from error
+            raise Outcome(UNBUILDABLE, f"one process cannot run padded rows on it: {first_line(error)}") from error
         if not numbers.is_finite:
-            raise Verdict(UNBUILDABLE, "one process gets numbers that are not finite from padded rows")
+            raise Outcome(UNBUILDABLE, "one process gets numbers that are not finite from padded rows")
         self._check_direction(model)
         return model, numbers
 
     def _check_direction(self, model: SentenceTransformer) -> None:
         """A model that was asked to look both ways does."""
         first, second, third, *_ = self.columns[1][0].split()  # two words, since a window may be short
-        if getattr(self.subject.config.get_text_config(), "is_causal", None) is not False:
+        if getattr(self.tested.config.get_text_config(), "is_causal", None) is not False:
             return
         if not sees_later_tokens(model, first, second, third):
-            raise Verdict(
+            raise Outcome(
                 UNBUILDABLE,
                 "transformers keeps its causal mask even with `is_causal` False in the configuration: leave "
                 "`bidirectional` off",
             )
 
     def _load(self, kind: str) -> SentenceTransformer:
-        model = build_embedder(self.subject, ATTENTION[kind], getattr(torch, self.dtype))
-        model.load_state_dict(self.host.state_dict())
+        model = build_embedder(self.tested, ATTENTION[kind], getattr(torch, self.dtype))
+        model.load_state_dict(self.unsharded.state_dict())
         return model
 
     def _pack(self, model: SentenceTransformer, kind: str) -> None:
@@ -127,7 +134,7 @@ class EmbeddingPair:
             loss.model = wrap(model, wrapper)  # as the host's trainer does
             return train_on_ranks(loss, model, columns, embeddings, wrapper)
 
-    def _blind_error(self, model: SentenceTransformer, kind: str) -> float:
+    def _baseline_error(self, model: SentenceTransformer, kind: str) -> float:
         """How far documents are off if texts see each other, or if ranks exchange nothing."""
         documents, rank, size, group = self.groups[self._group(kind)][1], 0, 1, None
         if kind == "shared":
@@ -135,11 +142,11 @@ class EmbeddingPair:
             rank, size, group = mesh.sequence_parallel_rank, mesh.sequence_parallel_size, mesh.sp_group
         last = TEXTS_OF_A_GROUP * (self._group(kind) + 1)
         expected = self.numbers.outputs[last - len(documents) : last]
-        embeddings = attempt(lambda: blind_embeddings(model, documents, group, rank, size))
+        embeddings = attempt(lambda: embeddings_without_communication(model, documents, group, rank, size))
         error = least_of_ranks(relative(embeddings, expected))
         if error < SENSITIVE * tolerance(self.num_tokens(kind)):
             without = "texts that see each other" if size == 1 else "ranks that do not exchange anything"
-            raise Verdict(
+            raise Outcome(
                 UNBUILDABLE,
                 f"{without} differ by {error:.1e} only, so no comparison of this model shows whether they do",
             )

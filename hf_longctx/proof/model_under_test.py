@@ -74,7 +74,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Subject:
+class ModelUnderTest:
     """A model to prove.
 
     Args:
@@ -101,7 +101,7 @@ class Subject:
     @classmethod
     def of(
         cls, config: PretrainedConfig, task: str | None, sequence_parallel_size: int, weights: str | None = None
-    ) -> Subject:
+    ) -> ModelUnderTest:
         """The tiny model of a configuration, or the model itself where `weights` are given."""
         name = getattr(config, "model_type", "") or type(config).__name__
         chosen = task or task_of(config)

@@ -16,7 +16,7 @@ from ..losses.token_mean import token_mean
 from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import shard_batch
-from ..trainer.sanity_check import ProbeResult
+from ..trainer.sanity_check import SanityResult
 from .model_under_test import Setting
 from .random_rows import Rows
 from .result import Errors
@@ -66,7 +66,7 @@ def of_one_process(model: torch.nn.Module, task: str, rows: Rows) -> Numbers:
 
 
 def _whole_rows(model: torch.nn.Module, task: str, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, float]:
-    dropped = ("position_ids",) if rows.host_counts else ()
+    dropped = ("position_ids",) if rows.counts_itself else ()
     batch = {name: value for name, value in rows.batch.items() if name not in dropped}
     if rows.kind != "packed":
         outputs, total = _one_batch(model, task, batch, rows)
@@ -104,7 +104,7 @@ def _one_batch(
 
 
 def on_the_ranks(
-    model: torch.nn.Module, task: str, rows: Rows, mesh: SequenceMesh, setting: Setting, needs: ProbeResult
+    model: torch.nn.Module, task: str, rows: Rows, mesh: SequenceMesh, setting: Setting, needs: SanityResult
 ) -> Numbers:
     """The same numbers from ranks that share rows; `model` may be wrapped. Every rank calls this.
 
@@ -126,7 +126,9 @@ def on_the_ranks(
     return Numbers(whole, mean_of_ranks(loss), mean_of_ranks(evaluation), gradients)
 
 
-def blind_outputs(model: torch.nn.Module, task: str, rows: Rows, mesh: SequenceMesh, setting: Setting) -> torch.Tensor:
+def outputs_without_communication(
+    model: torch.nn.Module, task: str, rows: Rows, mesh: SequenceMesh, setting: Setting
+) -> torch.Tensor:
     """Outputs of ranks that see their own tokens only: the error that the exchange prevents."""
     share = _share_of(rows, task, mesh, setting)
     dropped = ("sequence_shard", "labels", "shift_labels", "num_items_in_batch", "weights")
@@ -182,7 +184,7 @@ def _share_of(rows: Rows, task: str, mesh: SequenceMesh, setting: Setting) -> di
 
 
 def _forward(
-    model: torch.nn.Module, task: str, share: dict[str, object], rows: Rows, needs: ProbeResult
+    model: torch.nn.Module, task: str, share: dict[str, object], rows: Rows, needs: SanityResult
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's outputs, and its scalar, whose mean over the ranks is the loss of one process."""
     settings, count = _settings(model), share["num_items_in_batch"]

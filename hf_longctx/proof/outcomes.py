@@ -20,16 +20,16 @@ _PACKAGE = str(Path(__file__).parents[1])
 SENSITIVE = 100.0
 
 
-class Verdict(Exception):
+class Outcome(Exception):
     """Ends a proof before numbers were compared."""
 
-    def __init__(self, verdict: str, sentence: str) -> None:
-        super().__init__(sentence)
-        self.verdict, self.sentence = verdict, sentence
+    def __init__(self, outcome: str, message: str) -> None:
+        super().__init__(message)
+        self.outcome, self.message = outcome, message
 
 
 def attempt(step: Callable, attention: str = "", remedy: str = "set `sequence_parallel_size` to 1"):
-    """Run a step of ours. What we say in a sentence is a refusal; any other error is a defect.
+    """Run a step of ours. What we say in a message is a refusal; any other error is a defect.
 
     Args:
         attention (`str`): the host loads a model on this attention of ours; whatever it raises is its refusal.
@@ -37,21 +37,21 @@ def attempt(step: Callable, attention: str = "", remedy: str = "set `sequence_pa
     """
     try:
         return step()
-    except Verdict:
+    except Outcome:
         raise
     except Exception as error:
         frames = traceback.extract_tb(error.__traceback__)
         said = isinstance(error, (NotImplementedError, ValueError, ImportError))
         if said and frames[-1].filename.startswith(_PACKAGE):
-            raise Verdict(REFUSED, " ".join(str(error).split())) from error
+            raise Outcome(REFUSED, " ".join(str(error).split())) from error
         if attention:
-            raise Verdict(
+            raise Outcome(
                 REFUSED,
                 f"transformers cannot load it with attn_implementation={attention!r} ({first_line(error)}), so it "
                 f"does not use the attention interface: {remedy}.",
             ) from error
         place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
-        raise Verdict(WRONG, f"crashed instead of being refused: {first_line(error)} ({place})") from error
+        raise Outcome(WRONG, f"crashed instead of being refused: {first_line(error)} ({place})") from error
 
 
 def worst_of_ranks(errors: Errors) -> Errors:

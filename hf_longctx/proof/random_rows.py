@@ -30,14 +30,14 @@ class Rows:
             `position_ids` (packed).
         documents (`tuple`): `(row, start, stop)` of every document, for packed rows.
         shifts (`bool`): labels are the next tokens.
-        host_counts (`bool`): one process counts positions itself, as users of the host let it.
+        counts_itself (`bool`): one process counts positions itself, as users of the host let it.
     """
 
     kind: str
     batch: dict[str, torch.Tensor]
     documents: tuple[tuple[int, int, int], ...]
     shifts: bool
-    host_counts: bool = True
+    counts_itself: bool = True
 
     @property
     def valid(self) -> torch.Tensor:
@@ -66,8 +66,8 @@ class Rows:
         ids = self.batch["input_ids"]
         counted = torch.arange(ids.shape[1]).expand(len(ids), -1).contiguous()
         positions = self.batch.get("position_ids", counted) + (start or 0)
-        host_counts = start is not None and self.kind != "padded"
-        return dataclasses.replace(self, batch={**self.batch, "position_ids": positions}, host_counts=host_counts)
+        counts_itself = start is not None and self.kind != "padded"
+        return dataclasses.replace(self, batch={**self.batch, "position_ids": positions}, counts_itself=counts_itself)
 
     def without_padding_targets(self) -> Rows:
         """The same rows without the targets that padding would predict."""

@@ -1,7 +1,7 @@
-"""What a proof says: numbers of every kind of rows, and one verdict.
+"""What a proof says: numbers of every kind of rows, and one outcome.
 
 `exact`: every number is that of one process up to rounding. `wrong`: one is not. `refused`: the package says in a
-sentence, before any step, why it would not be. `unbuildable`: there is nothing to compare with.
+message, before any step, why it would not be. `unbuildable`: there is nothing to compare with.
 """
 
 from __future__ import annotations
@@ -59,23 +59,23 @@ class RowsResult:
 
     Args:
         rows (`str`): `"dense"`, `"even"`, `"padded"` or `"packed"`; of embeddings, `"packed"` or `"shared"`.
-        verdict (`str`): see above.
+        outcome (`str`): see above.
         errors ([`Errors`], *optional*): `None` where nothing was compared.
         tolerance (`float`, *optional*): what was allowed.
-        dtype (`str`): in which the verdict was reached: float64 where float32 exceeded its tolerance.
+        dtype (`str`): in which the outcome was reached: float64 where float32 exceeded its tolerance.
         blind (`float`, *optional*): error of the outputs without the exchange, or of embeddings of texts that see each
             other, which shows that the proof could see one.
-        sentence (`str`): why, for a verdict other than exact; else empty.
+        message (`str`): why, for an outcome other than exact; else empty.
         seconds (`float`): of this kind.
     """
 
     rows: str
-    verdict: str
+    outcome: str
     errors: Errors | None = None
     tolerance: float | None = None
     dtype: str = "float32"
-    blind: float | None = None
-    sentence: str = ""
+    baseline: float | None = None
+    message: str = ""
     seconds: float = 0.0
 
 
@@ -100,19 +100,19 @@ class VerifyResult:
     seconds: float = 0.0
 
     @property
-    def verdict(self) -> str:
+    def outcome(self) -> str:
         """The worst of all rows: wrong, unbuildable, refused, exact."""
-        return min((rows.verdict for rows in self.rows), key=WORST_FIRST.index)
+        return min((rows.outcome for rows in self.rows), key=WORST_FIRST.index)
 
     @property
     def exit_code(self) -> int:
         """0 exact, 1 wrong, 2 refused, 3 could not be built."""
-        return EXIT_CODES[self.verdict]
+        return EXIT_CODES[self.outcome]
 
     @property
-    def sentence(self) -> str:
+    def message(self) -> str:
         """Why it is not exact; empty if it is."""
-        return next((rows.sentence for rows in self.rows if rows.verdict == self.verdict), "")
+        return next((rows.message for rows in self.rows if rows.outcome == self.outcome), "")
 
     @property
     def loss_error(self) -> float:
@@ -141,28 +141,28 @@ class VerifyResult:
         return [rows.errors for rows in self.rows if rows.errors is not None]
 
     def __bool__(self) -> bool:
-        return self.verdict == EXACT
+        return self.outcome == EXACT
 
     def raise_unless_exact(self) -> VerifyResult:
-        """Itself, or an `AssertionError` with the sentence."""
+        """Itself, or an `AssertionError` with the message."""
         if not self:
-            raise AssertionError(f"`{self.model}` is {self.verdict}, not exact: {self.sentence}")
+            raise AssertionError(f"`{self.model}` is {self.outcome}, not exact: {self.message}")
         return self
 
     def to_dict(self) -> dict[str, object]:
         """Plain values, for JSON: what stands above, the rows included. Numbers that are not finite become `None`."""
         summary = {
             name: getattr(self, name)
-            for name in ("verdict", "exit_code", "sentence", "loss_error", "logits_error", "worst_gradient")
+            for name in ("outcome", "exit_code", "message", "loss_error", "logits_error", "worst_gradient")
         }
         summary |= {"worst_parameter": self.worst_parameter, "evaluation_error": self.evaluation_error}
         return _finite({**asdict(self), **summary})
 
 
 def judge(
-    rows: str, errors: Errors, dtype: str, num_tokens: int, blind: float | None = None, measured: float = 0.0
+    rows: str, errors: Errors, dtype: str, num_tokens: int, baseline: float | None = None, measured: float = 0.0
 ) -> RowsResult:
-    """The verdict on numbers of one precision.
+    """The outcome on numbers of one precision.
 
     Args:
         measured (`float`): how far one process in float32 is from itself in float64. A host that casts inside float64
@@ -170,7 +170,7 @@ def judge(
     """
     allowed = max(tolerance(num_tokens), min(2 * measured, _MOST))
     if errors.worst <= allowed:
-        return RowsResult(rows, EXACT, errors, allowed, dtype, blind)
+        return RowsResult(rows, EXACT, errors, allowed, dtype, baseline)
     shown = {
         "the loss": errors.loss,
         "the outputs": errors.logits,
@@ -178,11 +178,11 @@ def judge(
         "the loss in evaluation": errors.evaluation,
     }
     names = [name for name, value in shown.items() if not value <= allowed]
-    sentence = (
+    message = (
         f"in {rows} rows {', '.join(names)} differ from one process by up to {errors.worst:.1e} of the largest "
         f"entry in {dtype}, where rounding leaves at most {allowed:.1e}: please report it with this table."
     )
-    return RowsResult(rows, WRONG, errors, allowed, dtype, blind, sentence)
+    return RowsResult(rows, WRONG, errors, allowed, dtype, baseline, message)
 
 
 def _finite(value):

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .model_under_test import EMBEDDING_KINDS, KINDS, Setting, Subject, read_config, validate_task
+from .model_under_test import EMBEDDING_KINDS, KINDS, ModelUnderTest, Setting, read_config, validate_task
 from .ranks import Ranks, RanksError
 from .result import EXACT, WORST_FIRST, WRONG, RowsResult, VerifyResult
 
@@ -77,31 +77,31 @@ def verify(
         if bidirectional:
             config = copy.deepcopy(config)
             config.get_text_config().is_causal = False
-        subject = Subject.of(config, task, sequence_parallel_size, weights)
+        tested = ModelUnderTest.of(config, task, sequence_parallel_size, weights)
         with Ranks(setting.world_size, _threads(setting.world_size, full)) as ranks:
-            rows = run_proof(ranks, subject, setting, seconds)
+            rows = run_proof(ranks, tested, setting, seconds)
     spent = time.perf_counter() - began
-    return VerifyResult(subject.name, subject.task, setting.world_size, sequence_parallel_size, rows, spent)
+    return VerifyResult(tested.name, tested.task, setting.world_size, sequence_parallel_size, rows, spent)
 
 
-def run_proof(ranks: Ranks, subject: Subject, setting: Setting, seconds: float) -> tuple[RowsResult, ...]:
-    """The verdict on every kind of rows, from ranks that live on. A rank that fell silent is a defect, told as one."""
+def run_proof(ranks: Ranks, tested: ModelUnderTest, setting: Setting, seconds: float) -> tuple[RowsResult, ...]:
+    """The outcome on every kind of rows, from ranks that live on. A rank that fell silent is a defect, told as one."""
     from .compare import prove
 
     try:
-        answers = ranks.run(prove, subject, setting, seconds=seconds)
+        answers = ranks.run(prove, tested, setting, seconds=seconds)
     except RanksError as error:
         known = [answer for answer in error.answers if answer is not None]
-        if any(rows.verdict != EXACT for answer in known for rows in answer):
+        if any(rows.outcome != EXACT for answer in known for rows in answer):
             return merge(known)
-        sentence = f"a process failed: {_last_line(error)}"
-        return tuple(RowsResult(kind, WRONG, sentence=sentence) for kind in setting.kinds)
+        message = f"a process failed: {_last_line(error)}"
+        return tuple(RowsResult(kind, WRONG, message=message) for kind in setting.kinds)
     return merge(answers)
 
 
 def merge(answers: list[list[RowsResult]]) -> tuple[RowsResult, ...]:
-    """One result for each kind of rows: that of the rank with the worst verdict, the first among equals."""
-    return tuple(min(rows, key=lambda result: WORST_FIRST.index(result.verdict)) for rows in zip(*answers))
+    """One result for each kind of rows: that of the rank with the worst outcome, the first among equals."""
+    return tuple(min(rows, key=lambda result: WORST_FIRST.index(result.outcome)) for rows in zip(*answers))
 
 
 @contextlib.contextmanager

@@ -246,7 +246,7 @@ def known_peak_tflops(device: torch.device) -> float | None:
     return next((peak for part, peak in _PEAK_TFLOPS.items() if part in name), None)
 
 
-def host_memory() -> int:
+def cpu_memory() -> int:
     """The largest resident set of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
@@ -260,4 +260,4 @@ def device_memory() -> int | None:
 def peak_memory() -> int:
     """The largest memory so far, in bytes: of the device, or of the process on a CPU."""
     device = device_memory()
-    return host_memory() if device is None else device
+    return cpu_memory() if device is None else device

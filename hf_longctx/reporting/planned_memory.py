@@ -21,7 +21,7 @@ from ..config.run import LongContextConfig
 from ..losses.tiles import choose_tile_size
 from ..planner.measure import resident_bytes
 from ..planner.settings import GIB, OPTIMIZERS, Settings
-from .meter import device_memory, host_memory, peak_memory
+from .meter import cpu_memory, device_memory, peak_memory
 
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ class PlannedMemory(TrainerCallback):
         if measured:
             figures |= {"measured_memory_gib": measured / GIB, "planned_over_measured": planned / measured}
         figures = {name: float(f"{figure:.4g}") for name, figure in figures.items()}
-        logger.info(_sentence(figures, rows, tokens))
+        logger.info(_message(figures, rows, tokens))
         logs.update(figures)
         state.log_history[-1].update(figures)
 
@@ -99,7 +99,7 @@ class PlannedMemory(TrainerCallback):
             return 0
         if device_memory() is not None:
             return device_memory()
-        return 0 if self._base is None else host_memory() - self._base
+        return 0 if self._base is None else cpu_memory() - self._base
 
     def _plan(self, args, model: torch.nn.Module, rows: int, local_tokens: int) -> int:
         from ..planner.memory_plan import Planner  # its simulations import half of torch
@@ -113,7 +113,7 @@ class PlannedMemory(TrainerCallback):
             checkpointing=args.gradient_checkpointing,
             offload=args.gradient_checkpointing and bool((args.gradient_checkpointing_kwargs or {}).get("offload")),
         )
-        return Planner(find_causal_lm(model).config).ledger(settings).device
+        return Planner(find_causal_lm(model).config).breakdown(settings).device
 
     def _loss_tile_size(self, model: torch.nn.Module) -> int | None:
         base = find_causal_lm(model)
@@ -161,7 +161,7 @@ def _bytes_beside(model: torch.nn.Module) -> int | None:
     return resident - sum(x.untyped_storage().nbytes() for x in storages.values() if x.device.type == "cpu")
 
 
-def _sentence(figures: dict[str, float], rows: int, tokens: int) -> str:
+def _message(figures: dict[str, float], rows: int, tokens: int) -> str:
     planned = f"memory planned for the longest batch ({rows} x {tokens:,} tokens a process)"
     planned += f": {figures['planned_memory_gib']} GiB"
     if "measured_memory_gib" not in figures:

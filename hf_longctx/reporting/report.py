@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
 from .launch_command import launch_command
-from .meter import ThroughputMeter, device_memory, host_memory
+from .meter import ThroughputMeter, cpu_memory, device_memory
 from .model_card import is_hub_name, write_model_card
 
 
@@ -84,7 +84,7 @@ class RunReport(TrainerCallback):
         )
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:
-        peak = {"rank": args.process_index, "host_bytes": host_memory(), "device_bytes": device_memory()}
+        peak = {"rank": args.process_index, "cpu_bytes": cpu_memory(), "device_bytes": device_memory()}
         peaks = gather_object([peak])
         if not state.is_world_process_zero:
             return

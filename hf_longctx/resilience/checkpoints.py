@@ -157,10 +157,10 @@ def choose_checkpoint(trainer, wanted: str | bool | None) -> str | None:
 
 def _refuse_everywhere(faults: list[str | None]) -> None:
     """Raise on all ranks what the first rank with a fault has seen; `faults` has an entry a rank."""
-    seen = [(rank, sentence) for rank, sentence in enumerate(faults) if sentence is not None]
+    seen = [(rank, message) for rank, message in enumerate(faults) if message is not None]
     if seen:
-        rank, sentence = seen[0]
-        raise ValueError(sentence if len(seen) == len(faults) else f"{sentence} (seen by rank {rank})")
+        rank, message = seen[0]
+        raise ValueError(message if len(seen) == len(faults) else f"{message} (seen by rank {rank})")
 
 
 def check_checkpoint(trainer, folder: Path) -> None:

@@ -143,7 +143,7 @@ class HangWatch(TrainerCallback):
 
 
 def describe_hang(places: dict[int, dict], size: int, idle: float) -> str:
-    """One sentence about where all ranks are, the suspects first."""
+    """One message about where all ranks are, the suspects first."""
     suspects = [rank for rank in range(size) if rank not in places or not places[rank]["waits"]]
     lines = []
     for rank in sorted(range(size), key=lambda rank: (rank not in suspects, rank)):

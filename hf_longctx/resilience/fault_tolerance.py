@@ -16,14 +16,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .checkpoints import choose_checkpoint, write_checkpoint
 from .failed_ranks import HangWatch, clear_fault, report_fault
 from .nonfinite import explain_step, forget_gradients, has_finite_step
-from .replicas import attach_replica_guard, random_digest
+from .replicas import attach_replica_guard, random_state_hash
 from .termination import EXIT_CODE, take_over_sigterm
 
 
 logger = logging.getLogger(__name__)
 
 
-class SurvivalMixin:
+class FaultToleranceMixin:
     """Watches each optimizer step; has `long_context` and everything of a host trainer."""
 
     _num_skipped_steps = 0
@@ -65,14 +65,14 @@ class SurvivalMixin:
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        write_checkpoint(self, folder, lambda: super(SurvivalMixin, self)._save_checkpoint(model, trial))
+        write_checkpoint(self, folder, lambda: super(FaultToleranceMixin, self)._save_checkpoint(model, trial))
 
     def get_batch_samples(self, epoch_iterator, *args, **kwargs):
         """The host's; notes whether a collator or data set draws random numbers in this process."""
         began = epoch_iterator is self._iterator  # an epoch's first fetch draws a seed for workers
-        before = random_digest(torch.device("cpu"), everyones=True)
+        before = random_state_hash(torch.device("cpu"), everyones=True)
         batches = super().get_batch_samples(epoch_iterator, *args, **kwargs)
-        self._draws_rows |= began and random_digest(torch.device("cpu"), everyones=True) != before
+        self._draws_rows |= began and random_state_hash(torch.device("cpu"), everyones=True) != before
         self._iterator = epoch_iterator
         return batches
 
@@ -107,7 +107,7 @@ class SurvivalMixin:
             forget_gradients(model)
 
     def _refuse_step(self, fault: dict) -> None:
-        policy, step, cause = self.long_context.on_nonfinite, self.state.global_step + 1, fault["sentence"]
+        policy, step, cause = self.long_context.on_nonfinite, self.state.global_step + 1, fault["message"]
         if policy == "raise":
             raise RuntimeError(
                 f"step {step} is not finite: {cause}. No weight was changed by it: look at these rows, lower "

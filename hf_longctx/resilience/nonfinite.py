@@ -46,7 +46,7 @@ def explain_step(trainer, model: torch.nn.Module, batches: list[dict], losses: l
         count: `num_items_in_batch` of the step.
 
     Returns:
-        `dict`: `sentence`, equal on all ranks, and `ruined`, the name of a weight that is itself not finite, if any.
+        `dict`: `message`, equal on all ranks, and `ruined`, the name of a weight that is itself not finite, if any.
 
     Communication: that of the forwards and backwards, and a gather of a few words; every rank must call it.
     """
@@ -74,10 +74,10 @@ def explain_step(trainer, model: torch.nn.Module, batches: list[dict], losses: l
         everywhere = [None] * trainer.args.world_size
         dist.all_gather_object(everywhere, found)
     weight = next((rank["weight"] for rank in everywhere if rank["weight"]), None)
-    return {"sentence": _sentence(everywhere), "ruined": weight}
+    return {"message": _message(everywhere), "ruined": weight}
 
 
-def _sentence(everywhere: list[dict]) -> str:
+def _message(everywhere: list[dict]) -> str:
     parts = []
     for rank, found in enumerate(everywhere):
         bad = [f"{loss} in micro-batch {i}" for i, loss in enumerate(found["losses"]) if loss - loss != 0]

@@ -75,8 +75,8 @@ class ReplicaGuard(TrainerCallback):
         tensors, facts = replicated(model, optimizer)
         facts = {"step": state.global_step, **facts}
         sums = dict(zip(tensors, checksums(list(tensors.values()), args.device)))
-        drawn = random_digest(args.device) if has_dropout(model) else 0
-        mine = [_digest(list(sums)), _digest(list(sums.values())), _digest(list(facts.items()))]
+        drawn = random_state_hash(args.device) if has_dropout(model) else 0
+        mine = [_hash(list(sums)), _hash(list(sums.values())), _hash(list(facts.items()))]
         groups = [_LOWEST] * (dist.get_world_size() // self.sequence_parallel_size)
         inverse = list(groups)
         group = dist.get_rank() // self.sequence_parallel_size
@@ -165,17 +165,17 @@ def has_dropout(model: torch.nn.Module) -> bool:
     return any(isinstance(rate, float) and rate > 0 for rate in rates)
 
 
-def random_digest(device: torch.device, everyones: bool = False) -> int:
+def random_state_hash(device: torch.device, everyones: bool = False) -> int:
     """torch's random state of the CPU and of `device` as one integer; with `everyones` also Python's, numpy's."""
     states: list = [torch.get_rng_state().numpy().tobytes()]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device).numpy().tobytes())
     if everyones:
         states += [random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2]]
-    return _digest(states)
+    return _hash(states)
 
 
-def _digest(values: list) -> int:
+def _hash(values: list) -> int:
     """A 63-bit checksum of plain values; the same on every rank and in every process."""
     return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), "big") >> 1
 
@@ -220,9 +220,9 @@ def _explain_tensor(device: torch.device, name: str, tensor: torch.Tensor, sums:
     return f"{name} on rank {culprits}, first at {at}: {_per_rank(values)}"
 
 
-def _explain_random(digest: int, sequence_parallel_size: int) -> str:
+def _explain_random(state_hash: int, sequence_parallel_size: int) -> str:
     everywhere: list = [None] * dist.get_world_size()
-    dist.all_gather_object(everywhere, digest)
+    dist.all_gather_object(everywhere, state_hash)
     for group in _split(everywhere, sequence_parallel_size):
         if len({value for _, value in group}) > 1:
             common = Counter(value for _, value in group).most_common(1)[0][0]

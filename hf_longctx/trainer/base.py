@@ -21,13 +21,13 @@ from ..config.run import LongContextConfig
 from ..data.packing.collator import READ_COLUMNS, PackingCollator, fills_rows
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import validate_same_rows
-from ..resilience.fault_tolerance import SurvivalMixin
+from ..resilience.fault_tolerance import FaultToleranceMixin
 from .checks import check_arguments, check_model, check_trainer, warn_about_dropout
 from .loaders import build_loader, check_streams, never_ends
 from .packed_rows import check_packed_batch, pack_dataset
 
 
-class TrainerBase(SurvivalMixin):
+class TrainerBase(FaultToleranceMixin):
     """Put in front of a library's trainer class: `class X(TrainerBase, Trainer)`.
 
     Args:

@@ -50,7 +50,7 @@ def check_arguments(args, config: LongContextConfig) -> None:
 
 
 def refuse_dispatcher(args, reason: str) -> None:
-    """Refuse accelerate's ways to read a batch once and send it around; `reason` ends the sentence."""
+    """Refuse accelerate's ways to read a batch once and send it around; `reason` ends the message."""
     for name in ("split_batches", "dispatch_batches"):
         if getattr(getattr(args, "accelerator_config", None), name, None):
             raise ValueError(

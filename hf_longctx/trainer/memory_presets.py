@@ -151,7 +151,7 @@ def _plan(memory: MemoryConfig, long_context: LongContextConfig, args, model, co
             f"`sequence_parallel_size` ({long_context.sequence_parallel_size}), or set `memory` to 'max' and try."
         )
     preset, settings = chosen
-    planned = planner.ledger(settings).device
+    planned = planner.breakdown(settings).device
     logger.info(
         f"`memory` ('auto') takes {preset.name!r}: {planned / GIB:.2f} of {device_bytes / GIB:.1f} GiB are planned "
         f"for rows of {tokens:,} tokens"
@@ -172,16 +172,16 @@ def _validate_host_memory(
     if tokens is None:
         return
     settings = settings_of(long_context, args, model, tokens, args.per_device_train_batch_size)
-    settings, host_bytes = settings.of(processes_per_host=_local_world_size()), free_bytes("cpu")
+    settings, cpu_bytes = settings.of(processes_per_node=_local_world_size()), free_bytes("cpu")
     try:
         planner = Planner(unwrap(model).config)
-        needed = planner.ledger(planner.preset(preset, settings)).host
+        needed = planner.breakdown(planner.preset(preset, settings)).cpu
     except NotImplementedError:
         return
-    if needed > host_bytes:
+    if needed > cpu_bytes:
         raise ValueError(
             f"`memory` ({memory.memory!r}) keeps {needed / GIB:.2f} GiB of checkpoints in the memory of this host "
-            f"for rows of {tokens:,} tokens, and {host_bytes / GIB:.2f} GiB are free: shorten rows, start fewer "
+            f"for rows of {tokens:,} tokens, and {cpu_bytes / GIB:.2f} GiB are free: shorten rows, start fewer "
             "processes on a host, or set `memory` to 'checkpoint'."
         )
 

@@ -19,8 +19,8 @@ from .base import TrainerBase
 from .evaluation import ShardedEvaluationMixin
 from .memory_presets import apply_memory, prepare_memory, tile_trainer_loss
 from .packed_rows import check_collator
-from .sanity_check import ProbeResult, probe_model
-from .shifting_loss import AlignedLoss
+from .sanity_check import SanityResult, run_sanity_check
+from .shifting_loss import ShiftingLoss
 
 
 class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
@@ -33,7 +33,7 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
     """
 
     configs = TRAINERS["LongContextTrainer"]
-    _probe: ProbeResult | None = None
+    _sanity: SanityResult | None = None
 
     def prepare_arguments(self, given: dict[str, object]) -> None:
         self._preset = prepare_memory(
@@ -43,25 +43,25 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
     def prepare_model(self) -> None:
         self.shards_batches = adapt_model(self)
         check_collator(self)
-        self._align_losses()
+        self._wrap_losses()
         apply_memory(self, self._preset)
         # FSDP places parameters when training starts; the probe then runs on the first batch.
         if self.shards_batches and next(self.model.parameters()).device.type == self.args.device.type:
-            self._probe = self._run_probe()
+            self._sanity = self._check_sanity()
         elif not self.shards_batches:
             tile_trainer_loss(self, self._preset)
 
     def check_share(self, inputs: dict[str, object]) -> None:
-        if self._probe is None:
-            self._probe = self._run_probe()
-        self._probe.validate_batch(self.model, inputs["sequence_shard"], inputs)
+        if self._sanity is None:
+            self._sanity = self._check_sanity()
+        self._sanity.validate_batch(self.model, inputs["sequence_shard"], inputs)
         if self._takes_shifted_labels:
             inputs["labels"] = inputs["shift_labels"]
 
-    def _run_probe(self) -> ProbeResult:
-        """Check the model on a tiny batch; see [`probe_model`]."""
+    def _check_sanity(self) -> SanityResult:
+        """Check the model on a tiny batch; see [`run_sanity_check`]."""
         own_loss = self.compute_loss_func is None and self.label_smoother is None
-        result = probe_model(
+        result = run_sanity_check(
             self.model,
             self.mesh,
             self.long_context.inner_attention,
@@ -89,16 +89,16 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
     @property
     def _takes_shifted_labels(self) -> bool:
         """Whether the loss is ours to feed: it then gets the targets, not the labels."""
-        ours = isinstance(self.compute_loss_func, AlignedLoss) or self.compute_loss_func is token_mean
-        return self.shifts_labels and (ours or isinstance(self.label_smoother, AlignedLoss))
+        ours = isinstance(self.compute_loss_func, ShiftingLoss) or self.compute_loss_func is token_mean
+        return self.shifts_labels and (ours or isinstance(self.label_smoother, ShiftingLoss))
 
-    def _align_losses(self) -> None:
+    def _wrap_losses(self) -> None:
         if self.mesh.sequence_parallel_size == 1:
             return
         if self.compute_loss_func is not None:
-            self.compute_loss_func = AlignedLoss(self.compute_loss_func, self.shifts_labels, check=True)
+            self.compute_loss_func = ShiftingLoss(self.compute_loss_func, self.shifts_labels, check=True)
         if self.label_smoother is not None and self.shifts_labels:
-            self.label_smoother = AlignedLoss(self.label_smoother, shifts=True, check=False)
+            self.label_smoother = ShiftingLoss(self.label_smoother, shifts=True, check=False)
 
     def _get_num_items_in_batch(self, batch_samples, device):
         count = super()._get_num_items_in_batch(batch_samples, device)

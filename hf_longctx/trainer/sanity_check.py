@@ -29,7 +29,7 @@ _PACKAGE = str(Path(__file__).parents[1])
 
 
 @dataclass(frozen=True)
-class ProbeResult:
+class SanityResult:
     """What the trainer must supply for this model to be exact.
 
     Args:
@@ -73,9 +73,9 @@ class ProbeResult:
 
 
 @torch.no_grad()
-def probe_model(
+def run_sanity_check(
     model, mesh: SequenceMesh, inner_attention: str, shift_labels: bool, check_loss: bool, context=None
-) -> ProbeResult:
+) -> SanityResult:
     """Compare a sharded with an unsharded forward of two short rows.
 
     Args:
@@ -95,7 +95,7 @@ def probe_model(
         return _compare(model, mesh, inner_attention, shift_labels, check_loss)
 
 
-def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> ProbeResult:
+def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityResult:
     name, size = type(unwrap(model)).__name__, mesh.sequence_parallel_size
     batch = _padded_rows(model, size)
     valid = batch["attention_mask"].bool()
@@ -116,8 +116,8 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> ProbeRes
         positions = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
         one_process = model(**batch, position_ids=positions)[0]
         explicit = one_process[valid]
-        error, blind_error = _difference(sharded, explicit), _difference(unaware, explicit)
-        _validate_outputs(name, sharded, unaware, error, blind_error)
+        error, baseline_error = _difference(sharded, explicit), _difference(unaware, explicit)
+        _validate_outputs(name, sharded, unaware, error, baseline_error)
         needs_position_ids = _difference(model(**batch)[0][valid], explicit) > _noise(explicit)
         last_padding = ~valid & torch.nn.functional.pad(valid, (0, 1))[:, 1:]
         if shift_labels:
@@ -126,7 +126,7 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> ProbeRes
             kernels = {kernel for _, kernel, *_ in share["sequence_shard"].kernel_plans}
             padding_predicts = len(kernels) > 1 or not _difference(*padding) <= _noise(explicit)
     ignores = check_loss and _loss_ignores_count(model, share, local.shape[-1], shift_labels)
-    return ProbeResult(needs_position_ids, ignores, padding_predicts)
+    return SanityResult(needs_position_ids, ignores, padding_predicts)
 
 
 def _on_a_share(model, name: str, share: dict[str, object]) -> torch.Tensor:
@@ -167,9 +167,9 @@ def _noise(output: torch.Tensor) -> float:
     return REORDERED_SUMS.of(output.dtype)
 
 
-def _validate_outputs(name: str, sharded, unaware, error: float, blind_error: float) -> None:
+def _validate_outputs(name: str, sharded, unaware, error: float, baseline_error: float) -> None:
     # In half precision a router may choose another expert for a near tie; such an error stays far below the blind one.
-    near = sharded.dtype not in (torch.float64, torch.float32) and error < blind_error / 5
+    near = sharded.dtype not in (torch.float64, torch.float32) and error < baseline_error / 5
     if error <= _noise(sharded) or near:
         return
     if torch.equal(sharded, unaware):

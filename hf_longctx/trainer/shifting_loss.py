@@ -15,7 +15,7 @@ import torch
 from ..parallel.shard import IGNORE_INDEX
 
 
-class AlignedLoss:
+class ShiftingLoss:
     """A loss function that receives this rank's targets, and is proven on its first call.
 
     Args:

@@ -11,7 +11,7 @@ Price: on 2 cores, some 10 minutes and 6 GB at the defaults.
 
     python recipes/bench/embed.py --output docs/benchmarks/embed_cpu.md
 
-With `--stsb FILE` (sentence, sentence, score from 0 to 5 a line) the model is scored there too: padded, packed, and
+With `--stsb FILE` (message, message, score from 0 to 5 a line) the model is scored there too: padded, packed, and
 packed with every row shared by two processes.
 """
 

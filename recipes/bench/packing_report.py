@@ -124,7 +124,7 @@ def _sizes(sizes: list[tuple[int, int]]) -> str:
 
 
 def failures(result: dict) -> list[str]:
-    """One sentence for each variant that was not timed."""
+    """One message for each variant that was not timed."""
     return [f"{row['case']}: {row['label']}: {row['failed']}" for row in result["rows"] if row["failed"]]
 
 

@@ -85,15 +85,17 @@ def measure_cell(name: str, tokens: int, preset: str, planner: Planner, args: ar
     tiles = {key: TILE_TOKENS for key in ("loss_tile_size", "mlp_tile_size") if getattr(settings, key) is not None}
     settings = settings.of(**tiles)
     start = time.perf_counter()
-    ledger = planner.ledger(settings)
+    breakdown = planner.breakdown(settings)
     seconds = time.perf_counter() - start
-    if ledger.device > 0.9 * free_bytes("cpu"):
-        raise RuntimeError(f"'{name}' with {tokens} tokens needs {ledger.device / 2**30:.1f} GiB: give fewer tokens.")
+    if breakdown.device > 0.9 * free_bytes("cpu"):
+        raise RuntimeError(
+            f"'{name}' with {tokens} tokens needs {breakdown.device / 2**30:.1f} GiB: give fewer tokens."
+        )
     measured = measure_in_process(planner.config, settings, "cpu", timeout=args.timeout)
-    states = ledger.weights + ledger.gradients + ledger.optimizer
-    row = {"shape": name, "tokens": tokens, "preset": preset, "planned": ledger.device, "measured": measured}
-    row |= {"states": states, "phase": ledger.phase, "planning_seconds": seconds}
-    row["error"] = ledger.device / measured - 1
+    states = breakdown.weights + breakdown.gradients + breakdown.optimizer
+    row = {"shape": name, "tokens": tokens, "preset": preset, "planned": breakdown.device, "measured": measured}
+    row |= {"states": states, "phase": breakdown.phase, "planning_seconds": seconds}
+    row["error"] = breakdown.device / measured - 1
     return row
 
 

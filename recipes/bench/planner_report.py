@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 HEADERS = ("shape", "tokens", "memory", "fullest", "states MiB", "planned MiB", "measured MiB", "error", "step only")
 READING = """\
-- *states*: weights, gradients and AdamW's two moments, which any formula gets right. *planned*, *measured*: the
+- *states*: weights, gradients and AdamW's two peaks, which any formula gets right. *planned*, *measured*: the
   fullest moment of the step, states included. *error*: planned over measured, less one.
 - *step only*: the same error for what is left without the states, that is activations, logits and buffers. It is the
   harder figure, and large in percent where there is little left.
@@ -56,7 +56,7 @@ def cells(row: dict) -> list[str]:
 
 
 def summary(result: dict) -> str:
-    """The worst of all cells, in one sentence."""
+    """The worst of all cells, in one message."""
     rows = result["rows"]
     at = max(rows, key=lambda row: abs(row["error"]))
     within = sum(abs(row["error"]) <= 0.1 for row in rows)

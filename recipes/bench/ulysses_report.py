@@ -106,7 +106,7 @@ def cells(row: dict) -> list[str]:
 
 
 def failures(result: dict) -> list[str]:
-    """One sentence for each contender that could not run a shape."""
+    """One message for each contender that could not run a shape."""
     return sorted({f"{r['label']} on {r['case']}: {r['failed']}" for r in result["rows"] if r["failed"]})
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_longctx.proof.model_under_test import EMBEDDING_KINDS, Setting, Subject
+from hf_longctx.proof.model_under_test import EMBEDDING_KINDS, ModelUnderTest, Setting
 from hf_longctx.proof.ranks import Ranks
 from hf_longctx.proof.result import EXACT, UNBUILDABLE, WRONG, RowsResult
 from hf_longctx.proof.verification import run_proof
@@ -53,27 +53,27 @@ def prove(ranks: Ranks, name: str, bidirectional: bool) -> dict:
         config = CONFIG_MAPPING[name]()
         if bidirectional:
             config.is_causal = False
-        subject = Subject.of(config, "embedding", SIZE)
+        tested = ModelUnderTest.of(config, "embedding", SIZE)
     except Exception as error:
-        rows = [RowsResult(k, UNBUILDABLE, sentence=f"no configuration: {error}") for k in EMBEDDING_KINDS]
+        rows = [RowsResult(k, UNBUILDABLE, message=f"no configuration: {error}") for k in EMBEDDING_KINDS]
     else:
-        rows = run_proof(ranks, subject, Setting(SIZE, kinds=EMBEDDING_KINDS), SECONDS_A_MODEL)
-    kept = [{"rows": r.rows, "verdict": r.verdict, "sentence": r.sentence} for r in rows]
+        rows = run_proof(ranks, tested, Setting(SIZE, kinds=EMBEDDING_KINDS), SECONDS_A_MODEL)
+    kept = [{"rows": r.rows, "outcome": r.outcome, "message": r.message} for r in rows]
     return {"type": name, "bidirectional": bidirectional, "rows": kept}
 
 
 def page(records: list[dict]) -> str:
     """The table, without numbers that differ from machine to machine."""
     versions = {name: version(name.replace("_", "-")) for name in ("transformers", "sentence_transformers")}
-    exact = sum(all(row["verdict"] == EXACT for row in record["rows"]) for record in records)
+    exact = sum(all(row["outcome"] == EXACT for row in record["rows"]) for record in records)
     heads = ("type", *EMBEDDING_KINDS, "why")
     lines = [PREFACE.format(**versions), f"{exact} of {len(records)} are exact in both ways.", ""]
     lines += [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     for record in records:
-        reasons = " ".join(dict.fromkeys(row["sentence"] for row in record["rows"] if row["sentence"]))
+        reasons = " ".join(dict.fromkeys(row["message"] for row in record["rows"] if row["message"]))
         name = f"`{record['type']}`" + (", no causal mask" if record["bidirectional"] else "")
-        verdicts = " | ".join(WORDS[row["verdict"]] for row in record["rows"])
-        lines.append(f"| {name} | {verdicts} | {reasons.replace('|', chr(92) + '|')} |")
+        outcomes = " | ".join(WORDS[row["outcome"]] for row in record["rows"])
+        lines.append(f"| {name} | {outcomes} | {reasons.replace('|', chr(92) + '|')} |")
     return "\n".join(lines) + "\n"
 
 
@@ -89,16 +89,16 @@ def main(arguments: list[str] | None = None) -> int:
         for name, both in wanted:
             mark = terminal.mark()
             records.append(prove(ranks, name, both))
-            wrong = [r["sentence"] for r in records[-1]["rows"] if r["verdict"] == WRONG]
+            wrong = [r["message"] for r in records[-1]["rows"] if r["outcome"] == WRONG]
             if wrong:
-                terminal.fail([f"{name}: {sentence}" for sentence in dict.fromkeys(wrong)], mark)
+                terminal.fail([f"{name}: {message}" for message in dict.fromkeys(wrong)], mark)
             terminal.advance(name)
     for record in records if options.types else ():
         print(json.dumps(record))
     print(f"{len(records)} models in {time.perf_counter() - began:.0f} s")
     if not options.types:
         PAGE.write_text(page(records))
-    return int(any(row["verdict"] == WRONG for record in records for row in record["rows"]))
+    return int(any(row["outcome"] == WRONG for record in records for row in record["rows"]))
 
 
 if __name__ == "__main__":

@@ -16,15 +16,15 @@ _KINDS = KINDS
 
 
 def worse(before: list[dict], results: list[dict]) -> list[str]:
-    """What each type lost since the committed page, one sentence each."""
-    now = {(record["task"], record["type"]): _verdicts(record) for record in results}
-    sentences = []
+    """What each type lost since the committed page, one message each."""
+    now = {(record["task"], record["type"]): _outcomes(record) for record in results}
+    messages = []
     for old in before:
-        verdicts = now.get((old["task"], old["type"]))
-        for kind, was in _verdicts(old).items() if verdicts else ():
-            if WORST_FIRST.index(verdicts[kind]) < WORST_FIRST.index(was):
-                sentences.append(f"{old['type']} ({old['task']}), {kind} rows: was {was}, is {verdicts[kind]}")
-    return sentences
+        outcomes = now.get((old["task"], old["type"]))
+        for kind, was in _outcomes(old).items() if outcomes else ():
+            if WORST_FIRST.index(outcomes[kind]) < WORST_FIRST.index(was):
+                messages.append(f"{old['type']} ({old['task']}), {kind} rows: was {was}, is {outcomes[kind]}")
+    return messages
 
 
 def write_pages(folder: Path, results: list[dict], versions: dict[str, str]) -> None:
@@ -33,7 +33,7 @@ def write_pages(folder: Path, results: list[dict], versions: dict[str, str]) -> 
         {
             "task": record["task"],
             "type": record["type"],
-            "rows": [{"rows": r["rows"], "verdict": r["verdict"], "sentence": r["sentence"]} for r in record["rows"]],
+            "rows": [{"rows": r["rows"], "outcome": r["outcome"], "message": r["message"]} for r in record["rows"]],
         }
         for record in results
     ]
@@ -43,8 +43,8 @@ def write_pages(folder: Path, results: list[dict], versions: dict[str, str]) -> 
     (folder / "conformance.md").write_text("\n".join(_page(results, versions)) + "\n")
 
 
-def _verdicts(record: dict) -> dict[str, str]:
-    return {row["rows"]: row["verdict"] for row in record["rows"]}
+def _outcomes(record: dict) -> dict[str, str]:
+    return {row["rows"]: row["outcome"] for row in record["rows"]}
 
 
 def _page(results: list[dict], versions: dict[str, str]) -> list[str]:
@@ -71,7 +71,7 @@ def _preface(versions: dict[str, str]) -> list[str]:
         "**every** gradient. Written by `make conformance`, which fails if a type is wrong or worse than this page.",
         "",
         "- **exact**: all numbers equal one process's up to rounding ([verify.md](verify.md) says what is allowed).",
-        "- **refused**: a sentence before the first step says why it cannot be shared. It still trains with",
+        "- **refused**: a message before the first step says why it cannot be shared. It still trains with",
         "  `sequence_parallel_size` 1.",
         "- **not buildable**: there is no tiny model of it here to compare with, for the reason given.",
         "",
@@ -91,15 +91,15 @@ def _tables(results: list[dict]) -> list[str]:
 
 
 def _summary(title: str, records: list[dict]) -> str:
-    verdicts = [_verdicts(record) for record in records]
-    exact = [sum(v[kind] == EXACT for v in verdicts) for kind in _KINDS]
-    counts = Counter("all" if set(v.values()) == {EXACT} else v["dense"] for v in verdicts)
+    outcomes = [_outcomes(record) for record in records]
+    exact = [sum(v[kind] == EXACT for v in outcomes) for kind in _KINDS]
+    counts = Counter("all" if set(v.values()) == {EXACT} else v["dense"] for v in outcomes)
     cells = (title, len(records), *exact, counts["all"], counts[REFUSED], counts[UNBUILDABLE])
     return "| " + " | ".join(map(str, cells)) + " |"
 
 
 def _row(record: dict) -> str:
-    cells = [WORDS[verdict] for verdict in _verdicts(record).values()]
-    reasons = list(dict.fromkeys(row["sentence"] for row in record["rows"] if row["sentence"]))
+    cells = [WORDS[outcome] for outcome in _outcomes(record).values()]
+    reasons = list(dict.fromkeys(row["message"] for row in record["rows"] if row["message"]))
     why = " ".join(reasons).replace("|", "\\|")
     return f"| `{record['type']}` | {' | '.join(cells)} | {why} |"

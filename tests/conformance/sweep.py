@@ -22,7 +22,7 @@ from pathlib import Path
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_longctx.proof.model_under_test import KINDS, Setting, Subject
+from hf_longctx.proof.model_under_test import KINDS, ModelUnderTest, Setting
 from hf_longctx.proof.ranks import Ranks
 from hf_longctx.proof.result import UNBUILDABLE, WRONG
 from hf_longctx.proof.verification import run_proof
@@ -36,7 +36,7 @@ SIZE = 2
 SECONDS_A_TYPE = 300.0
 
 
-def subjects() -> list[tuple[str, str]]:
+def models_under_test() -> list[tuple[str, str]]:
     """`(task, model type)` of everything that is swept.
 
     Every causal and every masked language model, and those encoders that have no language model head: types of the
@@ -66,17 +66,17 @@ def prove(ranks: Ranks, task: str, name: str) -> dict:
     """The record of one type."""
     began = time.perf_counter()
     try:
-        subject = Subject.of(CONFIG_MAPPING[name](), task, SIZE)
+        tested = ModelUnderTest.of(CONFIG_MAPPING[name](), task, SIZE)
     except Exception as error:
-        rows = [{"rows": kind, "verdict": UNBUILDABLE, "sentence": f"no configuration: {error}"} for kind in KINDS]
+        rows = [{"rows": kind, "outcome": UNBUILDABLE, "message": f"no configuration: {error}"} for kind in KINDS]
     else:
-        found = run_proof(ranks, subject, Setting(SIZE, kinds=KINDS), SECONDS_A_TYPE)
+        found = run_proof(ranks, tested, Setting(SIZE, kinds=KINDS), SECONDS_A_TYPE)
         rows = [_record_of(result) for result in found]
     return {"task": task, "type": name, "rows": rows, "seconds": round(time.perf_counter() - began, 2)}
 
 
 def _record_of(result) -> dict:
-    record = {"rows": result.rows, "verdict": result.verdict, "sentence": result.sentence}
+    record = {"rows": result.rows, "outcome": result.outcome, "message": result.message}
     if result.errors is not None:
         record |= {"error": result.errors.worst, "parameter": result.errors.parameter, "dtype": result.dtype}
     return record
@@ -123,11 +123,11 @@ def sweep(
 
 
 def problems_of(results: list[dict], before: list[dict]) -> list[str]:
-    """A sentence for each type that is wrong, and for each that was better on the committed page."""
+    """A message for each type that is wrong, and for each that was better on the committed page."""
     found = []
     for record in results:
-        sentences = dict.fromkeys(row["sentence"] for row in record["rows"] if row["verdict"] == WRONG)
-        found += [f"{record['type']} ({record['task']}) is wrong: {sentence}" for sentence in sentences]
+        messages = dict.fromkeys(row["message"] for row in record["rows"] if row["outcome"] == WRONG)
+        found += [f"{record['type']} ({record['task']}) is wrong: {message}" for message in messages]
     return found + worse(before, results)
 
 
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", nargs="*", help="only these model types; the pages are not written")
     parser.add_argument("--resume", action="store_true", help="keep what the records already have for these versions")
-    parser.add_argument("--redo", nargs="*", default=(), help="with --resume: verdicts or types to prove again")
+    parser.add_argument("--redo", nargs="*", default=(), help="with --resume: outcomes or types to prove again")
     parser.add_argument("--records", type=Path, default=ROOT / "runs" / "conformance.jsonl")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // SIZE))
     parser.add_argument("--pages", type=Path, default=ROOT / "docs", help="folder of conformance.md and .json")
@@ -146,7 +146,7 @@ def main(arguments: list[str] | None = None) -> int:
     committed = options.pages / "conformance.json"
     before = json.loads(committed.read_text())["models"] if committed.exists() else []
     with Terminal() as terminal:
-        every = subjects()
+        every = models_under_test()
         wanted = [item for item in every if not options.types or item[1] in options.types]
         done = _read(options.records, versions, options.redo) if options.resume else []
         done = [record for record in done if (record["task"], record["type"]) in wanted]
@@ -175,7 +175,7 @@ def _read(records: Path, versions: dict, redo: list[str]) -> list[dict]:
         return []
     last = {(record["task"], record["type"]): record for record in lines[1:]}
     again = set(redo)
-    return [r for r in last.values() if not again & {r["type"], *(row["verdict"] for row in r["rows"])}]
+    return [r for r in last.values() if not again & {r["type"], *(row["outcome"] for row in r["rows"])}]
 
 
 def _rewrite(records: Path, versions: dict, done: list[dict]) -> None:

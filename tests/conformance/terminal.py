@@ -73,8 +73,8 @@ class Terminal:
         if self._bar.disable and (self.done % EVERY == 0 or self.done == self.total):
             self._out.write(f"{self.done:>4} of {self.total}, the last is {name}\n")
 
-    def fail(self, sentences: list[str], mark: int) -> None:
+    def fail(self, messages: list[str], mark: int) -> None:
         """Say what failed, below it what was written since `mark`."""
         noise = self.noise_since(mark).rstrip()
-        lines = [f"FAILED: {sentence}" for sentence in sentences] + [f"    {line}" for line in noise.splitlines()]
+        lines = [f"FAILED: {message}" for message in messages] + [f"    {line}" for line in noise.splitlines()]
         self._console.print("\n".join(lines), markup=False)

@@ -37,7 +37,7 @@ def test_the_other_ranks_stop_when_one_fails(tmp_path, how):
     )
     ended = time.time()
     assert done.returncode != 0
-    for sentence in SENTENCES[how]:
-        assert re.search(sentence, done.stderr), (sentence, done.stderr[-5000:])
+    for message in SENTENCES[how]:
+        assert re.search(message, done.stderr), (message, done.stderr[-5000:])
     failed = float(re.search(r"failing at ([\d.]+)", done.stdout).group(1))
     assert ended - failed < 30, "the others waited for the failed rank"

@@ -152,9 +152,9 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("run", "sentence"), REFUSED)
-def test_what_a_function_would_ignore_is_refused(run, sentence):
-    with pytest.raises(NotImplementedError, match=sentence):
+@pytest.mark.parametrize(("run", "message"), REFUSED)
+def test_what_a_function_would_ignore_is_refused(run, message):
+    with pytest.raises(NotImplementedError, match=message):
         run()
 
 

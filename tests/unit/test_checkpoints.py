@@ -72,7 +72,7 @@ def test_whole_sharded_folders_pass(sharded):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "sentence"),
+    ("name", "content", "message"),
     [
         ("trainer_state.json", "{", "trainer_state.json` cannot be read .*: resume from another checkpoint"),
         ("trainer_state.json", [3], "trainer_state.json` holds no JSON object: resume from another checkpoint"),
@@ -81,9 +81,9 @@ def test_whole_sharded_folders_pass(sharded):
         ("model.safetensors", "0", "model.safetensors` is missing, cut off or damaged .*: resume from another"),
     ],
 )
-def test_file_that_is_not_whole_is_named(checkpoint, name, content, sentence):
+def test_file_that_is_not_whole_is_named(checkpoint, name, content, message):
     write(checkpoint, name, content)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         check_whole(checkpoint)
 
 
@@ -105,7 +105,7 @@ OTHER_MODEL = "model.safetensors` is of another model: "
 
 
 @pytest.mark.parametrize(
-    ("weights", "sentence"),
+    ("weights", "message"),
     [
         ({"weight": (3, 2)}, OTHER_MODEL + "it lacks `bias`; resume from a checkpoint of the same model"),
         (
@@ -119,14 +119,14 @@ OTHER_MODEL = "model.safetensors` is of another model: "
     ],
 )
 @pytest.mark.parametrize("has_index", [False, True])
-def test_weights_of_another_model_are_named(checkpoint, weights, sentence, has_index):
+def test_weights_of_another_model_are_named(checkpoint, weights, message, has_index):
     (checkpoint / "model.safetensors").unlink()
     part = "model-1.safetensors" if has_index else "model.safetensors"
     save_file({name: torch.zeros(shape) for name, shape in weights.items()}, checkpoint / part)
     if has_index:
         write(checkpoint, "model.safetensors.index.json", {"weight_map": dict.fromkeys(weights, part)})
-        sentence = sentence.replace("model.safetensors`", "model.safetensors.index.json`")
-    with pytest.raises(ValueError, match=sentence):
+        message = message.replace("model.safetensors`", "model.safetensors.index.json`")
+    with pytest.raises(ValueError, match=message):
         check_weights(linear(), checkpoint)
 
 

@@ -38,8 +38,8 @@ def test_env_names_versions_and_kernels(capsys):
 def test_env_says_which_library_is_newer_than_tested(limit, monkeypatch, capsys):
     monkeypatch.setattr("hf_longctx.cli.env.read_tested_versions", lambda: {"transformers": limit})
     assert main(["env"]) == 0
-    sentence = f"`transformers` {transformers.__version__} is newer than tested (5.0.0)"
-    assert (sentence in capsys.readouterr().out) == (limit == "5.0.0")
+    message = f"`transformers` {transformers.__version__} is newer than tested (5.0.0)"
+    assert (message in capsys.readouterr().out) == (limit == "5.0.0")
 
 
 @pytest.mark.parametrize(
@@ -197,7 +197,7 @@ def test_pack_leaves_out_empty_documents_and_says_so(pack, folder):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["text.jsonl"], "only a tokenizer can count: name it with `--model_name_or_path`"),
         (["titles.jsonl"], "none of the columns `length`, `input_ids` and `text`, only title"),
@@ -213,9 +213,9 @@ def test_pack_leaves_out_empty_documents_and_says_so(pack, folder):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_pack_refuses_with_the_sentence(pack, folder, arguments, sentence):
+def test_pack_refuses_with_the_sentence(pack, folder, arguments, message):
     code, out = pack(*arguments)
-    assert code == 2 and out.startswith("refused: ") and sentence in out
+    assert code == 2 and out.startswith("refused: ") and message in out
     assert (folder / "notes.md").read_text() == "mine" and not (folder / "packing.png").exists()
 
 

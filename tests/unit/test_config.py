@@ -167,7 +167,7 @@ def test_sources_survive_yaml_and_are_json_on_the_command_line(parse):
 
 
 @pytest.mark.parametrize(
-    ("fields", "sentence"),
+    ("fields", "message"),
     [
         ({"source_weights": {"nli": 0}}, "`source_weights` gives the source `nli` 0, but it must be a number over 0"),
         ({"source_weights": {"nli": -1.0}}, "gives the source `nli` -1.0"),
@@ -191,7 +191,7 @@ def test_sources_survive_yaml_and_are_json_on_the_command_line(parse):
         ({"tokens_per_rank": 0}, "`tokens_per_rank` (0) must be a positive integer"),
     ],
 )
-def test_sources_that_no_run_could_draw_are_refused(fields, sentence):
+def test_sources_that_no_run_could_draw_are_refused(fields, message):
     with pytest.raises(ValueError) as error:
         SourcesConfig(**fields)
-    assert sentence in str(error.value)
+    assert message in str(error.value)

@@ -20,7 +20,7 @@ pytest.importorskip("sentence_transformers")
 from sentence_transformers import util
 from sentence_transformers.sentence_transformer import losses as st
 
-from hf_longctx.embedding.text_hashes import text_digests
+from hf_longctx.embedding.text_hashes import text_hashes
 from hf_longctx.embedding.tiled_ranking_loss import TiledMultipleNegativesRankingLoss, bind_losses, check_losses
 
 from ..embedders import WIDTH, batch, flat, padded, random_texts, tiny_embedder
@@ -181,9 +181,9 @@ def test_no_tensor_grows_with_the_square_of_the_rows(rule, repeats):
     largest = {}
     for rows in (128, 512):
         columns = embeddings(rows, 3, torch.float32)
-        digests = [torch.arange(rows) // (2 if repeats else 1) + 10_000 * i for i in range(3)]
+        hashes = [torch.arange(rows) // (2 if repeats else 1) + 10_000 * i for i in range(3)]
         with Recorder() as seen:
-            contrastive_loss(columns, rule=ContrastiveRule(**rule), digests=digests, tile_size=16).backward()
+            contrastive_loss(columns, rule=ContrastiveRule(**rule), hashes=hashes, tile_size=16).backward()
         largest[rows] = seen.largest
     assert largest[512] == 4 * largest[128]
     # Sixteen rows of scores: of two columns of documents, or of these, queries, queries and documents.
@@ -200,17 +200,17 @@ def test_without_a_gradient_one_tile_is_enough():
 # Duplicates
 
 
-def masked_by_the_rule(digests: list[torch.Tensor], row: int, column: int, candidate: int) -> bool:
+def masked_by_the_rule(hashes: list[torch.Tensor], row: int, column: int, candidate: int) -> bool:
     """The rule of `Duplicates`, a candidate at a time."""
-    query, positive = digests[0], digests[1]
+    query, positive = hashes[0], hashes[1]
     if column > 1:
-        return bool(digests[column][candidate] == positive[row])
+        return bool(hashes[column][candidate] == positive[row])
     if row == candidate:
         return False
     return bool(query[row] == query[candidate] or positive[row] == positive[candidate])
 
 
-def loss_without_duplicates(columns, digests, rule: ContrastiveRule, scale: float) -> torch.Tensor:
+def loss_without_duplicates(columns, hashes, rule: ContrastiveRule, scale: float) -> torch.Tensor:
     """The slow twin: every logit of every row on its own."""
     unit = [torch.nn.functional.normalize(x) for x in columns]
     rows, losses = len(unit[0]), []
@@ -221,7 +221,7 @@ def loss_without_duplicates(columns, digests, rule: ContrastiveRule, scale: floa
             for it in interactions:
                 for j in range(rows):
                     hardness = it.own if i == j else it.others
-                    if hardness is None or masked_by_the_rule(digests, i, it.column, j):
+                    if hardness is None or masked_by_the_rule(hashes, i, it.column, j):
                         continue
                     score = unit[it.row][i] @ unit[it.column][j]
                     logits.append(scale * score + hardness * score.detach())
@@ -234,13 +234,13 @@ def loss_without_duplicates(columns, digests, rule: ContrastiveRule, scale: floa
 def test_duplicates_are_left_out_by_the_rule(rule):
     rule, rows = ContrastiveRule(**rule), 14
     generator = torch.Generator().manual_seed(3)
-    digests = [torch.randint(0, 9, (rows,), generator=generator) for _ in range(3)]
-    digests[0] += 100
-    digests[2][4] = digests[1][4]  # an own hard negative that is the positive
+    hashes = [torch.randint(0, 9, (rows,), generator=generator) for _ in range(3)]
+    hashes[0] += 100
+    hashes[2][4] = hashes[1][4]  # an own hard negative that is the positive
     ours = embeddings(rows, 3)
     theirs = [x.detach().clone().requires_grad_() for x in ours]
-    actual = contrastive_loss(ours, rule=rule, digests=digests, tile_size=4)
-    expected = loss_without_duplicates(theirs, digests, rule, 20.0)
+    actual = contrastive_loss(ours, rule=rule, hashes=hashes, tile_size=4)
+    expected = loss_without_duplicates(theirs, hashes, rule, 20.0)
     assert_same([actual], [expected], 1e-12)
     assert abs(actual - contrastive_loss(ours, rule=rule)) > 1e-3  # the rule did something
     actual.backward()
@@ -249,9 +249,9 @@ def test_duplicates_are_left_out_by_the_rule(rule):
 
 
 def test_tiles_without_duplicates_are_not_compared():
-    digests = torch.arange(300).view(3, 100).clone()
-    digests[0, 3] = digests[0, 80]
-    found = Duplicates(digests)
+    hashes = torch.arange(300).view(3, 100).clone()
+    hashes[0, 3] = hashes[0, 80]
+    found = Duplicates(hashes)
     assert found.mask(0, slice(0, 10), slice(0, 100)) is not None
     assert found.mask(0, slice(10, 20), slice(0, 100)) is None
     assert found.mask(1, slice(0, 10), slice(20, 40)) is None
@@ -260,7 +260,7 @@ def test_tiles_without_duplicates_are_not_compared():
 
 def test_only_positives_that_are_all_the_same_text_leave_nothing_to_learn():
     columns = embeddings(6, 2)
-    loss = contrastive_loss(columns, digests=[torch.arange(6), torch.zeros(6, dtype=torch.long)])
+    loss = contrastive_loss(columns, hashes=[torch.arange(6), torch.zeros(6, dtype=torch.long)])
     loss.backward()
     assert loss == 0 and all((x.grad == 0).all() for x in columns)
 
@@ -270,18 +270,18 @@ def test_only_positives_that_are_all_the_same_text_leave_nothing_to_learn():
 
 def test_digests_of_a_text_are_the_same_padded_and_flat():
     texts = random_texts(40, seed=1) + [[5], [5, 6], [6, 5], [5, 5], [5, 6]]
-    digests = text_digests(padded(texts))
-    assert torch.equal(digests, text_digests(padded(texts, "left")))
-    assert torch.equal(digests, text_digests(flat(texts)))
-    assert not torch.equal(digests, text_digests({"input_ids": padded(texts)["input_ids"]}))
+    hashes = text_hashes(padded(texts))
+    assert torch.equal(hashes, text_hashes(padded(texts, "left")))
+    assert torch.equal(hashes, text_hashes(flat(texts)))
+    assert not torch.equal(hashes, text_hashes({"input_ids": padded(texts)["input_ids"]}))
     different = {tuple(text) for text in texts}
-    assert len(digests.unique()) == len(different) < len(texts)
-    assert digests[-1] == digests[-4] and digests[-3] != digests[-4]
+    assert len(hashes.unique()) == len(different) < len(texts)
+    assert hashes[-1] == hashes[-4] and hashes[-3] != hashes[-4]
 
 
 def test_digests_of_a_collator_win():
     given = torch.tensor([3, 3])
-    assert text_digests({"text_digests": given, "pixel_values": torch.zeros(2, 4)}) is given
+    assert text_hashes({"text_hashes": given, "pixel_values": torch.zeros(2, 4)}) is given
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_digests_of_a_collator_win():
 )
 def test_batches_whose_texts_cannot_be_told_are_refused(features, message):
     with pytest.raises(ValueError, match=message):
-        text_digests(features)
+        text_hashes(features)
 
 
 # The module on a model

@@ -90,7 +90,7 @@ def test_logits_are_scaled_by_the_field(field, prefix, power):
 def test_every_kind_of_sharded_layer_is_in_a_model_that_the_sweep_found_exact():
     """The proof itself is the sweep; here it is read."""
     models = json.loads((ROOT.parent / "docs" / "conformance.json").read_text(encoding="utf-8"))["models"]
-    exact = {m["type"] for m in models if all(rows["verdict"] == "exact" for rows in m["rows"])}
+    exact = {m["type"] for m in models if all(rows["outcome"] == "exact" for rows in m["rows"])}
     kinds: set[str] = set()
     for name in sorted(exact & set(CONFIG_MAPPING_NAMES)):
         config = CONFIG_MAPPING[name]().get_text_config()

@@ -115,7 +115,7 @@ def test_flash_with_another_value_size_softcap_and_sinks(flash):
 
 
 @pytest.mark.parametrize(
-    ("missing", "rule", "extras", "sentence"),
+    ("missing", "rule", "extras", "message"),
     [
         ("window_size", "window", {}, "sliding window of 3 tokens"),
         ("dropout_p", "causal", {"dropout": 0.1}, "attention dropout"),
@@ -123,9 +123,9 @@ def test_flash_with_another_value_size_softcap_and_sinks(flash):
         ("softcap", "causal", {"softcap": 1.5}, "caps its attention scores"),
     ],
 )
-def test_what_this_flash_version_would_drop_in_silence_is_refused(flash, missing, rule, extras, sentence):
+def test_what_this_flash_version_would_drop_in_silence_is_refused(flash, missing, rule, extras, message):
     flash(**{missing: False})
-    with pytest.raises(NotImplementedError, match=sentence):
+    with pytest.raises(NotImplementedError, match=message):
         call(rule, "whole", **extras)
 
 

@@ -508,7 +508,7 @@ SINKS = {"s_aux": torch.zeros(2)}
 
 
 @pytest.mark.parametrize(
-    ("kernel", "extras", "dropout", "sentence"),
+    ("kernel", "extras", "dropout", "message"),
     [
         ("sdpa", SINKS, 0.0, r"sinks \(`s_aux`\), which the 'sdpa' kernel does not have.*'eager' or 'flex_attention'"),
         ("flash_attention_2", SINKS, 0.0, "which the 'flash_attention_2' kernel does not have"),
@@ -516,9 +516,9 @@ SINKS = {"s_aux": torch.zeros(2)}
         ("flex_attention", {}, 0.1, r"attention dropout \(0.1\) is not done by 'flex_attention'.*'eager'"),
     ],
 )
-def test_what_a_kernel_would_ignore_is_refused_by_name(monkeypatch, kernel, extras, dropout, sentence):
+def test_what_a_kernel_would_ignore_is_refused_by_name(monkeypatch, kernel, extras, dropout, message):
     monkeypatch.setattr(kernels, "_flash_supports", lambda kernel, *names: False)
-    with pytest.raises(NotImplementedError, match=sentence):
+    with pytest.raises(NotImplementedError, match=message):
         kernels.refuse_unsupported(kernel, call_on(None, dropout, **extras))
 
 

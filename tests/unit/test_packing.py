@@ -451,7 +451,7 @@ def test_a_row_of_a_stream_is_counted_from_its_start():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "options", "sentence"),
+    ("arguments", "options", "message"),
     [
         (([], 8), {}, "`lengths` is empty"),
         (([3, 0, 2], 8), {}, "row 1 has 0 tokens, but every document needs at least one: filter"),
@@ -468,8 +468,8 @@ def test_a_row_of_a_stream_is_counted_from_its_start():
         (([3], 8), {"long_documents": "drop"}, "`long_documents` .'drop'. must be one of 'error', 'split', 'trunc"),
     ],
 )
-def test_lengths_that_cannot_be_packed_are_refused(arguments, options, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_lengths_that_cannot_be_packed_are_refused(arguments, options, message):
+    with pytest.raises(ValueError, match=message):
         pack_lengths(*arguments, **options)
 
 
@@ -501,7 +501,7 @@ def test_lengths_that_belong_to_another_data_set_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "message"),
     [
         ({"buffer_size": 0}, r"`buffer_size` \(0\) must be at least 1"),
         ({"max_tokens": 0}, "`max_tokens`"),
@@ -509,6 +509,6 @@ def test_lengths_that_belong_to_another_data_set_are_refused():
         ({"long_documents": "x"}, "`long_documents`"),
     ],
 )
-def test_a_stream_refuses_its_settings_before_it_is_read(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_a_stream_refuses_its_settings_before_it_is_read(options, message):
+    with pytest.raises(ValueError, match=message):
         PackedStream([], **{"max_tokens": 8, **options})

@@ -232,7 +232,7 @@ IDS = {"input_ids": [1, 2, 3]}
 
 
 @pytest.mark.parametrize(
-    ("rows", "options", "sentence"),
+    ("rows", "options", "message"),
     [
         ([IDS, {"input_ids": []}], {}, "row 1 has no tokens, but every document needs at least one"),
         ([PackedRow([IDS, {"input_ids": []}])], {}, "document 1 of row 0 has no tokens"),
@@ -257,8 +257,8 @@ IDS = {"input_ids": [1, 2, 3]}
         ([IDS, PackedRow([IDS, IDS])], {"max_tokens": 5}, "row 1 packs 2 documents of 6 tokens together"),
     ],
 )
-def test_rows_that_cannot_be_flattened_are_refused(rows, options, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_rows_that_cannot_be_flattened_are_refused(rows, options, message):
+    with pytest.raises(ValueError, match=message):
         PackingCollator(**options)(rows)
 
 
@@ -275,7 +275,7 @@ def test_a_batch_over_the_budget_is_told_who_counts_tokens():
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "message"),
     [
         ({"max_tokens": 0}, r"`max_tokens` \(0\)"),
         ({"strategy": "x"}, "`strategy` .'x'."),
@@ -284,8 +284,8 @@ def test_a_batch_over_the_budget_is_told_who_counts_tokens():
         ({"buffer_size": 0}, r"`buffer_size` \(0\)"),
     ],
 )
-def test_settings_out_of_range_are_refused(options, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_settings_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
         PackingCollator(**options)
 
 

@@ -15,7 +15,7 @@ from hf_longctx import cli
 from hf_longctx.cli import plan as plan_command
 from hf_longctx.cli.plan import parse_tokens
 from hf_longctx.cli.plan_report import Cell, Speed, print_cells
-from hf_longctx.planner.memory_plan import DEVICE_KINDS, USABLE_SHARE, Ledger, Planner
+from hf_longctx.planner.memory_plan import DEVICE_KINDS, USABLE_SHARE, MemoryBreakdown, Planner
 from hf_longctx.planner.presets import PRESETS
 from hf_longctx.planner.settings import Settings
 from hf_longctx.reporting.flops import count_flops
@@ -24,7 +24,7 @@ from hf_longctx.reporting.flops import count_flops
 CONFIG = LlamaConfig(
     hidden_size=256,
     intermediate_size=704,
-    num_hidden_layers=2,  # simulated as they are; `test_ledger.py` shows that few layers tell many
+    num_hidden_layers=2,  # simulated as they are; `test_memory_plan.py` shows that few layers tell many
     num_attention_heads=4,
     num_key_value_heads=2,
     vocab_size=32_000,
@@ -43,34 +43,34 @@ def test_weights_are_counted_to_the_byte(planner):
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(CONFIG)
     weights = sum(tensor.numel() * 4 for tensor in (*model.parameters(), *model.buffers()))
-    ledger = planner.ledger(Settings(tokens=1024, **PLAIN))
-    assert ledger.weights == weights
-    split = planner.ledger(Settings(tokens=1024, world_size=4, wrapper="fsdp2", **PLAIN))
+    breakdown = planner.breakdown(Settings(tokens=1024, **PLAIN))
+    assert breakdown.weights == weights
+    split = planner.breakdown(Settings(tokens=1024, world_size=4, wrapper="fsdp2", **PLAIN))
     assert split.weights == pytest.approx(weights / 4, rel=0.01)
 
 
 def test_bytes_lie_on_a_line_of_the_tokens(planner):
     for name in PRESETS:
         settings = planner.preset(name, Settings(tokens=1, **PLAIN))
-        one, two, four = (planner.ledger(settings.of(tokens=tokens)) for tokens in (2**18, 2**19, 2**20))
+        one, two, four = (planner.breakdown(settings.of(tokens=tokens)) for tokens in (2**18, 2**19, 2**20))
         assert one.phase == two.phase == four.phase  # each phase of a step has its own line
         assert four.device - two.device == pytest.approx(2 * (two.device - one.device), rel=1e-6), name
 
 
 def test_logits_are_most_of_a_plain_step_and_gone_on_the_first_rung(planner):
     settings = Settings(tokens=65_536, **PLAIN)
-    plain = planner.ledger(planner.preset("off", settings))
+    plain = planner.breakdown(planner.preset("off", settings))
     assert plain.logits >= 2 * 65_536 * CONFIG.vocab_size * 4
-    assert planner.ledger(planner.preset("loss", settings)).logits < plain.logits / 10
+    assert planner.breakdown(planner.preset("loss", settings)).logits < plain.logits / 10
 
 
 def test_every_rung_takes_less_and_more_ranks_take_less(planner):
     settings = Settings(tokens=262_144, **PLAIN)
-    device = [planner.ledger(planner.preset(name, settings)).device for name in PRESETS]
+    device = [planner.breakdown(planner.preset(name, settings)).device for name in PRESETS]
     assert device == sorted(device, reverse=True) and device[-1] < device[0] / 4
     shared = Settings(tokens=262_144, sequence_parallel_size=4, world_size=4, wrapper="ddp", **PLAIN)
     for name in ("off", "checkpoint"):
-        alone, quarter = (planner.ledger(planner.preset(name, kind)) for kind in (settings, shared))
+        alone, quarter = (planner.breakdown(planner.preset(name, kind)) for kind in (settings, shared))
         assert quarter.hidden == pytest.approx(alone.hidden / 4, rel=0.05)
 
 
@@ -81,14 +81,14 @@ def test_longest_row_is_the_inverse_of_the_peak(planner, name, size):
     settings = planner.preset(name, Settings(tokens=4, **PLAIN, **wrapper))
     longest = planner.longest_tokens(settings, budget)
     assert longest > 1000 and longest % size == 0
-    assert planner.ledger(settings.of(tokens=longest)).device <= budget * USABLE_SHARE
-    assert planner.ledger(settings.of(tokens=longest + 64 * size)).device > budget * USABLE_SHARE
+    assert planner.breakdown(settings.of(tokens=longest)).device <= budget * USABLE_SHARE
+    assert planner.breakdown(settings.of(tokens=longest + 64 * size)).device > budget * USABLE_SHARE
 
 
 def test_cheapest_rung_that_fits_is_chosen(planner):
     settings = Settings(tokens=65_536, **PLAIN)
     for name in ("off", "mlp", "checkpoint"):
-        need = planner.ledger(planner.preset(name, settings)).device / USABLE_SHARE
+        need = planner.breakdown(planner.preset(name, settings)).device / USABLE_SHARE
         preset, chosen = planner.choose_preset(settings, int(need * 1.001))
         assert preset.name == name and planner.fits(chosen, int(need * 1.001))
     assert planner.choose_preset(settings, 2**20) is None
@@ -96,7 +96,7 @@ def test_cheapest_rung_that_fits_is_chosen(planner):
 
 def test_more_ranks_than_heads_are_refused(planner):
     with pytest.raises(ValueError, match="query heads"):
-        planner.ledger(Settings(tokens=1024, sequence_parallel_size=16, world_size=16, wrapper="ddp"))
+        planner.breakdown(Settings(tokens=1024, sequence_parallel_size=16, world_size=16, wrapper="ddp"))
 
 
 # The command
@@ -151,7 +151,7 @@ def test_plan_prints_a_table_and_writes_the_run(shared_planner, folder, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "message"),
     [
         (["--gpu_memory", "16", "--target_tokens", "64M"], "the longest row is"),
         (["--gpus", "0"], "`--gpus` (0) must be more than 0"),
@@ -159,9 +159,9 @@ def test_plan_prints_a_table_and_writes_the_run(shared_planner, folder, tmp_path
         (["--target_tokens", "many"], "--target_tokens"),
     ],
 )
-def test_plan_refuses_with_the_sentence(shared_planner, folder, capsys, arguments, sentence):
+def test_plan_refuses_with_the_sentence(shared_planner, folder, capsys, arguments, message):
     assert cli.main(["plan", str(folder), *arguments]) == 2
-    assert sentence in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
 def test_plan_of_no_model_is_refused(tmp_path, capsys):
@@ -172,8 +172,8 @@ def test_plan_of_no_model_is_refused(tmp_path, capsys):
 def test_table_fits_a_terminal_of_120_columns_and_is_never_cut():
     settings = Settings(tokens=2**30, world_size=16, wrapper="fsdp2", sequence_parallel_size=16)
     amounts = dict.fromkeys(DEVICE_KINDS, round(999.9 * 2**30)) | {"weights": round(1234.5 * 2**30)}
-    ledger = Ledger(tokens=2**30, **amounts, host=round(9999.9 * 2**30), phase="loss")
-    cells = [Cell(preset, settings, 2**30, ledger) for preset in PRESETS.values()]
+    breakdown = MemoryBreakdown(tokens=2**30, **amounts, cpu=round(9999.9 * 2**30), phase="loss")
+    cells = [Cell(preset, settings, 2**30, breakdown) for preset in PRESETS.values()]
     speed = Speed(count_flops(CONFIG), "", 400.0)
     for width, is_terminal in ((120, True), (1000, False)):
         console = Console(

@@ -125,7 +125,7 @@ def test_shard_then_concat_is_identity(case, size, shift):
 
     facts = [share["sequence_shard"] for share in shares]
     assert sum(fact.num_local_tokens for fact in facts) == tokens
-    assert len({fact.row_digest for fact in facts}) == 1
+    assert len({fact.row_hash for fact in facts}) == 1
     for rank, fact in enumerate(facts):
         assert (fact.rank, fact.size, fact.num_tokens) == (rank, size, tokens)
         assert fact.local_len == shares[rank][tokens_key].shape[1] == -(-tokens // size)

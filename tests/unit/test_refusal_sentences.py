@@ -1,6 +1,6 @@
-"""Every sentence that no other test reads in full: what provokes it, the error, and what it says.
+"""Every message that no other test reads in full: what provokes it, the error, and what it says.
 
-`docs/refusals.md` links sentences to tests here and elsewhere. A new sentence gets a line in the table, unless the
+`docs/refusals.md` links messages to tests here and elsewhere. A new message gets a line in the table, unless the
 test of its feature reads it already.
 """
 
@@ -109,7 +109,7 @@ def sorts_by_length() -> SimpleNamespace:
 
 def outputs(**changes) -> Namespace:
     given = {"batch_size": 1, "hidden_size": 1, "limit": None, "output": "p.png", "write": None, "dataset": "d"}
-    given |= {"gpus": 1, "gpu_memory": 80.0, "host_memory": None, "peak_tflops": 1.0, "utilisation": 0.4}
+    given |= {"gpus": 1, "gpu_memory": 80.0, "cpu_memory": None, "peak_tflops": 1.0, "utilisation": 0.4}
     return Namespace(**{**given, "split": "train", **changes})
 
 
@@ -256,9 +256,9 @@ SENTENCES = [
 ]
 
 
-@pytest.mark.parametrize(("provoke", "error", "sentence"), SENTENCES, ids=[f"{s[2][:50]}" for s in SENTENCES])
-def test_the_sentence_is_said(provoke, error, sentence):
-    with pytest.raises(error, match=sentence):
+@pytest.mark.parametrize(("provoke", "error", "message"), SENTENCES, ids=[f"{s[2][:50]}" for s in SENTENCES])
+def test_the_sentence_is_said(provoke, error, message):
+    with pytest.raises(error, match=message):
         provoke()
 
 
@@ -317,7 +317,7 @@ def test_a_model_that_asks_for_numbers_is_not_planned(monkeypatch):
 
     monkeypatch.setattr(simulate, "run_step", ask)
     with pytest.raises(NotImplementedError, match="cannot be planned: it does not run on tensors without numbers"):
-        Planner(config_of("llama")).ledger(Settings(tokens=16))
+        Planner(config_of("llama")).breakdown(Settings(tokens=16))
 
 
 def test_a_measured_step_that_ends_badly_is_told(monkeypatch):
@@ -344,7 +344,7 @@ class NoRoom:
     def preset(self, preset, settings):
         return settings
 
-    def ledger(self, settings):
+    def breakdown(self, settings):
         return self.planned
 
     def fits(self, *_):

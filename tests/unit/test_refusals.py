@@ -47,9 +47,9 @@ ARGUMENTS = [
 ]
 
 
-@pytest.mark.parametrize(("changes", "error", "sentence"), ARGUMENTS, ids=[next(iter(a[0])) for a in ARGUMENTS])
-def test_arguments_that_cannot_be_exact_are_refused(tmp_path, changes, error, sentence):
-    with pytest.raises(error, match=f"(?s){sentence}"):
+@pytest.mark.parametrize(("changes", "error", "message"), ARGUMENTS, ids=[next(iter(a[0])) for a in ARGUMENTS])
+def test_arguments_that_cannot_be_exact_are_refused(tmp_path, changes, error, message):
+    with pytest.raises(error, match=f"(?s){message}"):
         start(tmp_path, **changes)
 
 

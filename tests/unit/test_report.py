@@ -51,7 +51,7 @@ def test_a_run_leaves_numbers_picture_and_card(tmp_path):
     assert [entry["loss"] for entry in metrics["history"]] == [log["loss"] for log in logger.seen if "loss" in log]
     assert [entry["step"] for entry in metrics["eval_history"]] == [2, 3]
     assert metrics["train"]["num_input_tokens_seen"] == 3 * 2 * 16
-    assert metrics["peak_memory"][0]["host_bytes"] > 50 * 2**20
+    assert metrics["peak_memory"][0]["cpu_bytes"] > 50 * 2**20
     assert metrics["versions"]["torch"] == torch.__version__.split("+")[0] or "+" in metrics["versions"]["torch"]
     assert (tmp_path / "loss_and_throughput.png").read_bytes().startswith(b"\x89PNG")
     card = ModelCard.load(tmp_path / "README.md")

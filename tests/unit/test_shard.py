@@ -92,7 +92,7 @@ def test_shards_agree_on_the_row_and_their_tokens_sum_to_it(size, tokens):
     assert sum(shard.num_local_tokens for shard in shards) == tokens
     assert {(shard.num_tokens, shard.local_len) for shard in shards} == {(tokens, -(-tokens // size))}
     assert {shard.inner_attention for shard in shards} == {"eager"}
-    assert len({shard.row_digest for shard in shards}) == 1
+    assert len({shard.row_hash for shard in shards}) == 1
 
 
 def test_rows_shorter_than_ranks_leave_whole_ranks_to_the_pad_segment():
@@ -300,9 +300,9 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_input_that_cannot_be_cut_is_refused_by_name(case):
-    batch, error, sentence = REFUSED[case]
+    batch, error, message = REFUSED[case]
     for size in (1, 2):
-        with pytest.raises(error, match=sentence):
+        with pytest.raises(error, match=message):
             cut_batch(batch, size, 0)
 
 
@@ -316,25 +316,25 @@ def test_sharded_batch_is_not_sharded_again():
 
 def test_digest_is_equal_for_equal_rows_and_differs_for_others():
     def digest(**changes):
-        return cut_batch({**full_batch(6), **changes}, 2, 0)["sequence_shard"].row_digest
+        return cut_batch({**full_batch(6), **changes}, 2, 0)["sequence_shard"].row_hash
 
     original = full_batch(6)
     assert digest() == digest()
-    digests = [digest()]
+    hashes = [digest()]
     for key in ("input_ids", "labels"):
         other = original[key].clone()
         other[0, 3] += 1
-        digests.append(digest(**{key: other}))
-        digests.append(digest(**{key: original[key].flip(0)}))
-    digests.append(digest(attention_mask=torch.ones_like(original["attention_mask"])))
-    digests.append(digest(labels=None))
-    assert len(set(digests)) == len(digests)
+        hashes.append(digest(**{key: other}))
+        hashes.append(digest(**{key: original[key].flip(0)}))
+    hashes.append(digest(attention_mask=torch.ones_like(original["attention_mask"])))
+    hashes.append(digest(labels=None))
+    assert len(set(hashes)) == len(hashes)
 
 
 def test_digest_sees_the_shape_of_a_batch():
     flat, square = torch.arange(8).view(1, 8), torch.arange(8).view(2, 4)
-    digests = {cut_batch({"input_ids": ids}, 1, 0)["sequence_shard"].row_digest for ids in (flat, square)}
-    assert len(digests) == 2
+    hashes = {cut_batch({"input_ids": ids}, 1, 0)["sequence_shard"].row_hash for ids in (flat, square)}
+    assert len(hashes) == 2
 
 
 # SequenceShard
@@ -353,7 +353,7 @@ def test_shard_moves_like_a_tensor():
     shard = cut_batch(full_batch(5), 2, 1)["sequence_shard"]
     moved = shard.to("meta", non_blocking=True)
     assert moved.segment_ids.device.type == "meta" and shard.segment_ids.device.type == "cpu"
-    assert (moved.rank, moved.row_digest) == (shard.rank, shard.row_digest)
+    assert (moved.rank, moved.row_hash) == (shard.rank, shard.row_hash)
     plain = SequenceShard(size=2, rank=0, num_tokens=4, local_len=2)
     assert plain.to("meta") is plain
 
@@ -462,7 +462,7 @@ def test_one_row_of_mask_serves_all_rows():
 
 
 def test_embeddings_count_in_the_checksum():
-    digests = {
-        cut_batch({"inputs_embeds": torch.full((1, 4, 2), x)}, 2, 0)["sequence_shard"].row_digest for x in (1.0, 2.0)
+    hashes = {
+        cut_batch({"inputs_embeds": torch.full((1, 4, 2), x)}, 2, 0)["sequence_shard"].row_hash for x in (1.0, 2.0)
     }
-    assert len(digests) == 2
+    assert len(hashes) == 2

@@ -181,7 +181,7 @@ LATE_EMPTY = [*X[:-1], {**X[-1], "positive": " "}]
 
 
 @pytest.mark.parametrize(
-    ("sources", "config", "sentence"),
+    ("sources", "config", "message"),
     [
         ({}, {}, "`datasets` has no source"),
         ({"x": []}, {}, "source `x` has no rows: leave it out"),
@@ -209,8 +209,8 @@ LATE_EMPTY = [*X[:-1], {**X[-1], "positive": " "}]
         ),
     ],
 )
-def test_sources_that_do_not_go_together_are_refused_before_the_first_batch(sources, config, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_sources_that_do_not_go_together_are_refused_before_the_first_batch(sources, config, message):
+    with pytest.raises(ValueError, match=message):
         loaders(sources, **config)
 
 
@@ -220,7 +220,7 @@ def test_several_workers_of_a_stream_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("sources", "config", "sentence"),
+    ("sources", "config", "message"),
     [
         ({"x": LATE_EMPTY}, {}, "source `x` has no text in column `positive` of row 39: filter such rows out"),
         ({"x": LATE_EMPTY}, {"deduplicate": True}, "source `x` has no text in column `positive` of row 39"),
@@ -239,8 +239,8 @@ def test_several_workers_of_a_stream_are_refused():
         ),
     ],
 )
-def test_rows_that_cannot_be_trained_are_refused_when_they_are_met(sources, config, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_rows_that_cannot_be_trained_are_refused_when_they_are_met(sources, config, message):
+    with pytest.raises(ValueError, match=message):
         draw(sources, 40, **config)
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from hf_longctx import SequenceMesh
 from hf_longctx.data.packing.lengths import packing_cost
-from hf_longctx.data.sources.assignment import RankBudgets, deal_evenly
+from hf_longctx.data.sources.assignment import RankBudgets, assign_evenly
 from hf_longctx.data.sources.batches import GlobalBatches
 from hf_longctx.data.sources.loader import build_source_loader
 from hf_longctx.data.sources.plan import SourcePlan, load_source_weights
@@ -106,16 +106,16 @@ def test_the_plan_of_the_one_billion_pairs_is_that_of_its_card():
 
 
 @pytest.mark.parametrize(
-    ("text", "sentence"),
+    ("text", "message"),
     [
         ('[{"name": "a", "lines": 3}]', "entry 0 of .* is no source: it must be an object with"),
         ('{"a": 3}', "entry 0 of .* is no source"),
         ('[{"name": "a", "lines": 3, "weight": 1}, {"name": "a", "lines": 3, "weight": 1}]', "the source `a` twice"),
     ],
 )
-def test_a_file_that_holds_no_sources_is_refused(tmp_path, text, sentence):
+def test_a_file_that_holds_no_sources_is_refused(tmp_path, text, message):
     (tmp_path / "data_config.json").write_text(text)
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         load_source_weights(tmp_path / "data_config.json")
 
 
@@ -333,14 +333,14 @@ def test_sources_that_share_texts_are_kept_apart_within_a_batch():
 
 
 @pytest.mark.parametrize(
-    ("rows", "texts", "sentence"),
+    ("rows", "texts", "message"),
     [
         (40, 3, "source `x` cannot fill 4 rows of global batch 0: whatever is left of it shares a text"),
         (3000, 3, "source `x` has put off 1025 rows whose texts were in the batch already"),
     ],
 )
-def test_a_source_of_too_few_texts_is_refused_and_not_searched_for_ever(rows, texts, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_a_source_of_too_few_texts_is_refused_and_not_searched_for_ever(rows, texts, message):
+    with pytest.raises(ValueError, match=message):
         draw({"x": pairs("x", rows, texts=texts)}, deduplicate=True)
 
 
@@ -358,7 +358,7 @@ def test_dealing_gives_ranks_equal_numbers_of_rows_of_like_cost(ranks):
     dealt, plain = [], []
     for row in lengths:
         costs = [packing_cost([length], 12 * 384) for length in row]
-        shares = deal_evenly(costs, ranks)
+        shares = assign_evenly(costs, ranks)
         assert sorted(sum(shares, [])) == list(range(32 * ranks)) and {len(share) for share in shares} == {32}
         dealt.append(spread(shares, costs))
         plain.append(spread([list(range(rank, 32 * ranks, ranks)) for rank in range(ranks)], costs))

@@ -11,8 +11,8 @@ from ..conformance.sweep import problems_of
 from ..conformance.terminal import EVERY, Terminal
 
 
-def record(name: str, verdict: str, sentence: str = "") -> dict:
-    return {"task": "causal-lm", "type": name, "rows": [{"rows": "dense", "verdict": verdict, "sentence": sentence}]}
+def record(name: str, outcome: str, message: str = "") -> dict:
+    return {"task": "causal-lm", "type": name, "rows": [{"rows": "dense", "outcome": outcome, "message": message}]}
 
 
 def test_noise_of_processes_is_shown_below_a_failure_and_nowhere_else(capfd):

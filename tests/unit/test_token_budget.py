@@ -108,7 +108,7 @@ def test_balanced_sampler_orders_packed_rows():
 
 
 @pytest.mark.parametrize(
-    ("lengths", "options", "sentence"),
+    ("lengths", "options", "message"),
     [
         ([3], {"rank": 1}, r"`rank` \(1\) must be at least 0 and below `num_replicas` \(1\)"),
         ([3], {"num_replicas": 0}, r"below `num_replicas` \(0\)"),
@@ -124,8 +124,8 @@ def test_balanced_sampler_orders_packed_rows():
         ),
     ],
 )
-def test_a_budget_that_cannot_be_kept_is_refused(lengths, options, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_a_budget_that_cannot_be_kept_is_refused(lengths, options, message):
+    with pytest.raises(ValueError, match=message):
         TokenBudgetSampler(lengths, **{"max_tokens": 8, **options})
 
 

@@ -51,7 +51,7 @@ def test_configs_are_attributes_at_their_defaults_or_as_given(given):
 
 
 @pytest.mark.parametrize(
-    ("configs", "sentence"),
+    ("configs", "message"),
     [
         (
             {"sources": SourcesConfig(deduplicate=True)},
@@ -71,8 +71,8 @@ def test_configs_are_attributes_at_their_defaults_or_as_given(given):
         ({"long_context": {"sequence_parallel_size": 2}}, "must be given as a `LongContextConfig`"),
     ],
 )
-def test_a_config_that_the_trainer_does_not_take_is_refused(given, configs, sentence):
-    with pytest.raises(ValueError, match=sentence):
+def test_a_config_that_the_trainer_does_not_take_is_refused(given, configs, message):
+    with pytest.raises(ValueError, match=message):
         LongContextTrainer(**given, **configs)
 
 
@@ -80,11 +80,11 @@ def test_the_embedding_trainer_refuses_what_is_for_language_models():
     pytest.importorskip("sentence_transformers")
     from hf_longctx import LongContextSentenceTransformerTrainer
 
-    sentence = (
+    message = (
         "is for `LongContextTrainer` and `LongContextSFTTrainer`, and `LongContextSentenceTransformerTrainer` takes "
         "`long_context`, `sources` and `texts`: leave it out"
     )
-    with pytest.raises(ValueError, match=sentence):
+    with pytest.raises(ValueError, match=message):
         LongContextSentenceTransformerTrainer(memory=MemoryConfig(memory="checkpoint"))
 
 

@@ -1,4 +1,4 @@
-"""`hf-longctx verify` without processes: tiny configurations, verdicts, bad input, the result object."""
+"""`hf-longctx verify` without processes: tiny configurations, outcomes, bad input, the result object."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_longctx.cli import main
 from hf_longctx.proof.build import build_model
-from hf_longctx.proof.model_under_test import KINDS, Setting, Subject, read_config, task_of
+from hf_longctx.proof.model_under_test import KINDS, ModelUnderTest, Setting, read_config, task_of
 from hf_longctx.proof.numbers import Numbers, compare
 from hf_longctx.proof.random_rows import make_rows, num_tokens_of
 from hf_longctx.proof.ranks import RanksError
@@ -74,9 +74,9 @@ def test_a_tiny_model_has_a_head_a_rank_if_the_real_one_has():
 
 
 def test_full_takes_the_configuration_as_it_is_without_dropout():
-    subject = Subject.of(tf.GPT2Config(), None, 2, weights="somewhere")
-    assert subject.config.n_embd == 768 and subject.config.attn_pdrop == subject.config.embd_pdrop == 0.0
-    assert subject.original.attn_pdrop == 0.1
+    tested = ModelUnderTest.of(tf.GPT2Config(), None, 2, weights="somewhere")
+    assert tested.config.n_embd == 768 and tested.config.attn_pdrop == tested.config.embd_pdrop == 0.0
+    assert tested.original.attn_pdrop == 0.1
 
 
 @pytest.mark.parametrize(
@@ -93,8 +93,8 @@ def test_task_is_that_of_the_architecture(config, task):
 
 
 def test_models_of_a_subject_are_equal_and_without_dropout():
-    subject = Subject.of(tf.BertConfig(), None, 2)
-    ours, theirs = (build_model(subject, name, torch.float64) for name in ("ulysses", None))
+    tested = ModelUnderTest.of(tf.BertConfig(), None, 2)
+    ours, theirs = (build_model(tested, name, torch.float64) for name in ("ulysses", None))
     assert ours.config._attn_implementation == "ulysses" and theirs.config._attn_implementation == "sdpa"
     for (name, left), right in zip(ours.state_dict().items(), theirs.state_dict().values()):
         assert torch.equal(left, right), name
@@ -137,21 +137,21 @@ def test_tolerance_is_one_rounding_a_token():
 @pytest.mark.parametrize("value", [1e-5, math.nan, math.inf])
 def test_any_number_that_is_off_is_wrong(field, value):
     rows = judge("dense", Errors(**{**vars(FINE), field: value}), "float32", 46)
-    assert rows.verdict == "wrong" and "please report" in rows.sentence
-    assert ("`b`" in rows.sentence) == (field == "gradient")
+    assert rows.outcome == "wrong" and "please report" in rows.message
+    assert ("`b`" in rows.message) == (field == "gradient")
 
 
 def test_rounding_is_exact_and_so_is_what_the_host_itself_rounds_up_to_a_thousandth():
-    assert judge("dense", FINE, "float32", 46).verdict == "exact"
-    for error, measured, verdict in ((1e-4, 1e-4, "exact"), (3e-4, 1e-4, "wrong"), (2e-3, 1.0, "wrong")):
+    assert judge("dense", FINE, "float32", 46).outcome == "exact"
+    for error, measured, outcome in ((1e-4, 1e-4, "exact"), (3e-4, 1e-4, "wrong"), (2e-3, 1.0, "wrong")):
         off = Errors(**{**vars(FINE), "gradient": error})
-        assert judge("dense", off, "float64", 46, measured=measured).verdict == verdict
+        assert judge("dense", off, "float64", 46, measured=measured).outcome == outcome
 
 
 def test_the_worst_rows_decide_and_the_exit_code_says_so():
-    exact, refused = judge("dense", FINE, "float32", 46), RowsResult("packed", "refused", sentence="no.")
+    exact, refused = judge("dense", FINE, "float32", 46), RowsResult("packed", "refused", message="no.")
     off = judge("padded", Errors(**{**vars(FINE), "gradient": 0.5}), "float64", 46)
-    missing = RowsResult("padded", "unbuildable", sentence="where?")
+    missing = RowsResult("padded", "unbuildable", message="where?")
     assert [r.exit_code for r in (result(exact), result(exact, off), result(refused), result(missing, refused))] == [
         *(0, 1, 2, 3)
     ]
@@ -161,11 +161,11 @@ def test_the_worst_rows_decide_and_the_exit_code_says_so():
     both = result(exact, off)
     assert (both.worst_gradient, both.worst_parameter, both.loss_error) == (0.5, "b", 0.0)
     written = json.loads(json.dumps(result(refused).to_dict(), allow_nan=False))
-    assert written["verdict"] == "refused" and written["loss_error"] is None and written["rows"][0]["errors"] is None
+    assert written["outcome"] == "refused" and written["loss_error"] is None and written["rows"][0]["errors"] is None
 
 
 def test_the_rank_with_the_worst_verdict_speaks_for_all():
-    exact, refused = judge("dense", FINE, "float32", 46), RowsResult("dense", "refused", sentence="no.")
+    exact, refused = judge("dense", FINE, "float32", 46), RowsResult("dense", "refused", message="no.")
     assert merge([[exact], [refused]]) == (refused,)
 
 
@@ -180,11 +180,11 @@ class OneRankFell:
 
 
 def test_a_rank_that_fell_silent_is_a_defect_unless_another_said_why():
-    exact, refused = judge("dense", FINE, "float32", 46), RowsResult("dense", "refused", sentence="no.")
-    subject, setting = Subject.of(tf.LlamaConfig(), None, 2), Setting(kinds=("dense",))
-    (rows,) = run_proof(OneRankFell(None, [exact]), subject, setting, 1.0)
-    assert rows.verdict == "wrong" and rows.sentence == "a process failed: rank 1: RuntimeError: gone"
-    assert run_proof(OneRankFell(None, [refused]), subject, setting, 1.0) == (refused,)
+    exact, refused = judge("dense", FINE, "float32", 46), RowsResult("dense", "refused", message="no.")
+    tested, setting = ModelUnderTest.of(tf.LlamaConfig(), None, 2), Setting(kinds=("dense",))
+    (rows,) = run_proof(OneRankFell(None, [exact]), tested, setting, 1.0)
+    assert rows.outcome == "wrong" and rows.message == "a process failed: rank 1: RuntimeError: gone"
+    assert run_proof(OneRankFell(None, [refused]), tested, setting, 1.0) == (refused,)
 
 
 def numbers(**gradients) -> Numbers:
@@ -203,8 +203,8 @@ def test_the_worst_gradient_is_named_and_rounding_of_a_zero_gradient_is_not_it()
 
 
 def test_a_type_that_got_worse_is_told():
-    def record(verdict):
-        return {"task": "causal-lm", "type": "llama", "rows": [{"rows": "dense", "verdict": verdict}]}
+    def record(outcome):
+        return {"task": "causal-lm", "type": "llama", "rows": [{"rows": "dense", "outcome": outcome}]}
 
     assert worse([record("exact")], [record("exact")]) == []
     assert worse([record("refused")], [record("exact")]) == []
@@ -216,7 +216,7 @@ def test_a_type_that_got_worse_is_told():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "sentence"),
+    ("arguments", "code", "message"),
     [
         (["qwen3", "--sequence_parallel_size", "0"], 2, "`sequence_parallel_size` (0) must be a positive integer"),
         (["qwen3", "--data_parallel_size", "0"], 2, "`data_parallel_size` (0) must be a positive integer"),
@@ -234,12 +234,12 @@ def test_a_type_that_got_worse_is_told():
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_told_before_any_process_starts(capsys, monkeypatch, tmp_path, arguments, code, sentence):
+def test_bad_input_is_told_before_any_process_starts(capsys, monkeypatch, tmp_path, arguments, code, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
     assert main(["verify", *arguments]) == code
-    assert sentence in capsys.readouterr().out
+    assert message in capsys.readouterr().out
 
 
 def test_a_folder_that_may_not_be_written_is_refused(capsys, monkeypatch, tmp_path):
@@ -258,9 +258,9 @@ def test_the_committed_page_has_nothing_wrong_and_every_refusal_has_a_sentence()
     page = (docs / "conformance.md").read_text()
     exact = Counter()
     for model in models:
-        verdicts = {rows["verdict"] for rows in model["rows"]}
-        assert [rows["rows"] for rows in model["rows"]] == list(KINDS) and "wrong" not in verdicts, model
-        assert all(rows["sentence"] for rows in model["rows"] if rows["verdict"] != "exact"), model
+        outcomes = {rows["outcome"] for rows in model["rows"]}
+        assert [rows["rows"] for rows in model["rows"]] == list(KINDS) and "wrong" not in outcomes, model
+        assert all(rows["message"] for rows in model["rows"] if rows["outcome"] != "exact"), model
         assert f"| `{model['type']}` |" in page
-        exact[model["task"]] += verdicts == {"exact"}
+        exact[model["task"]] += outcomes == {"exact"}
     assert exact["causal-lm"] >= 110 and exact["masked-lm"] >= 25 and exact["encoder"] >= 15

@@ -18,7 +18,7 @@ from hf_longctx.cli import main
 from hf_longctx.parallel.pooling import POOLING_MODES
 from hf_longctx.proof import compare, embedding_pair
 from hf_longctx.proof.embedder import LENGTHS, build_embedder, texts_of_group
-from hf_longctx.proof.model_under_test import EMBEDDING_KINDS, Setting, Subject, read_config
+from hf_longctx.proof.model_under_test import EMBEDDING_KINDS, ModelUnderTest, Setting, read_config
 from hf_longctx.proof.result import EXACT, REFUSED, UNBUILDABLE, WRONG
 from hf_longctx.proof.verification import _config_and_weights, verify
 
@@ -27,7 +27,7 @@ from ..embedding import _folder, embedder
 
 
 def prove(config, kinds=("packed",), weights=None):
-    return compare.prove(Subject.of(config, "embedding", 1, weights), Setting(1, kinds=kinds))
+    return compare.prove(ModelUnderTest.of(config, "embedding", 1, weights), Setting(1, kinds=kinds))
 
 
 def both_ways(config):
@@ -40,13 +40,13 @@ def both_ways(config):
 )
 def test_packed_and_shared_embeddings_are_exact_and_a_leak_would_show(config):
     results = prove(config, EMBEDDING_KINDS)
-    assert [(rows.rows, rows.verdict) for rows in results] == [(kind, EXACT) for kind in EMBEDDING_KINDS], results
+    assert [(rows.rows, rows.outcome) for rows in results] == [(kind, EXACT) for kind in EMBEDDING_KINDS], results
     for rows in results:
-        assert 0 < rows.errors.worst <= rows.tolerance < rows.blind / 100
+        assert 0 < rows.errors.worst <= rows.tolerance < rows.baseline / 100
 
 
 def test_the_tiny_model_pools_in_all_ways_and_reads_one_word_a_token():
-    model = build_embedder(Subject.of(tf.RobertaConfig(), "embedding", 2), None, torch.float32)
+    model = build_embedder(ModelUnderTest.of(tf.RobertaConfig(), "embedding", 2), None, torch.float32)
     assert model[1].pooling_mode == POOLING_MODES
     assert model[0].config._attn_implementation == "sdpa" and not model[0].can_flatten_inputs
     for texts, lengths in zip(texts_of_group(1), LENGTHS):
@@ -67,15 +67,15 @@ def test_a_backward_that_loses_a_gradient_is_wrong(monkeypatch):
 
     monkeypatch.setattr(packed, "attend_rows", lose)
     (rows,) = prove(tf.BertConfig())
-    assert rows.verdict == WRONG and rows.dtype == "float64"
+    assert rows.outcome == WRONG and rows.dtype == "float64"
     assert rows.errors.gradient > 1e-3 > rows.errors.logits
-    assert "in packed rows the gradient of `0.model." in rows.sentence
+    assert "in packed rows the gradient of `0.model." in rows.message
 
 
 def test_a_model_without_our_attention_is_refused_with_the_sentence_of_packing():
     for rows in prove(tf.MPNetConfig(), EMBEDDING_KINDS):
-        assert rows.verdict == REFUSED
-        assert "`MPNetModel` does not call transformers' attention interface" in rows.sentence
+        assert rows.outcome == REFUSED
+        assert "`MPNetModel` does not call transformers' attention interface" in rows.message
 
 
 def test_a_model_whose_attention_does_nothing_proves_nothing(monkeypatch):
@@ -88,32 +88,32 @@ def test_a_model_whose_attention_does_nothing_proves_nothing(monkeypatch):
 
     monkeypatch.setattr(embedding_pair, "build_embedder", without_values)
     (rows,) = prove(tf.BertConfig())
-    assert rows.verdict == UNBUILDABLE
-    assert "texts that see each other differ by " in rows.sentence
+    assert rows.outcome == UNBUILDABLE
+    assert "texts that see each other differ by " in rows.message
 
 
 def test_a_host_that_stays_causal_has_nothing_bidirectional_to_prove(monkeypatch):
     for config, sees in ((tf.Qwen3Config(), False), (both_ways(tf.Qwen3Config()), True)):
-        model = build_embedder(Subject.of(config, "embedding", 1), None, torch.float32)
+        model = build_embedder(ModelUnderTest.of(config, "embedding", 1), None, torch.float32)
         assert embedding_pair.sees_later_tokens(model, "w11", "w12", "w13") == sees
     monkeypatch.setattr(embedding_pair, "sees_later_tokens", lambda *_: False)
     (rows,) = prove(both_ways(tf.Qwen3Config()))
-    assert rows.verdict == UNBUILDABLE and "keeps its causal mask even with `is_causal` False" in rows.sentence
+    assert rows.outcome == UNBUILDABLE and "keeps its causal mask even with `is_causal` False" in rows.message
 
 
 def test_a_checkpoint_is_taken_as_it_is_but_without_dropout(tmp_path):
     given = embedder("bert", pooling="cls", dtype=torch.float32)
     given[0].config.hidden_dropout_prob = 0.1
     with _config_and_weights(given, full=True) as (config, weights):
-        subject = Subject.of(config, "embedding", 1, weights)
-        model = build_embedder(subject, "packed", torch.float32)
+        tested = ModelUnderTest.of(config, "embedding", 1, weights)
+        model = build_embedder(tested, "packed", torch.float32)
         (rows,) = prove(config, weights=weights)
     assert model[1].pooling_mode == "cls" and model[0].config._attn_implementation == "packed"
     assert torch.equal(
         model[0].model.embeddings.word_embeddings.weight, given[0].model.embeddings.word_embeddings.weight
     )
     assert given[0].config.hidden_dropout_prob == 0.1 and model[0].config.hidden_dropout_prob == 0.0
-    assert rows.verdict == EXACT, rows
+    assert rows.outcome == EXACT, rows
 
 
 def test_the_transformer_of_a_sentence_transformer_may_be_a_folder_below(tmp_path):

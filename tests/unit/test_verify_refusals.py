@@ -1,4 +1,4 @@
-"""The sentences of `hf-longctx verify`, one by one: what it cannot build, find or take."""
+"""The messages of `hf-longctx verify`, one by one: what it cannot build, find or take."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import transformers as tf
 from hf_longctx.parallel.mesh import SequenceMesh
 from hf_longctx.proof.build import build_model
 from hf_longctx.proof.compare import Pair
-from hf_longctx.proof.model_under_test import Setting, Subject, read_config, validate_task
+from hf_longctx.proof.model_under_test import ModelUnderTest, Setting, read_config, validate_task
 from hf_longctx.proof.numbers import of_one_process
 from hf_longctx.proof.random_rows import make_rows
 from hf_longctx.proof.tiny import CannotShrink, shrink, validate_tiny
@@ -61,12 +61,12 @@ def test_an_encoder_that_pools_its_rows_has_no_numbers():
 
 def test_a_model_whose_documents_see_each_other_cannot_train_on_packed_rows():
     """An encoder on the host's own attention ignores where documents end."""
-    subject = Subject.of(tf.BertConfig(), None, 1)
+    tested = ModelUnderTest.of(tf.BertConfig(), None, 1)
     pair = SimpleNamespace(
-        model=build_model(subject, None, torch.float32), setting=Setting(1), mesh=SequenceMesh.build(1)
+        model=build_model(tested, None, torch.float32), setting=Setting(1), mesh=SequenceMesh.build(1)
     )
     with pytest.raises(NotImplementedError, match="`BertForMaskedLM` cannot train on packed rows: .*see each other"):
-        Pair._check_documents(pair, make_rows("packed", subject.task, 128, 1, 23, 10, True))
+        Pair._check_documents(pair, make_rows("packed", tested.task, 128, 1, 23, 10, True))
 
 
 def test_a_setting_that_is_none_is_refused():

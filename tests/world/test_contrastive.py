@@ -94,10 +94,10 @@ def losses_on_a_mesh(sequence_parallel_size: int, rule: str, negatives: str) -> 
     counts = COUNTS[mesh.data_parallel_size]
     rows, rule = mine(counts, mesh.data_parallel_rank), ContrastiveRule(**RULES[rule])
     full = [x.requires_grad_() for x in numbers(sum(counts), 3)]
-    digests = [torch.arange(sum(counts)) + 100 * i for i in range(3)]
-    digests[0][20], digests[1][3], digests[2][22] = digests[0][2], digests[1][19], digests[1][1]
+    hashes = [torch.arange(sum(counts)) + 100 * i for i in range(3)]
+    hashes[0][20], hashes[1][3], hashes[2][22] = hashes[0][2], hashes[1][19], hashes[1][1]
     scale = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
-    expected = contrastive_loss(full, scale=scale, rule=rule, digests=digests)
+    expected = contrastive_loss(full, scale=scale, rule=rule, hashes=hashes)
     (0.7 * expected).backward()
 
     seen = []
@@ -109,7 +109,7 @@ def losses_on_a_mesh(sequence_parallel_size: int, rule: str, negatives: str) -> 
                 local,
                 scale=my_scale,
                 rule=rule,
-                digests=[x[rows] for x in digests],
+                hashes=[x[rows] for x in hashes],
                 tile_size=tile_size,
                 group=mesh.dp_group,
                 negatives=negatives,

@@ -90,15 +90,15 @@ def test_sft_keeps_its_own_tiles_and_gets_ours_for_its_mlps():
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("options", "message"),
     [
         ({"trainer_options": {"compute_loss_func": lambda outputs, labels, num_items_in_batch: 0}}, "need the logits"),
         ({"label_smoothing_factor": 0.1}, "need the logits"),
         ({"trainer_options": {"compute_metrics": lambda _: {}}}, "`compute_metrics` needs the logits"),
     ],
 )
-def test_loss_that_needs_logits_beside_tiles_is_refused(options, sentence):
-    with pytest.raises(NotImplementedError, match=sentence):
+def test_loss_that_needs_logits_beside_tiles_is_refused(options, message):
+    with pytest.raises(NotImplementedError, match=message):
         train(1, attention="packed", memory={"loss_tile_size": 7}, **options)
 
 
@@ -198,13 +198,13 @@ def test_plan_of_the_longest_batch_stands_beside_what_the_run_took(monkeypatch, 
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     readings = iter((100 * MIB, 180 * MIB))  # when training begins, and when it ends
     monkeypatch.setattr(planned_memory, "peak_memory", lambda: next(readings))
-    monkeypatch.setattr(planned_memory, "host_memory", lambda: 180 * MIB)
+    monkeypatch.setattr(planned_memory, "cpu_memory", lambda: 180 * MIB)
     monkeypatch.setattr(planned_memory, "resident_bytes", lambda: 90 * MIB)
     options = {"trainer_options": {"callbacks": [report]}, "output_dir": str(tmp_path)}
     history, *_ = train(1, model=model, memory={"memory": "checkpoint"}, **options)
     settings = Settings(tokens=21, rows=2, compute_dtype=torch.float32, optimizer="sgd", on_gpu=False)
     planner = Planner(config_of("llama"))
-    expected = planner.ledger(planner.preset("checkpoint", settings)).device
+    expected = planner.breakdown(planner.preset("checkpoint", settings)).device
     measured = 180 * MIB - (90 * MIB - weights)
     assert history[-1]["planned_memory_gib"] == pytest.approx(expected / 2**30, rel=1e-3)  # four digits
     assert history[-1]["measured_memory_gib"] == pytest.approx(measured / 2**30, rel=1e-3)

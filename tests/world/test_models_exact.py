@@ -18,7 +18,7 @@ from hf_longctx import SequenceMesh, gather_sequence, shard_batch
 from hf_longctx.adapters.positions import follow_positions
 from hf_longctx.losses.token_mean import token_mean
 
-from ..models import ALIGNED, MASKED_LM, VOCAB, build
+from ..models import MASKED_LM, UNSHIFTED, VOCAB, build
 
 
 EAGER_ONLY = ("gemma2", "gpt_oss")
@@ -62,7 +62,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def loss_of(model, name, batch) -> torch.Tensor:
-    if name not in (*MASKED_LM, *ALIGNED):
+    if name not in (*MASKED_LM, *UNSHIFTED):
         return model(**batch).loss
     # These heads average over the tokens they see, whatever the batch says.
     return token_mean(model(**batch), batch["labels"], batch.get("num_items_in_batch"))
@@ -76,7 +76,7 @@ def on_one_process(name, rows, dtype, changes):
     (output.logits * weights).sum().backward()
     projected = gradients(model)
     model.zero_grad()
-    loss = loss_of(model, name, batch) if name in (*MASKED_LM, *ALIGNED) else model(**batch, use_cache=False).loss
+    loss = loss_of(model, name, batch) if name in (*MASKED_LM, *UNSHIFTED) else model(**batch, use_cache=False).loss
     loss.backward()
     return output.logits.detach() * (weights != 0), projected, loss.detach(), gradients(model)
 
@@ -86,7 +86,7 @@ def on_the_world(name, rows, dtype, changes, size, inner="auto"):
     follow_positions(model)  # of the others nothing is changed
     mesh = SequenceMesh.build(size)
     full = make_batch(rows, name)
-    batch = shard_batch(full, mesh, shift_labels=name not in (*MASKED_LM, *ALIGNED), inner_attention=inner)
+    batch = shard_batch(full, mesh, shift_labels=name not in (*MASKED_LM, *UNSHIFTED), inner_attention=inner)
     weights = upstream(full, dtype)
     shard = batch["sequence_shard"]
     missing = shard.local_len * size - weights.shape[1]

@@ -71,25 +71,25 @@ def poison_here(arguments, options):
 @pytest.mark.parametrize(("world_size", "size"), [(2, 2), (2, 1), (4, 2)])
 def test_nan_in_forward_names_layer_rank_row_and_token_on_every_rank(worlds, world_size, size):
     results = worlds(world_size).run(poison_here, (size, "forward", "raise"), {})
-    sentences = {result[0] for result in results}
-    assert len(sentences) == 1
-    sentence = sentences.pop()
-    assert sentence.startswith("step 2 is not finite: the loss of rank "), sentence
+    messages = {result[0] for result in results}
+    assert len(messages) == 1
+    message = messages.pop()
+    assert message.startswith("step 2 is not finite: the loss of rank "), message
     # With shared rows, rank 1's tokens begin in the middle, and attention carries them to the others a layer later.
     where = "what comes out of `model.layers.0.mlp` in row 1 of the batch, from token "
-    assert f"on rank 1: micro-batch 0, forward, {where}" in sentence
-    token = int(sentence.split("on rank 1: ")[1].split("from token ")[1].split()[0])
+    assert f"on rank 1: micro-batch 0, forward, {where}" in message
+    token = int(message.split("on rank 1: ")[1].split("from token ")[1].split()[0])
     assert token == 2 if size == 1 else token > 2
-    assert "No weight was changed by it: look at these rows, lower `learning_rate`" in sentence
+    assert "No weight was changed by it: look at these rows, lower `learning_rate`" in message
     assert all(len(result[3]) == 2 for result in results), "somebody began a third step"
 
 
 def test_infinite_gradient_names_where_backward_and_the_first_parameter(world2):
-    for sentence, *_ in world2.run(poison_here, (1, "backward", "raise"), {}):
-        assert "the loss of rank" not in sentence
-        assert "the gradient of `model.embed_tokens.weight` is the first that is not finite" in sentence
-        assert "on rank 1: micro-batch 0, backward, the gradient of what comes out of `model.layers.0.mlp" in sentence
-        assert " in row 1 of the batch, from token 2 on (`input_ids` [" in sentence
+    for message, *_ in world2.run(poison_here, (1, "backward", "raise"), {}):
+        assert "the loss of rank" not in message
+        assert "the gradient of `model.embed_tokens.weight` is the first that is not finite" in message
+        assert "on rank 1: micro-batch 0, backward, the gradient of what comes out of `model.layers.0.mlp" in message
+        assert " in row 1 of the batch, from token 2 on (`input_ids` [" in message
 
 
 HUGE = (
@@ -100,8 +100,8 @@ HUGE = (
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_norm_that_overflows_is_refused_though_every_gradient_is_finite(world2, size):
-    sentences = {result[0] for result in world2.run(poison_here, (size, "huge", "raise"), {})}
-    assert len(sentences) == 1 and re.match(HUGE, sentences.pop())
+    messages = {result[0] for result in world2.run(poison_here, (size, "huge", "raise"), {})}
+    assert len(messages) == 1 and re.match(HUGE, messages.pop())
 
 
 def test_a_norm_that_overflows_would_be_a_step_of_nothing():
@@ -136,16 +136,16 @@ def test_stopping_saves_the_weights_of_before(world2, tmp_path):
 
 
 def test_a_fault_that_does_not_come_again_is_said_to_come_and_go():
-    sentence = poison(1, "forward", "raise", rank=0, times=1)[0]
+    message = poison(1, "forward", "raise", rank=0, times=1)[0]
     assert (
-        "the same batches gave finite numbers" in sentence and "the loss of rank 0 is nan in micro-batch 0" in sentence
+        "the same batches gave finite numbers" in message and "the loss of rank 0 is nan in micro-batch 0" in message
     )
 
 
 def test_ruined_weight_is_named_and_cannot_be_skipped():
-    sentence = poison(1, "weight", "skip", rank=0)[0]
-    assert "the weight `model.norm.weight` itself is not finite on rank 0" in sentence
-    assert "No later step can be finite, so `on_nonfinite` ('skip') has nothing to save" in sentence
+    message = poison(1, "weight", "skip", rank=0)[0]
+    assert "the weight `model.norm.weight` itself is not finite on rank 0" in message
+    assert "No later step can be finite, so `on_nonfinite` ('skip') has nothing to save" in message
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

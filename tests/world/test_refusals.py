@@ -175,11 +175,11 @@ def train_with_loss(function):
 
 
 @pytest.mark.parametrize(
-    ("function", "sentence"),
+    ("function", "message"),
     [(mean_loss, "divided by `num_items_in_batch`"), (unshifted_loss, "does not shift labels")],
 )
-def test_a_compute_loss_func_that_cannot_be_exact_is_refused(world2, function, sentence):
-    with pytest.raises(WorldFailure, match=sentence):
+def test_a_compute_loss_func_that_cannot_be_exact_is_refused(world2, function, message):
+    with pytest.raises(WorldFailure, match=message):
         world2.run(train_with_loss, function)
 
 

@@ -69,26 +69,26 @@ FOUND = {
 def test_drift_of_one_rank_raises_on_all_with_its_name(world2, what):
     results = world2.run(disturb, 2, what, 1, {"context": {"check_replicas": 2}})
     assert results[0] == results[1]
-    sentence, last_step = results[0]
-    assert "ranks that must hold the same numbers differ after step 2: " + FOUND[what] in sentence
-    assert "look for code that runs on one rank only" in sentence
+    message, last_step = results[0]
+    assert "ranks that must hold the same numbers differ after step 2: " + FOUND[what] in message
+    assert "look for code that runs on one rank only" in message
     assert last_step == 1, "no rank began a third step"
     if what == "optimizer":
-        assert "7.0 on rank 1" in sentence
+        assert "7.0 on rank 1" in message
     if what == "rate":
-        assert "on rank 0, 0.25 on rank 1" in sentence
+        assert "on rank 0, 0.25 on rank 1" in message
 
 
 def test_the_rank_that_is_alone_is_the_one_that_differs(world4):
     """Four ranks: three agree, so the fourth is named; also where it comes first."""
     for rank in (0, 2):
-        for sentence, _ in world4.run(disturb, 2, "weight", rank, {"context": {"check_replicas": 1}}):
-            assert f"up_proj.weight` on rank {rank}, first at [3, 5]" in sentence
+        for message, _ in world4.run(disturb, 2, "weight", rank, {"context": {"check_replicas": 1}}):
+            assert f"up_proj.weight` on rank {rank}, first at [3, 5]" in message
 
 
 def test_drift_before_the_last_step_is_found_at_the_end_whatever_the_interval(world2):
-    for sentence, last_step in world2.run(disturb, 1, "weight", 1, {}):
-        assert "after step 4: " in sentence and last_step == 3
+    for message, last_step in world2.run(disturb, 1, "weight", 1, {}):
+        assert "after step 4: " in message and last_step == 3
 
 
 def test_nothing_is_compared_when_it_is_off(world2):
@@ -107,8 +107,8 @@ def test_random_state_must_agree_where_dropout_draws_from_it_within_a_group(worl
     """Two groups of two: rank 3 draws once more than rank 2, with which it shares rows."""
     options = {"context": {"check_replicas": 2}}
     assert world4.run(disturb, 2, "random", 3, options) == [(None, 3)] * 4  # nobody draws
-    for sentence, _ in world4.run(disturb, 2, "random", 3, {**options, "prepare": with_dropout}):
-        assert "torch's random state on rank 3 is not that of rank 2" in sentence
+    for message, _ in world4.run(disturb, 2, "random", 3, {**options, "prepare": with_dropout}):
+        assert "torch's random state on rank 3 is not that of rank 2" in message
     options["attention"] = "ulysses"
     assert world4.run(disturb, 1, "random", 3, {**options, "prepare": with_dropout}) == [(None, 3)] * 4
 
@@ -174,6 +174,6 @@ def compare_under_fsdp2(what: str):
 
 def test_parts_of_fsdp2_are_not_compared_and_what_it_replicates_is(world2):
     assert world2.run(compare_under_fsdp2, "nothing") == [(True, True, None)] * 2
-    for _, _, sentence in world2.run(compare_under_fsdp2, "counter"):
-        assert "`lr` of the optimizer's group 0 is 0.001 on rank 0, 0.5 on rank 1" in sentence
+    for _, _, message in world2.run(compare_under_fsdp2, "counter"):
+        assert "`lr` of the optimizer's group 0 is 0.001 on rank 0, 0.5 on rank 1" in message
     assert [spoiled for _, spoiled, _ in world2.run(compare_under_fsdp2, "gradient")] == [True, False]

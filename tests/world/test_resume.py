@@ -51,7 +51,7 @@ def run_here(size, options):
 
 
 def refuse_here(size, options, own_folders=None):
-    """The sentence that a resumed run is refused with, and how far it came."""
+    """The message that a resumed run is refused with, and how far it came."""
     seen = []
     if own_folders is not None:
         options = {**options, "resume": own_folders[torch.distributed.get_rank()]}
@@ -144,8 +144,8 @@ def test_damaged_file_is_named_and_the_newest_whole_checkpoint_is_taken_instead(
     damage, words = DAMAGE[name]
     damage(copied / "checkpoint-6" / name)
     options = {**RUN, "output_dir": str(copied)}
-    sentence = refuse_here(1, {**options, "resume": str(copied / "checkpoint-6")})
-    assert f"`{copied / 'checkpoint-6' / name}`" in sentence and words in sentence
+    message = refuse_here(1, {**options, "resume": str(copied / "checkpoint-6")})
+    assert f"`{copied / 'checkpoint-6' / name}`" in message and words in message
     if name != "scheduler.pt":  # a checkpoint that was saved without its optimizer is whole, and refused
         assert last_whole_checkpoint(copied) == copied / "checkpoint-3"
         history, _, extra = run_here(1, {**options, "max_steps": 7, "resume": True})
@@ -164,9 +164,9 @@ def test_checkpoint_of_another_model_is_refused(copied):
 
         return build("llama", "ulysses", intermediate_size=80)
 
-    sentence = refuse_here(1, {**options, "prepare": wider})
+    message = refuse_here(1, {**options, "prepare": wider})
     assert (
-        "is of another model: `model.layers.0.mlp.down_proj.weight` has shape (48, 64) there and (48, 80)" in sentence
+        "is of another model: `model.layers.0.mlp.down_proj.weight` has shape (48, 64) there and (48, 80)" in message
     )
 
 
@@ -217,9 +217,9 @@ def test_adapter_and_whole_model_are_told_apart(copied, tmp_path):
 )
 def test_run_that_would_draw_other_rows_is_refused_unless_told_to_begin_them_anew(copied, change, name):
     options = {**RUN, **change, "output_dir": str(copied), "resume": str(copied / "checkpoint-3")}
-    sentence = refuse_here(1, options)
-    assert f"says `{name}` " in sentence
-    assert "other rows would be drawn than by the run it continues" in sentence
+    message = refuse_here(1, options)
+    assert f"says `{name}` " in message
+    assert "other rows would be drawn than by the run it continues" in message
     if name == "num_rows":
         assert refuse_here(1, {**options, "ignore_data_skip": True}) is None
 
@@ -230,9 +230,9 @@ def test_another_split_is_refused_where_the_last_step_of_an_epoch_depends_on_it(
     run_here(1, {**options, **SAVE, "per_device_train_batch_size": 4})
     options = {**options, "resume": str(tmp_path / "checkpoint-3")}
     assert refuse_here(1, {**options, "per_device_train_batch_size": 4}) is None
-    sentence = refuse_here(1, {**options, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
-    assert "an epoch has 18 rows, which steps of 4 do not divide" in sentence
-    assert "Keep them at 4, 1, 1 (this run has 2, 1, 2)" in sentence
+    message = refuse_here(1, {**options, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2})
+    assert "an epoch has 18 rows, which steps of 4 do not divide" in message
+    assert "Keep them at 4, 1, 1 (this run has 2, 1, 2)" in message
 
 
 def test_collator_that_draws_random_numbers_is_told_on_resuming_and_others_are_not(tmp_path, caplog):

@@ -13,34 +13,34 @@ import transformers as tf
 
 from hf_longctx.parallel import collectives
 from hf_longctx.proof import compare
-from hf_longctx.proof.model_under_test import KINDS, Setting, Subject
+from hf_longctx.proof.model_under_test import KINDS, ModelUnderTest, Setting
 from hf_longctx.proof.verification import merge
-from hf_longctx.trainer.sanity_check import ProbeResult
+from hf_longctx.trainer.sanity_check import SanityResult
 
 
 COMMAND = Path(sys.executable).with_name("hf-longctx")
 
 
-def verdicts(world, config, setting, function=compare.prove, task=None):
-    subject = Subject.of(config, task, setting.sequence_parallel_size)
-    return merge(world.run(function, subject, setting))
+def outcomes(world, config, setting, function=compare.prove, task=None):
+    tested = ModelUnderTest.of(config, task, setting.sequence_parallel_size)
+    return merge(world.run(function, tested, setting))
 
 
 @pytest.mark.parametrize("config", [tf.Qwen3Config, tf.BertConfig], ids=lambda kind: kind.__name__)
 def test_a_right_model_is_exact_on_every_kind_of_rows(world2, config):
-    results = verdicts(world2, config(), Setting(2, kinds=KINDS))
-    assert [(rows.rows, rows.verdict) for rows in results] == [(kind, "exact") for kind in KINDS], results
+    results = outcomes(world2, config(), Setting(2, kinds=KINDS))
+    assert [(rows.rows, rows.outcome) for rows in results] == [(kind, "exact") for kind in KINDS], results
     for rows in results:
-        assert rows.errors.worst <= rows.tolerance < rows.blind / 100
+        assert rows.errors.worst <= rows.tolerance < rows.baseline / 100
 
 
 @pytest.mark.parametrize("setting", [Setting(1, 2, wrapper="ddp"), Setting(2, 1, wrapper="fsdp2")], ids=str)
 def test_wrappers_average_the_gradients_of_one_process(world2, setting):
-    results = verdicts(world2, tf.BertConfig(), setting)  # whose embeddings are tied
-    assert {rows.verdict for rows in results} == {"exact"}, results
+    results = outcomes(world2, tf.BertConfig(), setting)  # whose embeddings are tied
+    assert {rows.outcome for rows in results} == {"exact"}, results
 
 
-def prove_with_a_broken_backward(subject, setting):
+def prove_with_a_broken_backward(tested, setting):
     """The exchange loses one rank's gradient; forward, and so every probe, is right."""
     right = collectives._HeadsToSequence.backward
 
@@ -49,54 +49,54 @@ def prove_with_a_broken_backward(subject, setting):
 
     collectives._HeadsToSequence.backward = staticmethod(backward)
     try:
-        return compare.prove(subject, setting)
+        return compare.prove(tested, setting)
     finally:
         collectives._HeadsToSequence.backward = staticmethod(right)
 
 
-def prove_with_two_tokens_swapped(subject, setting):
+def prove_with_two_tokens_swapped(tested, setting):
     """Forward is wrong by two of the tokens, and nobody probes for it."""
     from hf_longctx.attention import ulysses
 
-    right, probe = ulysses.heads_to_sequence, compare.probe_model
-    compare.probe_model = lambda *_, **__: ProbeResult()
+    right, probe = ulysses.heads_to_sequence, compare.run_sanity_check
+    compare.run_sanity_check = lambda *_, **__: SanityResult()
     ulysses.heads_to_sequence = lambda output, *rest: right(output[:, [1, 0, *range(2, output.shape[1])]], *rest)
     try:
-        return compare.prove(subject, setting)
+        return compare.prove(tested, setting)
     finally:
-        ulysses.heads_to_sequence, compare.probe_model = right, probe
+        ulysses.heads_to_sequence, compare.run_sanity_check = right, probe
 
 
 @pytest.mark.parametrize("broken", [prove_with_a_broken_backward, prove_with_two_tokens_swapped])
 def test_a_defect_is_wrong_and_settled_in_float64(world2, broken):
-    (rows,) = verdicts(world2, tf.LlamaConfig(), Setting(2, kinds=("dense",)), broken)
-    assert rows.verdict == "wrong" and rows.dtype == "float64"
-    assert rows.errors.gradient > 1e-2 and rows.errors.parameter in rows.sentence
+    (rows,) = outcomes(world2, tf.LlamaConfig(), Setting(2, kinds=("dense",)), broken)
+    assert rows.outcome == "wrong" and rows.dtype == "float64"
+    assert rows.errors.gradient > 1e-2 and rows.errors.parameter in rows.message
     assert (rows.errors.loss > 1e-3) == (broken is prove_with_two_tokens_swapped)
 
 
-def prove_without_a_sentence(subject, setting):
+def prove_without_a_sentence(tested, setting):
     def crash(*_):
         raise RuntimeError("shapes do not fit")
 
     right = compare.check_model
     compare.check_model = crash
     try:
-        return compare.prove(subject, setting)
+        return compare.prove(tested, setting)
     finally:
         compare.check_model = right
 
 
 def test_an_error_that_is_no_sentence_of_ours_is_a_defect(world2):
-    (rows,) = verdicts(world2, tf.LlamaConfig(), Setting(2, kinds=("dense",)), prove_without_a_sentence)
-    assert rows.verdict == "wrong" and "crashed instead of being refused: RuntimeError: shapes" in rows.sentence
+    (rows,) = outcomes(world2, tf.LlamaConfig(), Setting(2, kinds=("dense",)), prove_without_a_sentence)
+    assert rows.outcome == "wrong" and "crashed instead of being refused: RuntimeError: shapes" in rows.message
 
 
 def test_what_trainers_refuse_is_refused_with_their_sentence(world2):
-    results = verdicts(world2, tf.T5Config(), Setting(2), task="encoder")
-    assert {rows.verdict for rows in results} <= {"refused", "unbuildable"}
-    (rows,) = verdicts(world2, tf.MambaConfig(), Setting(2, kinds=("dense",)))
-    assert rows.verdict == "refused" and "set `sequence_parallel_size` to 1" in rows.sentence
+    results = outcomes(world2, tf.T5Config(), Setting(2), task="encoder")
+    assert {rows.outcome for rows in results} <= {"refused", "unbuildable"}
+    (rows,) = outcomes(world2, tf.MambaConfig(), Setting(2, kinds=("dense",)))
+    assert rows.outcome == "refused" and "set `sequence_parallel_size` to 1" in rows.message
 
 
 def test_the_command_starts_its_own_processes_and_writes_what_it_found(tmp_path):
@@ -106,6 +106,6 @@ def test_the_command_starts_its_own_processes_and_writes_what_it_found(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "exact: 3 kinds of rows" in done.stdout and not any(letter in done.stdout for letter in "\x1b┃│")
     written = json.loads(output.read_text())
-    assert written["verdict"] == "exact" and [rows["rows"] for rows in written["rows"]] == ["dense", "even", "padded"]
+    assert written["outcome"] == "exact" and [rows["rows"] for rows in written["rows"]] == ["dense", "even", "padded"]
     assert written["world_size"] == 2 and 0 < written["worst_gradient"] < 6e-6
     assert torch.tensor([rows["blind"] for rows in written["rows"]]).min() > 1e-2

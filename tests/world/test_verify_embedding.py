@@ -10,13 +10,13 @@ pytest.importorskip("sentence_transformers")
 
 from hf_longctx.parallel import collectives
 from hf_longctx.proof import compare
-from hf_longctx.proof.model_under_test import EMBEDDING_KINDS, Setting, Subject
+from hf_longctx.proof.model_under_test import EMBEDDING_KINDS, ModelUnderTest, Setting
 from hf_longctx.proof.result import EXACT, REFUSED, WRONG
 from hf_longctx.proof.verification import merge
 
 
-def verdicts(world, config, setting, function=compare.prove):
-    return merge(world.run(function, Subject.of(config, "embedding", setting.sequence_parallel_size), setting))
+def outcomes(world, config, setting, function=compare.prove):
+    return merge(world.run(function, ModelUnderTest.of(config, "embedding", setting.sequence_parallel_size), setting))
 
 
 @pytest.mark.parametrize(
@@ -29,30 +29,30 @@ def verdicts(world, config, setting, function=compare.prove):
     ids=lambda value: value.__name__ if isinstance(value, type) else "",
 )
 def test_embeddings_loss_and_gradients_of_ranks_are_those_of_the_padded_model(worlds, config, setting):
-    results = verdicts(worlds(setting.world_size), config(), setting)
-    assert [(rows.rows, rows.verdict) for rows in results] == [(kind, EXACT) for kind in setting.kinds], results
+    results = outcomes(worlds(setting.world_size), config(), setting)
+    assert [(rows.rows, rows.outcome) for rows in results] == [(kind, EXACT) for kind in setting.kinds], results
     for rows in results:
-        assert 0 < rows.errors.worst <= rows.tolerance < rows.blind / 100
+        assert 0 < rows.errors.worst <= rows.tolerance < rows.baseline / 100
 
 
-def prove_without_the_gradient_of_others(subject, setting):
+def prove_without_the_gradient_of_others(tested, setting):
     """Pooling's sum over the ranks; forward, and so the proof of `pack_embeddings`, is right."""
     right = collectives._SumOverSequence.backward
     collectives._SumOverSequence.backward = staticmethod(lambda ctx, grad: (grad, None))
     try:
-        return compare.prove(subject, setting)
+        return compare.prove(tested, setting)
     finally:
         collectives._SumOverSequence.backward = staticmethod(right)
 
 
 def test_a_pooling_that_loses_the_gradient_of_other_ranks_is_wrong(world2):
     setting = Setting(2, kinds=("shared",))
-    (rows,) = verdicts(world2, tf.BertConfig(), setting, prove_without_the_gradient_of_others)
-    assert rows.verdict == WRONG and rows.dtype == "float64"
-    assert rows.errors.gradient > 1e-2 > rows.errors.logits and rows.errors.parameter in rows.sentence
+    (rows,) = outcomes(world2, tf.BertConfig(), setting, prove_without_the_gradient_of_others)
+    assert rows.outcome == WRONG and rows.dtype == "float64"
+    assert rows.errors.gradient > 1e-2 > rows.errors.logits and rows.errors.parameter in rows.message
 
 
 def test_a_kernel_that_is_not_there_is_refused_for_shared_rows_only(world2):
-    results = verdicts(world2, tf.BertConfig(), Setting(2, inner_attention="flash_attention_2", kinds=EMBEDDING_KINDS))
-    assert [rows.verdict for rows in results] == [EXACT, REFUSED]
-    assert "flash_attention_2" in results[1].sentence
+    results = outcomes(world2, tf.BertConfig(), Setting(2, inner_attention="flash_attention_2", kinds=EMBEDDING_KINDS))
+    assert [rows.outcome for rows in results] == [EXACT, REFUSED]
+    assert "flash_attention_2" in results[1].message

@@ -1,6 +1,6 @@
 """The rows of a global batch to the ranks, so that none waits long for another. Numbers only.
 
-`deal_evenly` gives every rank the same number of rows and nearly the same cost. `RankBudgets` fills all ranks up to a
+`assign_evenly` gives every rank the same number of rows at nearly the same cost. `RankBudgets` fills all ranks to a
 number of tokens each, so they get unequal numbers of rows. Both depend on their arguments only: every rank deals the
 whole batch and keeps its own part.
 """
@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Sequence
 
 
-def deal_evenly(costs: Sequence[float], ranks: int) -> list[list[int]]:
+def assign_evenly(costs: Sequence[float], ranks: int) -> list[list[int]]:
     """Deal rows to ranks: equal numbers of rows, nearly equal cost.
 
     The dearest row first, each to the rank with the least cost that still takes rows.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..packing.lengths import packing_cost
-from .assignment import RankBudgets, deal_evenly
+from .assignment import RankBudgets, assign_evenly
 from .plan import SourcePlan
 from .rows import Candidate, IndexedRows, SourceRows
 
@@ -97,7 +97,7 @@ class GlobalBatches:
         if not self.balanced or self.ranks == 1:
             return [rows[rank :: self.ranks] for rank in range(self.ranks)]
         costs = [packing_cost(row.lengths, self.linear_tokens) for row in rows]
-        return [[rows[place] for place in share] for share in deal_evenly(costs, self.ranks)]
+        return [[rows[place] for place in share] for share in assign_evenly(costs, self.ranks)]
 
     def _take_tokens(self, shares: dict[str, int]) -> list[list[Candidate]]:
         rows, seen, budgets = [], set(), RankBudgets(self.ranks, self.tokens_per_rank)
@@ -114,7 +114,7 @@ class GlobalBatches:
                     f"({self.tokens_per_rank}): raise it, or cut or leave out such rows. {_shown(candidate.row)}"
                 )
             if not budgets.add(tokens):
-                source.put_off(candidate)
+                source.deferred(candidate)
                 break
             rows.append(candidate)
         if not budgets.all_have_rows:

@@ -19,7 +19,7 @@ from .shuffled import ShuffledRange
 LABEL_COLUMNS = ("label", "labels", "score", "scores")
 NAME_COLUMN = "dataset_name"
 _READ_AHEAD, _NUMBERS_AHEAD = 256, 1024
-_MOST_PUT_OFF = 1024  # or 16 times what was taken
+_MOST_DEFERRED = 1024  # or 16 times what was taken
 
 
 class Candidate(NamedTuple):
@@ -72,7 +72,7 @@ class SourceRows:
                 seen.update(candidate.keys)
                 self._taken += 1
                 return candidate
-            self.put_off(candidate)
+            self.deferred(candidate)
         return None
 
     def take_many(self, count: int, seen: set[Hashable]) -> list[Candidate]:
@@ -82,10 +82,10 @@ class SourceRows:
             rows.append(candidate)
         return rows
 
-    def put_off(self, candidate: Candidate) -> None:
+    def deferred(self, candidate: Candidate) -> None:
         """Keep a row for the next batch of this source."""
         self.late.append(candidate)
-        if len(self.late) > max(_MOST_PUT_OFF, 16 * self._taken):
+        if len(self.late) > max(_MOST_DEFERRED, 16 * self._taken):
             raise ValueError(
                 f"source `{self.name}` has put off {len(self.late)} rows whose texts were in the batch already: too "
                 "many of its rows share a text; lower the batch size, filter the source, or set `deduplicate` to "

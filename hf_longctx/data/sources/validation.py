@@ -1,4 +1,4 @@
-"""What sources must agree on, what their columns mean, and the sentences for what does not fit together."""
+"""What sources must agree on, what their columns mean, and the messages for what does not fit together."""
 
 from __future__ import annotations
 

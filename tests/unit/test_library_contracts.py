@@ -1,7 +1,7 @@
 """What we rely on in the hosts beyond their public promises. An upgrade that changes one fails here, with its name,
 not in a loss.
 
-The list and what breaks is in `docs/host_contracts.md`.
+The list and what breaks is in `docs/library_contracts.md`.
 """
 
 from __future__ import annotations

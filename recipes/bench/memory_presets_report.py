@@ -1,4 +1,4 @@
-"""How `memory_ladder.py` shows its numbers: a table in the terminal, and a Markdown page with a picture and the JSON.
+"""How `memory_presets.py` shows its numbers: a table in the terminal, and a Markdown page with a picture and the JSON.
 
 Every number on the page comes from the run; the prose around it states only what holds for any run.
 """

@@ -42,8 +42,8 @@ class Sentences(logging.Handler):
 
 def watched(size, act, rank=1, **options):
     """(how it ended, what was logged, the last step, weights)"""
-    sentences, weights, state = Sentences(), None, {}
-    logging.getLogger("hf_longctx").addHandler(sentences)
+    messages, weights, state = Sentences(), None, {}
+    logging.getLogger("hf_longctx").addHandler(messages)
 
     class Last(TrainerCallback):
         def on_step_end(self, args, trainer_state, control, **kwargs):
@@ -55,9 +55,9 @@ def watched(size, act, rank=1, **options):
     except (Exception, SystemExit) as error:
         ended = f"{type(error).__name__}: {error}"
     finally:
-        logging.getLogger("hf_longctx").removeHandler(sentences)
+        logging.getLogger("hf_longctx").removeHandler(messages)
         reset_host()
-    return ended, sentences.lines, state.get("step"), weights
+    return ended, messages.lines, state.get("step"), weights
 
 
 def terminate():
@@ -161,31 +161,31 @@ def test_hang_is_told_by_rank_and_call_before_the_timeout(world2):
         told = [line for line in lines if line.startswith("no progress for ")]
         assert len(told) == 1, lines
         assert "rank 1, after step 1, is in no collective, so the others wait for it: in `" in told[0]
-        assert "world/test_faults.py, line " in told[0]
+        assert "world/test_failed_ranks.py, line " in told[0]
         assert "; rank 0, after step 1, waits for the others: `all_" in told[0]
 
 
 def test_silent_rank_is_the_first_suspect():
     waiting = {"step": 3, "words": "`all_reduce`, called in `f` (a.py, line 1)", "waits": True}
-    sentence = describe_hang({0: waiting, 2: waiting}, 3, 60.0)
-    assert sentence.startswith("no progress for 60 s")
-    assert sentence.index("rank 1 gives no sign") < sentence.index("rank 0, after step 3, waits for the others")
+    message = describe_hang({0: waiting, 2: waiting}, 3, 60.0)
+    assert message.startswith("no progress for 60 s")
+    assert message.index("rank 1 gives no sign") < message.index("rank 0, after step 3, waits for the others")
 
 
 def report_here(errors):
     import torch.distributed as dist
 
-    sentences = Sentences()
+    messages = Sentences()
     clear_fault()
     dist.barrier()
-    logging.getLogger("hf_longctx").addHandler(sentences)
+    logging.getLogger("hf_longctx").addHandler(messages)
     rank = dist.get_rank()
     for turn in (1, 0):
         if rank == turn:
             report_fault(RuntimeError(errors[rank]), 7)
         dist.barrier()
-    logging.getLogger("hf_longctx").removeHandler(sentences)
-    return sentences.lines
+    logging.getLogger("hf_longctx").removeHandler(messages)
+    return messages.lines
 
 
 def test_rank_that_lost_another_says_that_ones_cause(world2):

@@ -37,12 +37,12 @@ def tiny(**changes):
     return config_of("llama", **changes)
 
 
-def totals(moments) -> dict[tuple[str, str], int]:
-    return {phase: round(on_device(kinds)) for phase, kinds in moments.device.items()}
+def totals(peaks) -> dict[tuple[str, str], int]:
+    return {phase: round(on_device(kinds)) for phase, kinds in peaks.device.items()}
 
 
 def real_step(config, settings: Settings):
-    """The moments of a step on real tensors with the real kernel, watched by the same tracker."""
+    """The peaks of a step on real tensors with the real kernel, watched by the same tracker."""
     model = AutoModelForCausalLM.from_config(config, attn_implementation="packed", dtype=settings.weights_dtype)
     stack = find_stack(model)
     if settings.optimizer == "lora":
@@ -68,18 +68,18 @@ def test_tracker_counts_what_is_alive_once_and_by_kind():
             out = torch.ones(5, 10) @ weight.detach()
         view = out.t()
         assert tracker.live["mlp"] == 5 * 20 * 4  # the left operand is gone, the view is no second storage
-        with tracker.made("host"):
+        with tracker.made("cpu"):
             copy = out.clone()
         with tracker.made("workspace", share=0.25):
             shard = torch.empty(100)
-        assert (tracker.live["host"], tracker.live["workspace"]) == (400, 100)
+        assert (tracker.live["cpu"], tracker.live["workspace"]) == (400, 100)
         tracker.mark(out, "logits", share=0.5)
         del shard
     assert tracker.live["weights"] == 800 and tracker.live["logits"] == 200 and tracker.live["workspace"] == 0
     peak = max(map(on_device, tracker.peaks.values()))
     assert peak == 800 + 5 * 10 * 4 + 5 * 20 * 4  # both operands and the product; the host's copy is not on the device
     del out, view, copy
-    assert on_device(tracker.live) == 800 and tracker.live["host"] == 0 and tracker.host_peak == 400
+    assert on_device(tracker.live) == 800 and tracker.live["cpu"] == 0 and tracker.cpu_peak == 400
 
 
 def test_tracker_sums_gradients_in_place_as_autograd_does_unwatched():
@@ -129,7 +129,7 @@ def test_simulation_holds_what_a_real_step_holds_in_every_phase(name, changes):
     assert actual.keys() == expected.keys()
     positions = POSITIONS * TOKENS * settings.rows
     assert {actual[phase] - expected[phase] for phase in actual} <= {0, positions, -positions}
-    assert (planned.host, planned.num_checkpoints) == (real.host, real.num_checkpoints)
+    assert (planned.cpu, planned.num_checkpoints) == (real.cpu, real.num_checkpoints)
     assert abs(max(actual.values()) / max(expected.values()) - 1) < 0.002
 
 
@@ -138,15 +138,15 @@ def test_weights_gradients_and_states_are_those_counted_by_hand():
     model = model_on_meta(config)
     numel = sum(p.numel() for p in model.parameters())
     num_tensors = len(list(model.parameters()))
-    moments = simulate(model, Settings(**PLAIN), find_stack(model), 2)
-    kinds = moments.device["step", "workspace"]
+    peaks = simulate(model, Settings(**PLAIN), find_stack(model), 2)
+    kinds = peaks.device["step", "workspace"]
     buffers = sum(buffer.numel() * 4 for buffer in model.buffers())
     assert kinds["weights"] == 4 * numel + buffers
     assert kinds["gradients"] == 4 * numel
-    assert kinds["optimizer"] == 8 * numel + 4 * num_tensors  # two moments, and a step count for each tensor
+    assert kinds["optimizer"] == 8 * numel + 4 * num_tensors  # two peaks, and a step count for each tensor
     # Fullest in backward: log-probabilities, their gradient, and the gradient of the logits; beside them what the last
     # norm made, in and out of it, a count of its squares, and two scalars.
-    logits = moments.device["loss", "logits"]["logits"]
+    logits = peaks.device["loss", "logits"]["logits"]
     assert logits == 4 * (3 * TOKENS * VOCAB + 2 * TOKENS * config.hidden_size + TOKENS + 2)
 
 
@@ -184,7 +184,7 @@ def test_few_layers_tell_many(name, changes, sizes):
     assert planner.stack.sizes == sizes
     settings = Settings(**{**PLAIN, **changes})
     whole = simulate(planner.model, settings, planner.stack, 7)
-    assert planner.ledger(settings).device == max(totals(whole).values())
+    assert planner.breakdown(settings).device == max(totals(whole).values())
 
 
 def test_layers_that_are_checkpointed_now_and_then_repeat_with_that_period():
@@ -192,7 +192,7 @@ def test_layers_that_are_checkpointed_now_and_then_repeat_with_that_period():
     assert replace(planner.stack, period=2).sizes == (5, 7)
     settings = Settings(**PLAIN, checkpointing=True, every_n_layers=2)
     whole = simulate(planner.model, settings, planner.stack, 9)
-    assert planner.ledger(settings).device == max(totals(whole).values())
+    assert planner.breakdown(settings).device == max(totals(whole).values())
 
 
 @pytest.mark.parametrize("preset", ["off", "max"])
@@ -201,9 +201,9 @@ def test_length_is_a_straight_line(preset):
     settings = planner.preset(preset, Settings(tokens=1)).of(loss_tile_size=None)
     tokens = 50_000
     direct = planner._at(settings, tokens)
-    ledger = planner.ledger(settings.of(tokens=tokens))
-    assert ledger.device == pytest.approx(max(map(on_device, direct.device.values())), rel=1e-6)
-    assert ledger.host == 2 * 2 ** (tokens * 48 * 4 - 1).bit_length() * (preset == "max")
+    breakdown = planner.breakdown(settings.of(tokens=tokens))
+    assert breakdown.device == pytest.approx(max(map(on_device, direct.device.values())), rel=1e-6)
+    assert breakdown.cpu == 2 * 2 ** (tokens * 48 * 4 - 1).bit_length() * (preset == "max")
 
 
 @pytest.mark.parametrize(("preset", "size"), [("off", 1), ("checkpoint", 2)])
@@ -220,20 +220,20 @@ def test_longest_row_fills_the_device_and_one_more_token_does_not_fit(preset, si
 def test_short_rows_are_solved_for_at_their_own_length():
     planner = Planner(tiny())
     settings = Settings(**PLAIN)
-    wanted = planner.ledger(settings.of(tokens=500)).device
+    wanted = planner.breakdown(settings.of(tokens=500)).device
     assert abs(planner.longest_tokens(settings, round(wanted / USABLE_SHARE)) - 500) <= 5
     assert planner.longest_tokens(settings, 1000) == 0
 
 
 def test_host_memory_limits_offload_by_powers_of_two():
     planner = Planner(tiny())
-    settings = Settings(tokens=1, world_size=2, wrapper="ddp", processes_per_host=2, checkpointing=True, offload=True)
+    settings = Settings(tokens=1, world_size=2, wrapper="ddp", processes_per_node=2, checkpointing=True, offload=True)
     each = 48 * 4  # bytes of a token in a checkpoint
-    host_bytes = 2 * 2 * 2**20 + 12345  # two ranks, two layers, a MiB each
-    longest = planner.longest_tokens(settings, 2**40, host_bytes)
+    cpu_bytes = 2 * 2 * 2**20 + 12345  # two ranks, two layers, a MiB each
+    longest = planner.longest_tokens(settings, 2**40, cpu_bytes)
     assert longest == 2**20 // each
-    assert planner.fits(settings.of(tokens=longest), 2**40, host_bytes)
-    assert not planner.fits(settings.of(tokens=longest + 1), 2**40, host_bytes)
+    assert planner.fits(settings.of(tokens=longest), 2**40, cpu_bytes)
+    assert not planner.fits(settings.of(tokens=longest + 1), 2**40, cpu_bytes)
     assert planner.longest_tokens(settings, 2**40, 3) == 0
 
 
@@ -250,25 +250,25 @@ def test_ranks_share_the_tokens_of_a_row():
     # Six ranks of one query head each need a key/value head each, though there are two: twice three copies.
     assert six.device["backward 0", "attention"]["attention"] > one.device["backward 0", "attention"]["attention"]
     with pytest.raises(ValueError, match="exceeds the model's query heads"):
-        planner.ledger(alone.of(world_size=7, sequence_parallel_size=7))
+        planner.breakdown(alone.of(world_size=7, sequence_parallel_size=7))
 
 
 def test_fsdp2_divides_and_gathers():
     planner = Planner(tiny(tie_word_embeddings=False))
     settings = Settings(tokens=TOKENS, world_size=4, wrapper="fsdp2", accumulates=True)
-    moments = planner._at(settings, TOKENS)
+    peaks = planner._at(settings, TOKENS)
     numel = sum(p.numel() for p in planner.model.parameters())
     layer = sum(p.numel() for p in planner.model.model.layers[0].parameters())
     head = planner.model.lm_head.weight.numel()
-    kinds = moments.device["loss", "logits"]
+    kinds = peaks.device["loss", "logits"]
     buffers = sum(buffer.numel() * 4 for buffer in planner.model.buffers())
     assert kinds["weights"] == 4 * numel / 4 + buffers  # masters in fp32, of which a quarter is here
     assert kinds["gradients"] == 4 * numel / 4
     assert kinds["optimizer"] == pytest.approx(8 * numel / 4, rel=0.01)
     ints = 3 * 8 * TOKENS
-    assert moments.device["loss", "logits"]["workspace"] == 2 * head + ints
-    assert moments.device["forward 0", "mlp"]["workspace"] == 2 * (head + 3 * layer) + ints
-    assert moments.device["backward 0", "mlp"]["workspace"] == 2 * (head + 5 * layer) + ints
+    assert peaks.device["loss", "logits"]["workspace"] == 2 * head + ints
+    assert peaks.device["forward 0", "mlp"]["workspace"] == 2 * (head + 3 * layer) + ints
+    assert peaks.device["backward 0", "mlp"]["workspace"] == 2 * (head + 5 * layer) + ints
 
 
 def test_ddp_keeps_its_buckets():
@@ -276,11 +276,11 @@ def test_ddp_keeps_its_buckets():
     one = Settings(tokens=TOKENS)
     ddp = one.of(world_size=2, wrapper="ddp")
     numel = sum(p.numel() for p in planner.model.parameters())
-    assert planner.ledger(ddp).workspace - planner.ledger(one).workspace == 4 * numel
+    assert planner.breakdown(ddp).workspace - planner.breakdown(one).workspace == 4 * numel
     lora = ddp.of(optimizer="lora", weights_dtype=torch.bfloat16, lora_rank=4)
     # Seven linear layers in each of two layers; inputs plus outputs of rank 4.
     sizes = 2 * (48 + 48) + 2 * (48 + 16) + 3 * (48 + 64)
-    assert planner.ledger(lora).workspace - planner.ledger(lora.of(world_size=1)).workspace == 4 * 4 * 2 * sizes
+    assert planner.breakdown(lora).workspace - planner.breakdown(lora.of(world_size=1)).workspace == 4 * 4 * 2 * sizes
 
 
 def test_lora_learns_adapters_only():
@@ -308,7 +308,7 @@ def test_every_rung_of_the_ladder_fits_longer_rows_than_the_one_before():
     longest = [planner.longest_tokens(planner.preset(name, settings), 2**34) for name in PRESETS]
     assert longest == sorted(longest) and longest[0] < longest[-1] / 4
     at = settings.of(tokens=2**17)
-    needed = [planner.ledger(planner.preset(name, at)).device for name in PRESETS]
+    needed = [planner.breakdown(planner.preset(name, at)).device for name in PRESETS]
     assert needed == sorted(needed, reverse=True)
     for rung, (preset, tokens) in enumerate(zip(PRESETS.values(), longest)):
         chosen, fitting = planner.choose_preset(settings.of(tokens=tokens), 2**34)
@@ -320,7 +320,7 @@ def test_every_rung_of_the_ladder_fits_longer_rows_than_the_one_before():
 def test_experts_stay_whole_and_a_measured_factor_is_applied():
     planner = Planner(config_of("gpt_oss"))
     assert not planner.tiles_mlp and planner.preset("max", Settings(tokens=8)).mlp_tile_size is None
-    plain, corrected = (Planner(tiny(), factor).ledger(Settings(**PLAIN)) for factor in (1.0, 1.5))
+    plain, corrected = (Planner(tiny(), factor).breakdown(Settings(**PLAIN)) for factor in (1.0, 1.5))
     assert corrected.weights == plain.weights and corrected.optimizer == plain.optimizer
     for kind in ("hidden", "attention", "mlp", "logits"):
         assert getattr(corrected, kind) == pytest.approx(1.5 * getattr(plain, kind), abs=1)
@@ -334,7 +334,7 @@ def test_experts_stay_whole_and_a_measured_factor_is_applied():
 def test_measured_step_is_near_the_planned_one():
     config = tiny(hidden_size=512, intermediate_size=1024, vocab_size=20_000, num_attention_heads=8)
     settings = Settings(**{**PLAIN, "tokens": 256})
-    planned = Planner(config).ledger(settings).device
+    planned = Planner(config).breakdown(settings).device
     assert abs(planned / measure_in_process(config, settings, "cpu") - 1) < 0.1
 
 
@@ -348,7 +348,7 @@ def test_shortened_config_keeps_lists_of_layers_in_step():
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "message"),
     [
         ({"tokens": 0}, "`tokens` (0) must be a positive integer"),
         ({"mlp_tile_size": True}, "`mlp_tile_size` (True) must be a positive integer"),
@@ -360,10 +360,10 @@ def test_shortened_config_keeps_lists_of_layers_in_step():
     ],
     ids=str,
 )
-def test_settings_that_no_run_has_are_refused(changes, sentence):
+def test_settings_that_no_run_has_are_refused(changes, message):
     with pytest.raises(ValueError) as error:
         Settings(**{"tokens": 8, **changes})
-    assert sentence in str(error.value)
+    assert message in str(error.value)
 
 
 def test_models_that_cannot_be_planned_are_named():
@@ -388,7 +388,7 @@ def registered() -> list[dict]:
 
 def test_a_plan_leaves_its_attention_in_no_registry():
     before = registered()
-    assert Planner(tiny()).ledger(Settings(**PLAIN)).device
+    assert Planner(tiny()).breakdown(Settings(**PLAIN)).device
     assert registered() == before and find_attention(PLANNED) is None
     assert all(PLANNED not in mapping for mapping in before)
 
@@ -418,4 +418,4 @@ def test_a_real_model_on_the_attention_of_plans_is_refused():
 def test_config_alone_is_enough(tmp_path):
     tiny().save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path / "config.json")
-    assert Planner(config).ledger(Settings(**PLAIN)) == Planner(tiny()).ledger(Settings(**PLAIN))
+    assert Planner(config).breakdown(Settings(**PLAIN)) == Planner(tiny()).breakdown(Settings(**PLAIN))

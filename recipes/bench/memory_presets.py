@@ -4,13 +4,13 @@ What: whole steps of `LongContextTrainer` on a Llama with random weights, one ro
 From the lines through them follows the longest row that a given memory holds. On a CPU `"max"` is left out, since
 checkpoints are in the host's memory already.
 
-How: every measurement is a run of its own (`memory_ladder_worker.py`); of all rungs the loss and the gradient's norm
+How: every measurement is a run of its own (`memory_presets_worker.py`); of all rungs the loss and the gradient's norm
 must be those of the first. Memory is the high-water mark of the step less what the process held before it, with
 weights, optimizer state and libraries: gradients, activations, logits and temporaries. Price: on 2 cores, some 15
 minutes and 10 GB at the defaults.
 
-    python recipes/bench/memory_ladder.py --output docs/benchmarks/memory_ladder_cpu.md
-    python recipes/bench/memory_ladder.py --device cuda --hidden 4096 --output docs/benchmarks/memory_ladder_cuda.md
+    python recipes/bench/memory_presets.py --output docs/benchmarks/memory_presets_cpu.md
+    python recipes/bench/memory_presets.py --device cuda --hidden 4096 --output docs/benchmarks/memory_presets_cuda.md
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from memory_ladder_report import cells, headers, summarize, write_report
+from memory_presets_report import cells, headers, summarize, write_report
 from page import describe_machine, print_table
 from rich.console import Console
 
 
-WORKER = Path(__file__).with_name("memory_ladder_worker.py")
+WORKER = Path(__file__).with_name("memory_presets_worker.py")
 # Of loss and gradient norm, in the six and more digits that the trainer logs; sums in another order move the last.
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2**-6}
 console = Console(width=max(Console().width, 120))
@@ -131,7 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
         rows = measure_all(args, Path(folder))
     words = " ".join(sys.argv[1:] if arguments is None else arguments)
     result = {
-        "command": f"python recipes/bench/memory_ladder.py {words}".strip(),
+        "command": f"python recipes/bench/memory_presets.py {words}".strip(),
         "versions": {name: version(name) for name in ("hf-longctx", "torch", "transformers", "accelerate")},
         "machine": describe_machine(rows),
         "settings": {key: value for key, value in vars(args).items() if key != "output"},
