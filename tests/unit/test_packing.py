@@ -152,9 +152,9 @@ def test_a_million_documents_take_seconds(strategy, spread):
         lengths = lognormal(1_000_000)
     else:
         lengths = np.random.default_rng(0).permutation(1_000_000) + 1
-    start = time.perf_counter()
+    start = time.process_time()  # of this process alone: other work on the machine does not count
     packing = pack_lengths(lengths, budget, strategy=strategy, seed=0)
-    assert time.perf_counter() - start < 10  # measured: 0.1 to 2 seconds
+    assert time.process_time() - start < 10  # measured: 0.1 to 2 seconds
     assert packing.bin_tokens.max() <= budget and packing.lengths.sum() == lengths.sum()
 
 
@@ -351,9 +351,9 @@ def test_a_length_column_that_is_no_number_is_not_believed():
 
 def test_lengths_of_a_large_data_set_are_read_without_its_tokens():
     dataset = Dataset.from_dict({"input_ids": [list(range(500))] * 20_000})
-    start = time.perf_counter()
+    start = time.process_time()
     assert measure_lengths(dataset).sum() == 10_000_000
-    assert time.perf_counter() - start < 1  # measured: 0.01 seconds; 5 row by row
+    assert time.process_time() - start < 1  # measured: 0.01 seconds; 5 row by row
 
 
 # Streams
