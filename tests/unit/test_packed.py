@@ -214,6 +214,25 @@ def test_generation_is_the_inner_kernels():
     assert torch.equal(ours.generate(ids, **options), stock.generate(ids, **options))
 
 
+@pytest.mark.parametrize("name", ["llama", "llama4"])
+def test_a_cache_of_one_document_a_row_is_the_librarys(name):
+    """Training with the cache left on. Only `"packed"` says that rows are packed where attention cannot see it."""
+    ids = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(0))
+    ours, stock = (build(name, kernel)(input_ids=ids, use_cache=True) for kernel in ("ulysses", "sdpa"))
+    assert torch.equal(ours.logits, stock.logits) and ours.logits.requires_grad
+
+
+def test_bounds_keep_documents_apart_in_compiled_attention_too():
+    bounds = {key: value for key, value in pack(documents_of((9, 14))).items() if key in BOUNDS}
+    query, key, value = torch.randn(3, 1, 2, 23, 8, generator=torch.Generator().manual_seed(0))
+    call = torch.nn.Identity(), query, key, value, None
+    expected, compiled = (
+        attend(*call, **bounds)[0] for attend in (packed_attention, torch.compile(packed_attention, backend="eager"))
+    )
+    assert torch.equal(compiled, expected)
+    assert not torch.allclose(expected, packed_attention(*call)[0])
+
+
 # What is refused
 
 

@@ -138,6 +138,7 @@ def test_a_batch_is_exactly_this():
 
 def test_padding_may_be_the_longest_document():
     batch = PackingCollator(pad_to_multiple_of=8)([{"input_ids": [1]}])
+    assert batch["input_ids"].tolist() == [[1, *[0] * 7]]
     assert batch["max_length_q"] == batch["max_length_k"] == 7
 
 
@@ -174,13 +175,14 @@ def test_columns_of_numbers_are_kept_if_all_documents_have_them():
             "tags": ["a", "b"],
             "first": [1, 2],
             "pair": [1] * 3,
+            "empty": [],
         },
-        {"input_ids": [3], "flags": [True], "scores": torch.tensor([2.5]), "tags": ["c"], "some": [1]},
+        {"input_ids": [3], "flags": [True], "scores": torch.tensor([2.5]), "tags": ["c"], "some": [1], "empty": []},
     ]
     batch = PackingCollator()(rows)
     assert batch["flags"].tolist() == [[1, 0, 1]] and batch["flags"].dtype == torch.int64
     assert batch["scores"].tolist() == [[0.5, 1.5, 2.5]] and batch["scores"].dtype == torch.float32
-    assert not {"tags", "first", "pair", "some"} & batch.keys()
+    assert not {"tags", "first", "pair", "empty", "some"} & batch.keys()
 
 
 def test_rows_are_left_as_they_were():
