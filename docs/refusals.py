@@ -42,7 +42,7 @@ def says(refusal: Refusal, message: str) -> bool:
 
 
 def read_records(folder: Path = RECORDS) -> Iterator[dict]:
-    """`module`, `line`, `test` and `message` of every `raise` that was executed."""
+    """`module`, `function`, `line`, `test` and `message` of every `raise` that was executed."""
     for path in sorted(folder.rglob("*.jsonl")):
         yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
 
@@ -54,15 +54,20 @@ def read_ran(folder: Path = RECORDS) -> set[str]:
 
 
 def find_provoked(refusals: list[Refusal], records: Iterable[dict]) -> dict[Refusal, set[str]]:
-    """The tests (`path::function`) in which each sentence was raised."""
-    at_line = defaultdict(list)
+    """The tests (`path::function`) in which each sentence was raised.
+
+    Lines move, so a record of the code as it was belongs to the sentence of its function that it says. Only where it
+    could be two is it that of its line, or else the one with more words of its own.
+    """
+    inside = defaultdict(list)
     for refusal in refusals:
-        at_line[refusal.module, refusal.line].append(refusal)
+        inside[refusal.module, refusal.function].append(refusal)
     provoked: dict[Refusal, set[str]] = {refusal: set() for refusal in refusals}
     for record in records:
-        for refusal in at_line[record["module"], record["line"]]:
-            if says(refusal, record["message"]) and not record["test"].startswith(NOT_RUN_EVERYWHERE):
-                provoked[refusal].add(record["test"].partition("[")[0])
+        said = [r for r in inside[record["module"], record["function"]] if says(r, record["message"])]
+        if said and not record["test"].startswith(NOT_RUN_EVERYWHERE):
+            best = max(said, key=lambda r: (r.line == record["line"], len(r.holed.replace(HOLE, ""))))
+            provoked[best].add(record["test"].partition("[")[0])
     return provoked
 
 

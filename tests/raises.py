@@ -48,14 +48,15 @@ def begin_test(name: str) -> None:
             file.write(name + "\n")
 
 
-def write_record(module: str, line: int, error: BaseException) -> None:
+def write_record(module: str, function: str, line: int, error: BaseException) -> None:
     """One line of JSON: where, in which test, and what it says."""
     folder = Path(os.environ[FOLDER])
     message = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
     with contextlib.suppress(OSError):  # before the first test; in a test that fills the disk
         test = (folder / "test").read_text(encoding="utf-8")
         with open(folder / f"{os.getpid()}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"module": module, "line": line, "test": test, "message": message}) + "\n")
+            where = {"module": module, "function": function, "line": line}
+            file.write(json.dumps({**where, "test": test, "message": message}) + "\n")
 
 
 class Finder:
@@ -86,18 +87,30 @@ class _Loader(importlib.machinery.SourceFileLoader):
 
 
 class _Rewrite(ast.NodeTransformer):
+    def __init__(self) -> None:
+        self.inside: list[str] = []
+
+    def visit(self, node: ast.AST) -> ast.AST:
+        """As the name of a function stands in `docs/sentences.py`: with those of the classes and functions around."""
+        is_named = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))
+        self.inside += [node.name] if is_named else []
+        node = super().visit(node)
+        if is_named:
+            self.inside.pop()
+        return node
+
     def visit_Raise(self, node: ast.Raise) -> ast.Raise:
         self.generic_visit(node)
         if node.exc is not None:
-            seen = ast.Name(_SEEN, ast.Load())
-            node.exc = ast.copy_location(ast.Call(seen, [node.exc, ast.Constant(node.lineno)], []), node.exc)
+            where = [ast.Constant(".".join(self.inside)), ast.Constant(node.lineno)]
+            node.exc = ast.copy_location(ast.Call(ast.Name(_SEEN, ast.Load()), [node.exc, *where], []), node.exc)
         return node
 
 
 def _recorder(module: str) -> Callable:
-    def seen(error, line: int):
+    def seen(error, function: str, line: int):
         if isinstance(error, BaseException):  # a class says nothing
-            write_record(module, line, error)
+            write_record(module, function, line, error)
         return error
 
     return seen

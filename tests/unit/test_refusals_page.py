@@ -96,10 +96,11 @@ def sentence(text: str, line: int = 1) -> Refusal:
 SIZE = sentence("`size` ({size}) must divide the world ({world}).")
 ROWS = sentence("`rows` ({rows}) must be positive.", line=2)
 OTHER_ROWS = sentence("`rows` ({rows}) is odd.", line=2)
+ANY_ROWS = sentence("`rows` ({rows}) {what}.", line=3)
 
 
-def record(line: int, test: str, message: str) -> dict:
-    return {"module": "m.py", "line": line, "test": test, "message": message}
+def record(line: int, test: str, message: str, function: str = "f") -> dict:
+    return {"module": "m.py", "function": function, "line": line, "test": test, "message": message}
 
 
 @pytest.mark.parametrize(
@@ -109,16 +110,20 @@ def record(line: int, test: str, message: str) -> dict:
         (1, "`size` (4\n5) must divide the world ().", SIZE),
         (1, "`size` (4) must divide the world (6). And more.", None),
         (1, "`size` (4) must divide.", None),
-        (2, "`size` (4) must divide the world (6).", None),  # an old record, or another line
+        (2, "`size` (4) must divide the world (6).", SIZE),  # it has moved since
         (2, "`rows` (0) must be positive.", ROWS),
         (2, "`rows` (0) is odd.", OTHER_ROWS),  # two sentences of one line
-        (3, "`rows` (0) is odd.", None),
+        (2, "`rows` (0) is odd. `rows` (1) is odd.", OTHER_ROWS),
+        (3, "`rows` (0) is odd. `rows` (1) is odd.", ANY_ROWS),  # that of the line
+        (1, "`rows` (0) is odd. `rows` (1) is odd.", OTHER_ROWS),  # that with more words
     ],
 )
-def test_a_record_belongs_to_the_sentence_of_its_line_that_it_says(line, message, expected):
-    provoked = find_provoked([SIZE, ROWS, OTHER_ROWS], [record(line, "tests/unit/test_a.py::test_b[c::d]", message)])
-    seen = {refusal: tests for refusal, tests in provoked.items() if tests}
-    assert seen == ({expected: {"tests/unit/test_a.py::test_b"}} if expected else {})
+def test_a_record_belongs_to_the_sentence_of_its_function_that_it_says(line, message, expected):
+    refusals = [SIZE, ROWS, ANY_ROWS, OTHER_ROWS]
+    for function, belongs in (("f", expected), ("g", None)):
+        made = record(line, "tests/unit/test_a.py::test_b[c::d]", message, function)
+        seen = {refusal: tests for refusal, tests in find_provoked(refusals, [made]).items() if tests}
+        assert seen == ({belongs: {"tests/unit/test_a.py::test_b"}} if belongs else {})
 
 
 def test_a_test_that_needs_a_device_proves_nothing():
@@ -232,9 +237,12 @@ def test_sentences_are_read_from_every_way_of_writing_them(tmp_path):
 
 ROOM = """
 from __future__ import annotations
+class Door:
+    def open(self, x: Undefined):
+        raise ValueError(f"`x` ({x}) is 0.")
 def f(x: Undefined):
     if x == 0:
-        raise ValueError(f"`x` ({x}) is 0.")
+        Door().open(x)
     if x == 1:
         raise KeyError
     if x == 2:
@@ -267,11 +275,11 @@ def test_every_raise_is_recorded_with_its_test_line_and_message(room, tmp_path):
         with pytest.raises(error) as caught:
             room.f(number)
     assert traceback.extract_tb(caught.tb)[-1].line == 'raise TypeError("`x` is odd.")'
-    door = {"module": "door.py"}
+    door = {"module": "door.py", "function": "f"}
     assert list(read_records(tmp_path / "records")) == [
-        {**door, "line": 5, "test": "test_0", "message": "`x` (0) is 0."},
-        {**door, "line": 9, "test": "test_2", "message": "[Errno 2] no file"},
-        {**door, "line": 11, "test": "test_3", "message": "`x` is odd."},
+        {**door, "function": "Door.open", "line": 5, "test": "test_0", "message": "`x` (0) is 0."},
+        {**door, "line": 12, "test": "test_2", "message": "[Errno 2] no file"},
+        {**door, "line": 14, "test": "test_3", "message": "`x` is odd."},
     ]
     assert [path.parent.name for path in (tmp_path / "records").rglob("*.jsonl")] == ["gw7"]
     assert read_ran(tmp_path / "records") == {f"test_{number}" for number in range(4)}
