@@ -8,27 +8,31 @@ import pytest
 import torch
 
 from . import raises
-from .harness import Imports, World
 
 
-raises.install()
+raises.install()  # before anything of the package is imported
+from hf_longctx.proof.ranks import Imports, Ranks  # noqa: E402
+
+from .harness import make_world  # noqa: E402
+
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-_WORLDS: dict[int, World] = {}
+_WORLDS: dict[int, Ranks] = {}
 _IMPORTS = Imports()
 
 
-def world_of(size: int) -> World:
-    return _WORLDS.setdefault(size, World(size))
+def world_of(size: int) -> Ranks:
+    return _WORLDS.setdefault(size, make_world(size))
 
 
 @pytest.fixture
-def world2() -> World:
+def world2() -> Ranks:
     return world_of(2)
 
 
 @pytest.fixture
-def world4() -> World:
+def world4() -> Ranks:
     return world_of(4)
 
 

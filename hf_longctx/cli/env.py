@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 from importlib.metadata import PackageNotFoundError, version
 
@@ -21,7 +22,14 @@ PACKAGES = (
 )
 
 
-def run_env() -> int:
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the command's name, help and options."""
+    return commands.add_parser(
+        "env", help="print versions, whether the tests have seen them, devices and attention kernels"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
     """Print versions, devices and kernels; returns the exit code, always 0."""
     from rich.console import Console
     from rich.table import Table

@@ -7,225 +7,42 @@ alone. Memory is planned; the time is an estimate that counts operations.
 from __future__ import annotations
 
 import argparse
-import re
-from pathlib import Path
-
-import torch
-from rich.console import Console
-from transformers import AutoConfig, PretrainedConfig
-
-from ..planner.measure import can_measure, free_bytes, measure_in_process, shorten
-from ..planner.memory_plan import USABLE_SHARE, Planner
-from ..planner.presets import PRESETS, Preset
-from ..planner.settings import Settings
-from .plan_report import (
-    GIB,
-    Cell,
-    Speed,
-    draw_plan,
-    format_number,
-    print_cells,
-    print_facts,
-    validate_outputs,
-    write_recipe,
-)
 
 
-GPUS_PER_NODE = 8
-_UNITS = {"": 1, "K": 2**10, "M": 2**20}
-_MEASURED_TOKENS = {"cpu": 1024, "cuda": 16384}
-_MEASURED_LAYERS = 2
 # A terminal that is narrower wraps whole lines; what is piped is as wide as it must be.
 _TABLE_WIDTH, _PIPED_WIDTH = 120, 1000
-# Of a GPU; a run of shorter rows needs no plan.
-_LEAST_TOKENS = 1024
 
 
-def run_plan(options: argparse.Namespace) -> int:
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the command's name, help and options."""
+    parser = commands.add_parser("plan", help="say which rows fit on which GPUs, and write the file of the run")
+    parser.add_argument("model", help="hub id, folder or config.json; only the configuration is read")
+    parser.add_argument("--gpus", type=int, default=1, help="all GPUs of the run; hosts have 8")
+    parser.add_argument("--gpu_memory", type=float, default=80, help="GiB of one GPU")
+    parser.add_argument("--cpu_memory", type=float, help="GiB of one cpu, for checkpoints that are offloaded")
+    parser.add_argument("--target_tokens", help="tokens of a row that must fit, such as 131072, 128K or 1M")
+    parser.add_argument("--optimizer", default="adamw", help="adamw, adafactor, sgd, or lora: AdamW on adapters")
+    parser.add_argument("--wrapper", help="fsdp2 (default for several GPUs), ddp, or none (default for one)")
+    parser.add_argument("--peak_tflops", type=float, default=989, help="of one GPU in bf16, for the estimated time")
+    parser.add_argument("--utilisation", type=float, default=0.4, help="share of that peak that is reached")
+    parser.add_argument("--measure", action="store_true", help="run one short step here and correct the plan by it")
+    parser.add_argument("--output", help="picture to draw, .png or .svg")
+    parser.add_argument("--write", help="YAML file to write for recipes/sft.py; never written over")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
     """Print the plan, draw and write what is asked for, and return the exit code: 2, with the message, if refused."""
+    from rich.console import Console
+
+    from .plan_search import plan_rows
+
     console = Console(soft_wrap=True, highlight=False)
     console.width = max(console.width, _TABLE_WIDTH if console.is_terminal else _PIPED_WIDTH)
     try:
-        _check_options(options)
-        target = None if options.target_tokens is None else parse_tokens(options.target_tokens)
-        settings = _settings(options)
-        planner = Planner(_read_config(options.model))
-        if options.measure:
-            planner = _calibrate(console, planner)
-        _report(console, options, planner, settings, target)
+        plan_rows(console, options)
     except (ValueError, NotImplementedError, OSError, RuntimeError) as error:
         console.print("[bold red]refused[/]:", end=" ")
         console.print(str(error), markup=False)
         return 2
     return 0
-
-
-def parse_tokens(text: str) -> int:
-    """`"131072"`, `"128K"` or `"1.5M"` as a number; a K is 1,024 tokens and an M 1,048,576."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KM]?)", text.strip().upper())
-    tokens = int(float(found[1]) * _UNITS[found[2]]) if found else 0
-    if tokens < 1:
-        raise ValueError(f"`--target_tokens` ({text}) must be a number of tokens, such as 131072, 128K or 1M.")
-    return tokens
-
-
-def recommend(cells: list[Cell], target: int | None) -> Cell | None:
-    """The cheapest preset on which the target fits, with the fewest ranks a row; without a target the longest row."""
-    rungs = list(PRESETS)
-    if target is None:
-        return max((cell for cell in cells if cell.longest), key=lambda cell: cell.longest, default=None)
-    fitting = [cell for cell in cells if cell.longest >= target]
-    return min(fitting, key=lambda cell: (rungs.index(cell.preset.name), cell.size), default=None)
-
-
-def _report(
-    console: Console, options: argparse.Namespace, planner: Planner, settings: Settings, target: int | None
-) -> None:
-    memory = _bytes(options.gpu_memory), _bytes(options.cpu_memory)
-    cells = []
-    for size in _sizes(options.gpus, planner):
-        sharing = settings.of(tokens=target or size, sequence_parallel_size=size)
-        for preset in PRESETS.values():
-            with console.status(f"simulating '{preset.name}', {size} a row"):
-                cells.append(_plan_cell(planner, preset, sharing, target, *memory))
-    best = recommend(cells, target)
-    speed = Speed.of(planner.config, options.peak_tflops, options.utilisation)
-    print_facts(console, options, planner, settings, speed)
-    print_cells(console, cells, best, target, speed)
-    if options.output and draw_plan(Path(options.output), planner, cells, best or cells[-1], memory[0]):
-        console.print(f"wrote {options.output}", markup=False)
-    elif options.output:
-        missing = f"warning: `{options.output}` was not drawn, matplotlib is missing:"
-        console.print(f"{missing} run `pip install hf-longctx[demo]`", markup=False)
-    if best is None:
-        raise ValueError(_why_not(planner, cells, target, options, *memory))
-    if options.write:
-        write_recipe(Path(options.write), options.model, best, target)
-        console.print(f"wrote {options.write}: change the lines marked `<-`", markup=False)
-
-
-def _plan_cell(
-    planner: Planner,
-    preset: Preset,
-    settings: Settings,
-    target: int | None,
-    device_bytes: int,
-    cpu_bytes: int | None,
-) -> Cell:
-    settings = planner.preset(preset, settings)
-    longest = planner.longest_tokens(settings, device_bytes, cpu_bytes)
-    shown = target or longest
-    settings = settings.of(tokens=max(shown, settings.sequence_parallel_size))
-    return Cell(preset, settings, longest, planner.breakdown(settings) if shown else None)
-
-
-def _why_not(
-    planner: Planner,
-    cells: list[Cell],
-    target: int | None,
-    options: argparse.Namespace,
-    device_bytes: int,
-    cpu_bytes: int | None,
-) -> str:
-    """The longest row that fits, and what the wanted one would need."""
-    widest = max(cells, key=lambda cell: (cell.longest, cell.size, list(PRESETS).index(cell.preset.name)))
-    tokens = target or _LEAST_TOKENS * widest.size
-    settings = widest.settings.of(tokens=tokens)
-    breakdown = planner.breakdown(settings)
-    needs = [f"{format_number(breakdown.device / USABLE_SHARE / GIB)} GiB a GPU"]
-    if cpu_bytes is not None and breakdown.cpu > cpu_bytes:
-        needs.append(f"{format_number(breakdown.cpu / GIB)} GiB a host")
-    wanted = f"rows of {tokens:,} tokens need {' and '.join(needs)}"
-    for times in (2, 4, 8):
-        size = _sizes(options.gpus * times, planner)[-1]
-        more = settings.of(
-            sequence_parallel_size=size,
-            world_size=options.gpus * times,
-            processes_per_node=min(options.gpus * times, GPUS_PER_NODE),
-            wrapper="fsdp2" if settings.wrapper == "none" else settings.wrapper,
-        )
-        if planner.fits(more, device_bytes, cpu_bytes):
-            wanted += f", or {options.gpus * times} GPUs ({size} a row)"
-            break
-    if not widest.longest:
-        return f"no row fits into {options.gpus} x {options.gpu_memory:g} GiB on any preset: {wanted}."
-    return (
-        f"`--target_tokens` ({tokens:,}) fit on no preset: the longest row is {widest.longest:,} tokens "
-        f"('{widest.preset.name}', {widest.size} GPUs a row); {wanted}."
-    )
-
-
-def _sizes(gpus: int, planner: Planner) -> list[int]:
-    """How many GPUs may share a row: what divides them all, up to the query heads."""
-    return [size for size in range(1, gpus + 1) if gpus % size == 0 and size <= planner.num_heads]
-
-
-def _calibrate(console: Console, planner: Planner) -> Planner:
-    """A planner corrected by one measured step of a few layers on this machine."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not can_measure(device):
-        raise ValueError("`--measure` on a CPU reads Linux's high-water mark, which is not here: leave it out.")
-    config = shorten(planner.config, _MEASURED_LAYERS)
-    short = Planner(config)
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    tokens = _MEASURED_TOKENS[device]
-    settings = Settings(tokens=tokens, compute_dtype=dtype, optimizer="sgd", on_gpu=device == "cuda")
-    settings = short.preset("loss", settings)
-    planned, free = short.breakdown(settings), free_bytes(device)
-    if planned.device > 0.9 * free:
-        raise ValueError(
-            f"`--measure` needs {planned.device / GIB:.1f} GiB for {_MEASURED_LAYERS} layers and {tokens:,} tokens, "
-            f"and {free / GIB:.1f} GiB are free on this machine: leave it out, or measure on a larger one."
-        )
-    with console.status("measuring one step"):
-        measured = measure_in_process(config, settings, device)
-    states = planned.weights + planned.gradients + planned.optimizer
-    factor = (measured - states) / (planned.device - states)
-    if factor <= 0:
-        raise ValueError(
-            f"`--measure` found {measured / GIB:.2f} GiB, less than the weights alone: this machine cannot tell what "
-            "a step takes; leave it out."
-        )
-    console.print(
-        f"measured on this {device.upper()} with {_MEASURED_LAYERS} layers and {tokens:,} tokens: "
-        f"{measured / GIB:.2f} GiB; planned {planned.device / GIB:.2f} GiB ({planned.device / measured - 1:+.1%}); "
-        f"activations are multiplied by {factor:.3f}"
-    )
-    return Planner(planner.config, factor)
-
-
-def _settings(options: argparse.Namespace) -> Settings:
-    return Settings(
-        tokens=1,
-        world_size=options.gpus,
-        processes_per_node=min(options.gpus, GPUS_PER_NODE),
-        weights_dtype=torch.bfloat16 if options.optimizer == "lora" else torch.float32,
-        optimizer=options.optimizer,
-        wrapper=options.wrapper or ("fsdp2" if options.gpus > 1 else "none"),
-        accumulates=True,  # so that the plan holds for any number of accumulation steps
-    )
-
-
-def _read_config(model: str) -> PretrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(
-            f"`{model}` is no model that transformers can read ({reason}): give a hub id, a folder with a "
-            "config.json, or the path of one."
-        ) from error
-
-
-def _check_options(options: argparse.Namespace) -> None:
-    for name in ("gpus", "gpu_memory", "cpu_memory", "peak_tflops", "utilisation"):
-        value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"`--{name}` ({value:g}) must be more than 0.")
-    if options.utilisation > 1:
-        raise ValueError(f"`--utilisation` ({options.utilisation:g}) is a share of the peak: give at most 1.")
-    validate_outputs(options.output, options.write)
-
-
-def _bytes(gib: float | None) -> int | None:
-    return None if gib is None else int(gib * GIB)

@@ -9,24 +9,43 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-
-from ..proof.model_under_test import Setting, validate_task
 from ..proof.result import EXACT, EXIT_CODES, REFUSED, UNBUILDABLE, WRONG, RowsResult, VerifyResult
-from ..proof.verification import verify
 
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _STYLES = {EXACT: "bold green", WRONG: "bold red", REFUSED: "bold yellow", UNBUILDABLE: "bold yellow"}
 _WORDS = {EXACT: "exact", WRONG: "WRONG", REFUSED: "refused", UNBUILDABLE: "could not be built"}
 _TABLE_WIDTH = 150
 
 
-def run_verify(options: argparse.Namespace) -> int:
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the command's name, help and options."""
+    parser = commands.add_parser("verify", help="prove that a model shared by processes is the model of one process")
+    parser.add_argument("model", help="hub id, folder or model type such as qwen3")
+    parser.add_argument("--sequence_parallel_size", type=int, default=2, help="processes that share one sequence")
+    parser.add_argument("--data_parallel_size", type=int, default=1, help="groups of them")
+    parser.add_argument("--inner_attention", default="auto", help="kernel that `ulysses` runs on its heads")
+    parser.add_argument("--packed", action="store_true", help="packed rows too, against their documents one by one")
+    parser.add_argument("--wrapper", default="none", help="none, ddp or fsdp2: who averages gradients")
+    parser.add_argument("--dtype", default="float32", help="float32 (doubts are settled in float64) or float64")
+    parser.add_argument("--task", help="causal-lm, masked-lm or encoder, for a type that is several; or embedding")
+    parser.add_argument("--bidirectional", action="store_true", help="with --task embedding: no causal mask")
+    parser.add_argument("--full", action="store_true", help="the model's own size and weights, not a tiny random one")
+    parser.add_argument("--json", help="file to write the result to")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
     """Print the proof and return the exit code."""
+    from rich.console import Console
+
+    from ..proof.model_under_test import Setting, validate_task
+    from ..proof.verification import verify
+
     console = Console(soft_wrap=True, highlight=False)
     console.width = max(console.width, _TABLE_WIDTH)
     try:
@@ -59,11 +78,17 @@ def run_verify(options: argparse.Namespace) -> int:
 
 
 def _end(console: Console, outcome: str, message: str) -> int:
+    from rich.markup import escape
+
     console.print(f"[{_STYLES[outcome]}]{_WORDS[outcome]}[/]: {escape(message)}")
     return EXIT_CODES[outcome]
 
 
 def _print(console: Console, options: argparse.Namespace, result: VerifyResult) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
     groups = result.world_size // result.sequence_parallel_size
     size = "its own weights" if options.full else "tiny random weights"
     embeds = result.task == "embedding"
@@ -94,6 +119,8 @@ def _print(console: Console, options: argparse.Namespace, result: VerifyResult) 
 
 
 def _cells(rows: RowsResult) -> list[str]:
+    from rich.markup import escape
+
     outcome = f"[{_STYLES[rows.outcome]}]{_WORDS[rows.outcome]}[/]"
     seconds = f"{rows.seconds:.1f}"
     errors = rows.errors

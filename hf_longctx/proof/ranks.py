@@ -1,13 +1,19 @@
-"""Processes that wait for work: started without torchrun, joined by gloo through a file, so that no port is needed.
+"""Local ranks: processes that wait for work, joined by gloo through a file; no torchrun and no port is needed.
 
-They are fresh interpreters, not forks, and never import the caller's script. One group serves any number of calls; a
-group of which a rank raised or fell silent is started anew.
+`verify` and the sweeps start fresh interpreters, which never import the caller's script. The tests pass another way to
+start. Everything else is the same: one group serves any number of calls, meets anew every few of them, and is started
+anew after a rank fell.
 Price: importing torch and transformers once a rank.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import itertools
+import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -15,14 +21,20 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import connection
-from pathlib import Path
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection, Pipe, wait
+from typing import Protocol
 
 
-_SERVE = "import sys; from hf_longctx.proof.ranks import serve; serve(*map(int, sys.argv[1:5]), sys.argv[5])"
-_START_SECONDS = 300.0
-# After the first rank has answered, how long the others may take.
-_GRACE_SECONDS = 60.0
+_SERVE = (
+    "import json, sys; from multiprocessing.connection import Connection; from hf_longctx.proof.ranks import serve; "
+    "descriptor, *place = json.loads(sys.argv[1]); serve(Connection(descriptor), *place)"
+)
+# A call leaves the groups that it made, and gloo wakes each of them a hundred times a second: hundreds take whole
+# cores. Meeting anew ends them all, in some 50 ms.
+_CALLS_A_MEETING = 3
+_NEW_MODULES = 50
 _TICK = 0.2
 
 
@@ -34,18 +46,62 @@ class RanksError(RuntimeError):
         self.answers = answers
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Seconds that ranks may take.
+
+    Args:
+        start (`float`, *optional*, defaults to 300): until all have loaded what they need.
+        call (`float`, *optional*, defaults to 600): until all have answered.
+        grace (`float`, *optional*, defaults to 60): for the others, once one has answered.
+        collective (`float`, *optional*, defaults to 7200): for one collective. With more than `grace`, a rank that
+            waits for one that raised is ended by this process and does not raise itself.
+    """
+
+    start: float = 300.0
+    call: float = 600.0
+    grace: float = 60.0
+    collective: float = 7200.0
+
+
+class Rank(Protocol):
+    """A process, as far as [`Ranks`] needs one; `subprocess.Popen` is such."""
+
+    def kill(self) -> None: ...
+
+    def wait(self) -> int: ...
+
+
+def start_interpreter(pipe: Connection, *place) -> subprocess.Popen:
+    """Start a fresh interpreter that calls `serve(pipe, *place)`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part or os.getcwd() for part in sys.path)}
+    environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+    command = [sys.executable, "-c", _SERVE, json.dumps([pipe.fileno(), *place])]
+    return subprocess.Popen(command, env=environment, pass_fds=[pipe.fileno()], stdin=subprocess.DEVNULL)
+
+
 class Ranks:
-    """`size` processes, used as a context manager.
+    """`size` processes, used as a context manager or closed by hand.
 
     Args:
         size (`int`): how many; rank and size are those of `torch.distributed`.
         threads (`int`, *optional*, defaults to 1): of torch in each.
+        start (`Callable`, *optional*): from a pipe and what follows it to a running process that calls `serve` with
+            them; by default a fresh interpreter.
+        limits ([`Limits`], *optional*): how long they may take.
     """
 
-    def __init__(self, size: int, threads: int = 1) -> None:
-        self.size, self.threads = size, threads
-        self._processes: list[subprocess.Popen] = []
-        self._pipes: list[connection.Connection] = []
+    def __init__(
+        self,
+        size: int,
+        threads: int = 1,
+        start: Callable[..., Rank] = start_interpreter,
+        limits: Limits = Limits(),
+    ) -> None:
+        self.size, self.threads, self.limits = size, threads, limits
+        self._start_rank = start
+        self._processes: list[Rank] = []
+        self._pipes: list[Connection] = []
         self._folder: str | None = None
         self._ready = False
 
@@ -61,39 +117,38 @@ class Ranks:
         if self._processes:
             return
         self._folder = tempfile.mkdtemp(prefix="hf_longctx_")
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part or os.getcwd() for part in sys.path)}
-        environment.setdefault("TOKENIZERS_PARALLELISM", "false")
-        environment["OMP_NUM_THREADS"] = str(self.threads)
         for rank in range(self.size):
-            ours, theirs = connection.Pipe()
-            numbers = [str(number) for number in (theirs.fileno(), rank, self.size, self.threads)]
-            command = [sys.executable, "-c", _SERVE, *numbers, str(Path(self._folder, "store"))]
-            process = subprocess.Popen(command, env=environment, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+            ours, theirs = Pipe()
+            place = (rank, self.size, self.threads, self._folder, self.limits.collective)
+            self._processes.append(self._start_rank(theirs, *place))
             theirs.close()
-            self._processes.append(process)
             self._pipes.append(ours)
 
-    def run(self, function: Callable, *args, seconds: float = 600.0) -> list:
+    def run(self, function: Callable, *args, seconds: float | None = None) -> list:
         """Call `function(*args)` on every rank.
 
         Args:
-            function (`Callable`): importable in a fresh interpreter.
-            args: and what it returns: anything that a pipe of `multiprocessing` carries, but no tensors.
-            seconds (`float`): time limit. Time in which this process itself was stopped does not count.
+            function (`Callable`): importable where the ranks run.
+            args: and what it returns: anything that can be pickled.
+            seconds (`float`, *optional*): time limit, instead of `limits.call`. Time in which this process itself was
+                stopped does not count.
 
         Returns:
             `list`: what each rank returned.
 
         Raises:
-            RanksError: a rank raised, ended or took too long. The processes are gone then; the next call starts anew.
+            RanksError: a rank raised, ended or took too long. Unless every rank raised, as all do on bad input, the
+                processes are gone then, and the next call starts anew.
         """
+        message = pickle.dumps((function, args))
         self.start()
         if not self._ready:
-            self._collect(_START_SECONDS, starting=True)
+            self._collect(self.limits.start)
             self._ready = True
         for pipe in self._pipes:
-            pipe.send((function, args))
-        return self._collect(seconds)
+            with contextlib.suppress(ConnectionError):  # a rank that has ended meanwhile is told below
+                pipe.send_bytes(message)
+        return self._collect(self.limits.call if seconds is None else seconds)
 
     def close(self) -> None:
         """End the processes."""
@@ -106,61 +161,101 @@ class Ranks:
             shutil.rmtree(self._folder, ignore_errors=True)
         self._processes, self._pipes, self._folder, self._ready = [], [], None, False
 
-    def _collect(self, seconds: float, starting: bool = False) -> list:
-        answers, failures = [None] * self.size, {}
-        waiting, left = dict(enumerate(self._pipes)), seconds
-        while waiting and left > 0:
-            began = time.monotonic()
-            for pipe in connection.wait(list(waiting.values()), timeout=_TICK):
-                rank = self._pipes.index(pipe)
-                del waiting[rank]
-                try:
-                    ok, value = pipe.recv()
-                except (EOFError, ConnectionError):
-                    ok, value = False, f"the process ended (exit code {self._processes[rank].wait()})"
-                if ok:
-                    answers[rank] = value
-                else:
-                    failures[rank] = value
-                if not starting:
-                    left = min(left, _GRACE_SECONDS)
-            left -= min(time.monotonic() - began, 2 * _TICK)  # a machine that slept does not use up the time
-        failures |= {rank: "no answer in time" for rank in waiting}
+    def _collect(self, seconds: float) -> list:
+        """What every rank answers to what it was sent."""
+        answers, failures, waiting = [None] * self.size, {}, dict(enumerate(self._pipes))
+        left, one_ended, lives_on = seconds, False, False
+        try:
+            while waiting and left > 0:
+                began = time.monotonic()
+                for pipe in wait(list(waiting.values()), timeout=_TICK):
+                    rank = self._pipes.index(pipe)
+                    del waiting[rank]
+                    try:
+                        ok, value = pickle.loads(pipe.recv_bytes())
+                    except (EOFError, ConnectionError):
+                        ok, value = False, f"the process ended (exit code {self._processes[rank].wait()})"
+                        one_ended = True
+                    if ok:
+                        answers[rank] = value
+                    else:
+                        failures[rank] = value
+                    if self._ready:
+                        left = min(left, self.limits.grace)
+                left -= min(time.monotonic() - began, 2 * _TICK)  # a machine that slept does not use up the time
+            failures |= {rank: "no answer in time" for rank in waiting}
+            # When all raised, none waits for another in a collective.
+            all_raised = self._ready and len(failures) == self.size and not waiting and not one_ended
+            lives_on = not failures or all_raised
+        finally:
+            if not lives_on:
+                self.close()
         if failures:
-            self.close()
             raise RanksError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())), answers)
         return answers
 
 
-def serve(descriptor: int, rank: int, size: int, threads: int, store: str) -> None:
-    """What a rank does: join the others, then run what it is sent until the pipe closes."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size))
-    pipe = connection.Connection(descriptor)
-    try:
-        from datetime import timedelta
+class Imports:
+    """Takes what imports have left out of the garbage collector's sight.
 
-        import torch
-        import torch.distributed as dist
+    transformers collects after every training run, and would walk all the modules of torch and its own each time:
+    three quarters of a tiny run. What a call itself leaves is collected as ever.
+    """
 
-        from . import compare  # noqa: F401  what every call needs, loaded while the parent reads its configuration
+    _frozen = 0
 
-        torch.set_num_threads(threads)
-        if size > 1:
-            # The parent watches the clock; here a rank that is late is no error.
-            limits = {"timeout": timedelta(hours=2)}
-            dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, **limits)
-        answer = (True, None)
-    except BaseException:
-        answer = (False, traceback.format_exc())
-    pipe.send(answer)
-    while answer[0]:
+    def freeze(self) -> None:
+        """Call this now and then; most calls do nothing."""
+        if len(sys.modules) - self._frozen > _NEW_MODULES:
+            gc.collect()
+            gc.freeze()
+            self._frozen = len(sys.modules)
+
+
+def serve(pipe: Connection, rank: int, size: int, threads: int, folder: str, collective_seconds: float) -> None:
+    """What a rank does: load, then run what it is sent until the pipe closes."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    os.environ.update({name: str(number) for name, number in (numbers | {"OMP_NUM_THREADS": threads}).items()})
+    imports = Imports()
+
+    def run(call: int, message: bytes):
+        if size > 1 and call % _CALLS_A_MEETING == 0:
+            _meet(f"file://{folder}/{call}", rank, size, collective_seconds)
+        function, args = pickle.loads(message)
+        imports.freeze()
+        return function(*args)
+
+    pipe.send_bytes(_answer(_load, threads))
+    for call in itertools.count():
         try:
-            function, args = pipe.recv()
+            message = pipe.recv_bytes()
         except (EOFError, ConnectionError):
             return
-        try:
-            answer = (True, function(*args))
-        except BaseException:
-            pipe.send((False, traceback.format_exc()))
-            continue
-        pipe.send(answer)
+        pipe.send_bytes(_answer(run, call, message))
+
+
+def _answer(function: Callable, *args) -> bytes:
+    """What a call returned, or its traceback."""
+    try:
+        return pickle.dumps((True, function(*args)))
+    except BaseException:
+        return pickle.dumps((False, traceback.format_exc()))
+
+
+def _load(threads: int) -> None:
+    """Import what every call needs, while the parent reads its configuration."""
+    import torch
+
+    from . import compare  # noqa: F401
+
+    torch.set_num_threads(threads)
+
+
+def _meet(store: str, rank: int, size: int, seconds: float) -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        gc.collect()  # a DDP model that a call left in a cycle owns the group
+        dist.destroy_process_group()
+    limit = timedelta(seconds=seconds)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=limit)

@@ -13,8 +13,9 @@ import pytest
 import transformers
 
 from hf_longctx.cli import main
+from hf_longctx.cli.command_line import COMMANDS
 from hf_longctx.cli.env import is_newer
-from hf_longctx.cli.pack import Padded
+from hf_longctx.cli.pack_report import Padded
 from hf_longctx.data.packing.lengths import STRATEGIES, pack_lengths, packing_cost
 
 from ..models import config_of
@@ -70,13 +71,31 @@ def test_check_refuses_a_model_that_lists_its_attentions_itself(tmp_path, capsys
     assert "looks up attn_implementation='ulysses' in a list of its own" in " ".join(capsys.readouterr().out.split())
 
 
-def test_help_is_cheap_and_a_wrong_command_is_told():
+def test_a_wrong_command_is_told():
     done = run("chek")
     assert done.returncode == 2 and "invalid choice" in done.stderr
-    code = "import sys; from hf_longctx.cli import main\ntry: main(['--help'])\nexcept SystemExit: "
-    code += "print('torch' in sys.modules)"
-    helped = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert helped.stdout.strip().endswith("False")
+
+
+HELP = """
+import sys
+from hf_longctx.cli import main
+for arguments in (["--help"], *([name, "--help"] for name in sys.argv[1:])):
+    try:
+        main(arguments)
+    except SystemExit as exit:
+        assert exit.code == 0, arguments
+loaded = {name.partition(".")[0] for name in sys.modules}
+print(sorted(loaded & {"torch", "transformers", "numpy", "rich", "datasets"}))
+"""
+
+
+def test_help_of_every_command_imports_no_library():
+    names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
+    assert names == ["env", "check", "pack", "plan", "verify"]
+    helped = subprocess.run([sys.executable, "-c", HELP, *names], capture_output=True, text=True)
+    assert helped.returncode == 0, helped.stderr
+    assert helped.stdout.splitlines()[-1] == "[]"
+    assert all(f"usage: hf-longctx {name} [-h]" in helped.stdout for name in names)
 
 
 def test_every_module_can_be_imported_first():

@@ -12,9 +12,9 @@ from rich.console import Console
 from transformers import LlamaConfig
 
 from hf_longctx import cli
-from hf_longctx.cli import plan as plan_command
-from hf_longctx.cli.plan import parse_tokens
+from hf_longctx.cli import plan_search
 from hf_longctx.cli.plan_report import Cell, Speed, print_cells
+from hf_longctx.cli.plan_search import parse_tokens
 from hf_longctx.planner.memory_plan import DEVICE_KINDS, USABLE_SHARE, MemoryBreakdown, Planner
 from hf_longctx.planner.presets import PRESETS
 from hf_longctx.planner.settings import Settings
@@ -123,7 +123,7 @@ def shared_planner(planners, monkeypatch):
     def planner_of(config):
         return planners.setdefault(config.to_json_string(), Planner(config))
 
-    monkeypatch.setattr(plan_command, "Planner", planner_of)
+    monkeypatch.setattr(plan_search, "Planner", planner_of)
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("131072", 131_072), ("128K", 131_072), ("1.5m", 1_572_864)])

@@ -24,9 +24,7 @@ from hf_longctx.adapters.tiled_loss import tile_loss
 from hf_longctx.attention import kernels
 from hf_longctx.attention.masks import AttentionRule, KernelPlan, read_rule
 from hf_longctx.attention.packed import PACKED, packed_attention
-from hf_longctx.cli import pack as pack_command
-from hf_longctx.cli import plan as plan_command
-from hf_longctx.cli import plan_report
+from hf_longctx.cli import pack_report, plan_report, plan_search
 from hf_longctx.config import values
 from hf_longctx.data.documents import load_documents
 from hf_longctx.data.packing.lengths import balanced_order
@@ -208,11 +206,11 @@ SENTENCES = [
         "are not those of one process that trains all weights: measure without",
     ),
     # commands
-    (lambda: pack_command._check_options(outputs(limit=0)), V, r"`--limit` \(0\) must be at least 1"),
-    (lambda: pack_command._check_options(outputs(output="p.txt")), V, "must be a picture, which may be written over"),
-    (lambda: pack_command._count_tokens(None, [], outputs()), V, "`d` has no rows in `--split` train: check"),
-    (lambda: plan_command.parse_tokens("many"), V, r"`--target_tokens` \(many\) must be a number of tokens, such as"),
-    (lambda: plan_command._check_options(outputs(utilisation=2.0)), V, "is a share of the peak: give at most 1"),
+    (lambda: pack_report.validate_options(outputs(limit=0)), V, r"`--limit` \(0\) must be at least 1"),
+    (lambda: pack_report.validate_options(outputs(output="p.txt")), V, "must be a picture, which may be written over"),
+    (lambda: pack_report._count_tokens(None, [], outputs()), V, "`d` has no rows in `--split` train: check"),
+    (lambda: plan_search.parse_tokens("many"), V, r"`--target_tokens` \(many\) must be a number of tokens, such as"),
+    (lambda: plan_search._check_options(outputs(utilisation=2.0)), V, "is a share of the peak: give at most 1"),
     (lambda: plan_report.validate_outputs("p.txt", None), V, "must be a picture, which may be written over"),
     (lambda: plan_report.validate_outputs("no/p.png", None), V, "must be a file in a folder that exists"),
     (
@@ -355,27 +353,27 @@ def test_a_plan_in_which_nothing_fits_says_what_would(monkeypatch, capsys):
     from rich.console import Console
 
     for name in ("print_facts", "print_cells"):
-        monkeypatch.setattr(plan_command, name, lambda *_: None)
-    cell = lambda planner, preset, settings, *_: plan_command.Cell(preset, settings, 0, None)
-    monkeypatch.setattr(plan_command, "_plan_cell", cell)
+        monkeypatch.setattr(plan_search, name, lambda *_: None)
+    cell = lambda planner, preset, settings, *_: plan_search.Cell(preset, settings, 0, None)
+    monkeypatch.setattr(plan_search, "_plan_cell", cell)
     options = outputs(gpu_memory=1.0, output=None)
     with pytest.raises(ValueError, match="no row fits into 1 x 1 GiB on any preset: rows of"):
-        plan_command._report(Console(), options, NoRoom(), Settings(tokens=1), None)
+        plan_search._report(Console(), options, NoRoom(), Settings(tokens=1), None)
 
 
 def test_a_measurement_that_cannot_be_made_is_told(monkeypatch):
     from rich.console import Console
 
     planner = NoRoom()
-    monkeypatch.setattr(plan_command, "Planner", lambda *_: planner)
-    monkeypatch.setattr(plan_command, "can_measure", lambda _: False)
+    monkeypatch.setattr(plan_search, "Planner", lambda *_: planner)
+    monkeypatch.setattr(plan_search, "can_measure", lambda _: False)
     with pytest.raises(ValueError, match="`--measure` on a CPU reads Linux's high-water mark"):
-        plan_command._calibrate(Console(), planner)
-    monkeypatch.setattr(plan_command, "can_measure", lambda _: True)
-    monkeypatch.setattr(plan_command, "free_bytes", lambda _: 2**30)
+        plan_search._calibrate(Console(), planner)
+    monkeypatch.setattr(plan_search, "can_measure", lambda _: True)
+    monkeypatch.setattr(plan_search, "free_bytes", lambda _: 2**30)
     with pytest.raises(ValueError, match="`--measure` needs .* GiB are free on this machine"):
-        plan_command._calibrate(Console(), planner)
+        plan_search._calibrate(Console(), planner)
     planner.planned.device = 2**29
-    monkeypatch.setattr(plan_command, "measure_in_process", lambda *_: 2**10)
+    monkeypatch.setattr(plan_search, "measure_in_process", lambda *_: 2**10)
     with pytest.raises(ValueError, match="`--measure` found 0.00 GiB, less than the weights alone"):
-        plan_command._calibrate(Console(), planner)
+        plan_search._calibrate(Console(), planner)

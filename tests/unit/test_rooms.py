@@ -23,6 +23,7 @@ ROOMS = (
     "lazy_exports",
     "tested_versions",
     "config",
+    "tested_versions",
     "families",
     "tiny_check",
     "parallel",

@@ -18,8 +18,7 @@ from hf_longctx.losses.contrastive import contrastive_loss
 from hf_longctx.losses.contrastive_rules import ContrastiveRule
 from hf_longctx.parallel.collectives import gather_rows
 from hf_longctx.parallel.mesh import SequenceMesh
-
-from ..harness import WorldFailure
+from hf_longctx.proof.ranks import RanksError
 
 
 pytest.importorskip("sentence_transformers")
@@ -160,7 +159,7 @@ def bad_columns(kind: str) -> None:
     ],
 )
 def test_what_is_wrong_on_one_rank_is_said_on_all(world2, kind, message):
-    with pytest.raises(WorldFailure, match=message) as failure:
+    with pytest.raises(RanksError, match=message) as failure:
         world2.run(bad_columns, kind)
     assert len(re.findall(message, str(failure.value))) == 2
 
@@ -279,7 +278,7 @@ def uneven_mini_batches() -> None:
 
 
 def test_mini_batches_that_cannot_be_made_even_are_refused_under_fsdp(world2):
-    with pytest.raises(WorldFailure, match="column 0 has 2 texts on one rank and 9 mini-batches on another"):
+    with pytest.raises(RanksError, match="column 0 has 2 texts on one rank and 9 mini-batches on another"):
         world2.run(uneven_mini_batches)
 
 
@@ -291,7 +290,7 @@ def frozen_last_column() -> None:
 
 
 def test_a_frozen_last_column_is_refused_under_fsdp(world2):
-    with pytest.raises(WorldFailure, match="the last column's model is frozen, but FSDP2 reduces all gradients"):
+    with pytest.raises(RanksError, match="the last column's model is frozen, but FSDP2 reduces all gradients"):
         world2.run(frozen_last_column)
 
 
@@ -304,5 +303,5 @@ def unbound() -> None:
 
 
 def test_a_loss_without_a_mesh_is_refused_on_several_processes(world2):
-    with pytest.raises(WorldFailure, match=r"runs on 2 processes and was not told which of them hold different rows"):
+    with pytest.raises(RanksError, match=r"runs on 2 processes and was not told which of them hold different rows"):
         world2.run(unbound)

@@ -11,8 +11,8 @@ import transformers
 from transformers import AttentionInterface
 
 from hf_longctx import SequenceMesh, shard_batch
+from hf_longctx.proof.ranks import RanksError
 
-from ..harness import WorldFailure
 from ..models import _BASE, VOCAB, build, config_of
 from ..training import Rows, pad_right, train
 
@@ -22,7 +22,7 @@ def build_mesh(size):
 
 
 def test_world_size_must_be_divisible(world4):
-    with pytest.raises(WorldFailure, match=r"\(3\) must divide the number of processes \(4\): start 3 processes"):
+    with pytest.raises(RanksError, match=r"\(3\) must divide the number of processes \(4\): start 3 processes"):
         world4.run(build_mesh, 3)
 
 
@@ -33,7 +33,7 @@ def other_rows_on_each_rank():
 
 
 def test_ranks_that_drew_different_rows_are_told(world2):
-    with pytest.raises(WorldFailure, match="drew different rows.*data_parallel_rank"):
+    with pytest.raises(RanksError, match="drew different rows.*data_parallel_rank"):
         world2.run(other_rows_on_each_rank)
 
 
@@ -51,7 +51,7 @@ def train_on_rank_rows():
 
 
 def test_the_trainer_notices_rows_that_differ_within_a_group(world2):
-    with pytest.raises(WorldFailure, match="drew different rows"):
+    with pytest.raises(RanksError, match="drew different rows"):
         world2.run(train_on_rank_rows)
 
 
@@ -66,7 +66,7 @@ def train_without_labels():
 
 
 def test_missing_labels_are_told(world2):
-    with pytest.raises(WorldFailure, match="no `labels`.*DataCollatorForLanguageModeling"):
+    with pytest.raises(RanksError, match="no `labels`.*DataCollatorForLanguageModeling"):
         world2.run(train_without_labels)
 
 
@@ -85,7 +85,7 @@ def train_a_model_that_hides_the_shard():
 
 
 def test_an_attention_that_never_sees_the_shard_is_found_by_the_probe(world2):
-    with pytest.raises(WorldFailure, match="never received the shard.*sequence_parallel_size` to 1"):
+    with pytest.raises(RanksError, match="never received the shard.*sequence_parallel_size` to 1"):
         world2.run(train_a_model_that_hides_the_shard)
 
 
@@ -98,7 +98,7 @@ def train_a_model_with_a_layer_that_mixes_tokens():
 
 
 def test_a_layer_that_mixes_tokens_by_itself_is_found_by_the_probe(world2):
-    with pytest.raises(WorldFailure, match="gives other outputs when its rows are sharded"):
+    with pytest.raises(RanksError, match="gives other outputs when its rows are sharded"):
         world2.run(train_a_model_with_a_layer_that_mixes_tokens)
 
 
@@ -113,7 +113,7 @@ def train_a_model_with_a_layer_that_needs_whole_rows():
 
 def test_an_error_of_the_models_own_code_on_a_share_becomes_a_sentence(world2):
     with pytest.raises(
-        WorldFailure, match=r"`LlamaForCausalLM` cannot run on a share of a row \(RuntimeError: The size"
+        RanksError, match=r"`LlamaForCausalLM` cannot run on a share of a row \(RuntimeError: The size"
     ):
         world2.run(train_a_model_with_a_layer_that_needs_whole_rows)
 
@@ -133,7 +133,7 @@ def train_on_what_padding_predicts(label_of_the_first):
 
 
 def test_a_target_of_padding_is_refused_where_kernels_disagree_about_padding(world2):
-    with pytest.raises(WorldFailure, match="padding on the left has a target.*first real token to -100"):
+    with pytest.raises(RanksError, match="padding on the left has a target.*first real token to -100"):
         world2.run(train_on_what_padding_predicts, 5)
     world2.run(train_on_what_padding_predicts, -100)
 
@@ -146,7 +146,7 @@ def train_recurrent():
 
 
 def test_a_recurrent_model_is_refused(world2):
-    with pytest.raises(WorldFailure, match="NotImplementedError.*Mamba"):
+    with pytest.raises(RanksError, match="NotImplementedError.*Mamba"):
         world2.run(train_recurrent)
 
 
@@ -157,7 +157,7 @@ def train_a_model_with_another_loss():
 
 
 def test_a_loss_that_is_not_a_token_mean_is_refused(world2):
-    with pytest.raises(WorldFailure, match="is not the mean cross entropy of its tokens"):
+    with pytest.raises(RanksError, match="is not the mean cross entropy of its tokens"):
         world2.run(train_a_model_with_another_loss)
 
 
@@ -179,7 +179,7 @@ def train_with_loss(function):
     [(mean_loss, "divided by `num_items_in_batch`"), (unshifted_loss, "does not shift labels")],
 )
 def test_a_compute_loss_func_that_cannot_be_exact_is_refused(world2, function, message):
-    with pytest.raises(WorldFailure, match=message):
+    with pytest.raises(RanksError, match=message):
         world2.run(train_with_loss, function)
 
 
@@ -192,7 +192,7 @@ def train_modernbert():
 
 
 def test_a_masked_language_models_loss_is_proven_too(world2):
-    with pytest.raises(WorldFailure, match="divided by `num_items_in_batch`"):
+    with pytest.raises(RanksError, match="divided by `num_items_in_batch`"):
         world2.run(train_modernbert)
 
 
@@ -203,7 +203,7 @@ def train_a_row_classifier():
 
 
 def test_a_head_that_pools_rows_is_refused(world2):
-    with pytest.raises(WorldFailure, match="not one vector a token: a head that pools a row cannot be sharded"):
+    with pytest.raises(RanksError, match="not one vector a token: a head that pools a row cannot be sharded"):
         world2.run(train_a_row_classifier)
 
 
@@ -231,7 +231,7 @@ def positions_from_the_ids(with_positions):
 
 
 def test_a_model_that_derives_positions_asks_for_them(world2):
-    with pytest.raises(WorldFailure, match="add `position_ids` of shape"):
+    with pytest.raises(RanksError, match="add `position_ids` of shape"):
         world2.run(positions_from_the_ids, False)
     world2.run(positions_from_the_ids, True)
 
@@ -252,7 +252,7 @@ def predict():
 
 
 def test_predicting_logits_is_refused(world2):
-    with pytest.raises(WorldFailure, match="prediction_loss_only=True"):
+    with pytest.raises(RanksError, match="prediction_loss_only=True"):
         world2.run(predict)
 
 
@@ -262,7 +262,7 @@ def shard_twice():
 
 
 def test_a_sharded_batch_is_not_sharded_again(world2):
-    with pytest.raises(WorldFailure, match="already sharded"):
+    with pytest.raises(RanksError, match="already sharded"):
         world2.run(shard_twice)
 
 

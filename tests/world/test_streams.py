@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hf_longctx import LongContextTrainer, PackingCollator
 from hf_longctx.data.endless import endless_loader
+from hf_longctx.proof.ranks import RanksError
 from hf_longctx.resilience.checkpoints import run_facts
 
 from ..embedding_training import build_trainer
-from ..harness import WorldFailure
 from ..models import build
 from ..training import Rows, Stream, arguments, assert_same_trajectory, reset_host, train
 
@@ -145,7 +145,7 @@ def train_with_dispatcher(name):
 
 @pytest.mark.parametrize("name", ["dispatch_batches", "split_batches"])
 def test_dealing_a_stream_by_pieces_of_batches_is_refused(world2, name):
-    with pytest.raises(WorldFailure, match=rf"`accelerator_config.{name}` \(True\) .*reads a training stream itself"):
+    with pytest.raises(RanksError, match=rf"`accelerator_config.{name}` \(True\) .*reads a training stream itself"):
         world2.run(train_with_dispatcher, name)
 
 

@@ -1,0 +1,61 @@
+"""`hf-longctx check`: whether a model can be sharded, and who gets which heads; only its configuration is read."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """Add the command's name, help and options."""
+    parser = commands.add_parser("check", help="say whether a model can be sharded, and who gets which heads")
+    parser.add_argument("model", help="hub id or folder; only its configuration is read")
+    parser.add_argument("--sequence_parallel_size", type=int, default=2, help="processes that share one sequence")
+    parser.add_argument("--inner_attention", default="auto", help="kernel that `ulysses` runs on its heads")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the code a hub model brings")
+    return parser
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print who gets which heads and return the exit code: 2, with the message, if the model is refused."""
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    try:
+        split = _split_of(options)
+    except KeyError as error:  # a model that looks its attention up in a list of its own
+        reason = f"{options.model} looks up attn_implementation={error} in a list of its own and does not find it"
+        console.print(f"[bold red]refused[/]: {reason}: set `sequence_parallel_size` to 1.", highlight=False)
+        return 2
+    except (ValueError, NotImplementedError, ImportError, OSError) as error:
+        console.print(f"[bold red]refused[/]: {error}", highlight=False)
+        return 2
+    from rich.table import Table
+
+    table = Table("rank", "query heads", "key/value heads")
+    for rank, (query, key_value) in enumerate(zip(split.query, split.key_value)):
+        table.add_row(str(rank), f"{query[0]}..{query[1] - 1}", f"{key_value[0]}..{key_value[1] - 1}")
+    console.print(f"[bold green]can be sharded[/] over {options.sequence_parallel_size} processes", highlight=False)
+    console.print(table)
+    console.print(f"key/value heads are sent {split.replication():.2f} times each", highlight=False)
+    console.print("A tiny forward is compared with one process when a trainer starts.", highlight=False)
+    return 0
+
+
+def _split_of(options: argparse.Namespace):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ..config.run import LongContextConfig
+    from ..parallel.heads import split_heads
+    from ..trainer.checks import check_model
+
+    size = options.sequence_parallel_size
+    wanted = LongContextConfig(sequence_parallel_size=size, inner_attention=options.inner_attention)
+    remote = {"trust_remote_code": options.trust_remote_code}
+    config = AutoConfig.from_pretrained(options.model, **remote)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="ulysses", **remote)
+    check_model(model, wanted)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    return split_heads(heads, getattr(text, "num_key_value_heads", None) or heads, size)
