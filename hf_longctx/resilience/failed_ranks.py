@@ -21,6 +21,8 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 from transformers import TrainerCallback
 
+from .flight_recorder import describe_dump, uses_nccl
+
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class HangWatch(TrainerCallback):
     """Says where every rank is when a run makes no progress for half of `ddp_timeout`.
 
     It ends nothing: torch's timeout does. Progress is a micro-batch, an optimizer step, an evaluation batch, a log or
-    a checkpoint.
+    a checkpoint. On NCCL it names the file of torch's flight recorder, see [`describe_dump`].
 
     Communication: through the process group's store, and only when there is no progress.
     """
@@ -134,12 +136,12 @@ class HangWatch(TrainerCallback):
                     continue
                 is_told = True
                 places = {other: _read("place", other) for other in range(size)}
+                dump = describe_dump(rank, since=time.time() - idle) if uses_nccl() else ""
             except Exception as error:  # a watch must not be what ends a run
                 logger.warning(f"the watch for hung collectives on rank {rank} ends: {type(error).__name__}: {error}")
                 return
-            logger.error(
-                describe_hang({other: json.loads(text) for other, text in places.items() if text}, size, idle)
-            )
+            told = describe_hang({other: json.loads(text) for other, text in places.items() if text}, size, idle)
+            logger.error(f"{told}; {dump}" if dump else told)
 
 
 def describe_hang(places: dict[int, dict], size: int, idle: float) -> str:
