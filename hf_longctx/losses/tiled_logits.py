@@ -7,6 +7,10 @@ How: for a tile, one matmul makes the logits, they are overwritten with softmax 
 gradients of the hidden states and of the weights at once, while the tile is there. The gradients wait for the
 backward, which only scales them. So there are the three matmuls of a stock step and none is repeated. Ignored tokens
 are never computed. Price: the gradients exist from the forward on, and there is one backward.
+
+`torch.nn.functional.linear_cross_entropy` (torch 2.13) works alike and is not called: it rounds the loss and, once a
+chunk, the weight's gradient to half precision, computes ignored tokens, and ignores autocast. See
+`docs/benchmarks/linear_cross_entropy_cpu.md`; `tests/unit/test_linear_cross_entropy.py` fails when that changes.
 """
 
 from __future__ import annotations

@@ -77,6 +77,16 @@ def trl_metrics(settings: dict) -> Loss:
     return trl(settings, ("log_probs", "entropy", "is_top1"))
 
 
+def torch_chunks(settings: dict) -> Loss:
+    """Torch's own (2.13), which chooses its chunks unless a tile size is given."""
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=settings["tile_size"])
+
+    def loss(hidden, weight, labels):
+        return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options) / len(labels)
+
+    return loss
+
+
 def liger(settings: dict) -> Loss:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
@@ -90,6 +100,7 @@ CONTENDERS = {
     "ours_metrics": ours_metrics,
     "trl": trl,
     "trl_metrics": trl_metrics,
+    "torch": torch_chunks,
     "liger": liger,
 }
 
