@@ -1,7 +1,7 @@
 """Words that the project has given up for transformers' and torch's own, in code, docs and tests.
 
-Each pattern is a use that a reader would need a glossary for. Ordinary English meanings stay: a line of a file, an answer
-to a question, words of a text.
+Each pattern is a use that a reader would need a glossary for. Ordinary English meanings stay: a line of a file, an
+answer to a question, words of a text.
 """
 
 from __future__ import annotations
