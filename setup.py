@@ -27,7 +27,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["hf_longctx", "hf_longctx.*"]),
-    package_data={"hf_longctx": ["tested_versions.txt"]},
+    package_data={"hf_longctx": ["py.typed", "tested_versions.txt"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "transformers>=5.17", "accelerate>=1.12", "rich>=13"],
     extras_require={

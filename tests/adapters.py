@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
+from hf_longctx.adapters.instance_forward import InstancePatch, PatchHandle, put_on
 from hf_longctx.adapters.positions import follow_positions
 from hf_longctx.adapters.tiled_loss import tile_loss
 from hf_longctx.adapters.tiled_mlp import tile_mlp
@@ -100,7 +101,30 @@ def _is_flat(model) -> bool:
     return is_packed(model) and flat
 
 
+class _FinalNorm(InstancePatch):
+    """The example of CONTRIBUTING.md: the last norm of a model gets its tokens in float32."""
+
+    name = "float32 norm"
+
+    def call(self, module, own, hidden_states):
+        return own(hidden_states.float()).to(hidden_states.dtype)
+
+
+def _put_final_norm(model) -> PatchHandle:
+    for module in model.modules():
+        if hasattr(module, "embed_tokens") and hasattr(module, "norm"):
+            put_on(module.norm, _FinalNorm())
+    return PatchHandle(model, _FinalNorm.name)
+
+
 ADAPTERS = {
+    "example": Adapter(
+        lambda: build("llama", "sdpa").eval(),
+        _put_final_norm,
+        lambda model: model.get_decoder().norm,
+        lambda model: model(**labelled()).logits,
+        lambda model: model(**labelled()) is not None and bool(PatchHandle(model, _FinalNorm.name).modules),
+    ),
     "positions": Adapter(
         lambda: build("bart", "packed").eval(),
         follow_positions,

@@ -1,4 +1,5 @@
-"""Tiny random sentence-transformers, padded as the host has them or for packing, and texts of ragged lengths."""
+"""Tiny random sentence-transformers, padded as sentence-transformers has them or for packing, and texts of ragged
+lengths."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def _folder(name: str) -> str:
         model = tf.AutoModel.from_config(embedder_config(name), dtype=torch.float64)
     for parameter in model.parameters():  # norms and biases too, so that a lost one shows
         parameter.data += 0.02 * torch.sin(torch.arange(parameter.numel(), dtype=torch.float64)).view_as(parameter)
-    # By hand: the host writes on the first rank of a world only.
+    # By hand: sentence-transformers writes on the first rank of a world only.
     Path(folder, "config.json").write_text(model.config.to_json_string())
     save_file(model.state_dict(), Path(folder, "model.safetensors"), metadata={"format": "pt"})
     tokenizer = tiny_tokenizer()
@@ -60,7 +61,7 @@ def embedder(
     normalize: bool = False,
     include_prompt: bool = True,
 ) -> SentenceTransformer:
-    """A sentence-transformer on the CPU; `attention="sdpa"` is the host's padded one."""
+    """A sentence-transformer on the CPU; `attention="sdpa"` is sentence-transformers' padded one."""
     module = Transformer(_folder(name), model_kwargs={"attn_implementation": attention, "dtype": dtype})
     modules = [module, Pooling(module.get_embedding_dimension(), pooling, include_prompt=include_prompt)]
     if normalize:  # and all that may follow pooling

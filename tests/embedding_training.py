@@ -21,7 +21,7 @@ from hf_longctx import (
 )
 
 from .embedding import embedder, texts
-from .training import DEFAULTS, reset_host
+from .training import DEFAULTS, reset_state
 
 
 def pairs(count: int = 24, seed: int = 0, negatives: int = 0) -> Dataset:
@@ -86,7 +86,7 @@ def evaluator() -> EmbeddingSimilarityEvaluator:
 
 def build_trainer(model="bert", data="pairs", loss="tiled", config=None, pooling="mean", evaluates=False, **changes):
     """A trainer; `sources` and `texts` are fields of those configs, `config` those of `LongContextConfig`."""
-    reset_host()
+    reset_state()
     folder = changes.pop("folder", None) or tempfile.mkdtemp()
     attention = changes.pop("attention", "ulysses")
     sources, texts_ = changes.pop("sources", {}), changes.pop("texts", {})
@@ -123,7 +123,7 @@ def run(resume=None, **settings):
 
 
 def assert_same_run(expected: dict, actual: dict, tolerance: float) -> None:
-    # The host sums logged losses in single precision.
+    # Sentence-transformers sums logged losses in single precision.
     for key, allowed in (("losses", max(tolerance, 1e-6)), ("norms", tolerance)):
         difference = torch.tensor(expected[key], dtype=torch.float64) - torch.tensor(actual[key], dtype=torch.float64)
         assert float(difference.abs().max()) <= allowed * max(map(abs, expected[key])), key

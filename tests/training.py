@@ -85,7 +85,7 @@ def arguments(folder: str, **changes) -> TrainingArguments:
     return TrainingArguments(**{**DEFAULTS, "output_dir": folder, **changes})
 
 
-def reset_host() -> None:
+def reset_state() -> None:
     """Forget the accelerator of an earlier run in this process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
@@ -103,8 +103,8 @@ def train(
     memory=None,
     **changes,
 ):
-    """Train and return (history, weights, extra). `size` 0 is the stock Trainer, the oracle."""
-    reset_host()
+    """Train and return (history, weights, extra). `size` 0 is the stock Trainer, the reference."""
+    reset_state()
     stock = size == 0
     folder = changes.pop("output_dir", None) or tempfile.mkdtemp()
     resume = changes.pop("resume", None)

@@ -1,8 +1,8 @@
 """Every text model type of the installed transformers against one process: `make conformance`.
 
-A tiny random model of each type is shared by two processes that exchange over gloo, and compared with the host's own
-attention in one: loss, outputs and every gradient, on dense, padded and packed rows. Processes live on from type to
-type. Each result is appended to a file at once, so that `--resume` goes on where a run ended.
+A tiny random model of each type is shared by two processes that exchange over gloo, and compared with transformers'
+own attention in one: loss, outputs and every gradient, on dense, padded and packed rows. Processes live on from type
+to type. Each result is appended to a file at once, so that `--resume` goes on where a run ended.
 
 The exit code is 1 if any type is wrong, or worse than `docs/conformance.json` says.
 """
@@ -40,7 +40,7 @@ def models_under_test() -> list[tuple[str, str]]:
     """`(task, model type)` of everything that is swept.
 
     Every causal and every masked language model, and those encoders that have no language model head: types of the
-    host's plain mapping in neither of the two, whose configuration has a vocabulary of its own and describes no
+    transformers' plain mapping in neither of the two, whose configuration has a vocabulary of its own and describes no
     encoder-decoder and no other input than text.
     """
     causal, masked = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -89,7 +89,7 @@ def sweep(
     before: list[dict],
     terminal: Terminal,
 ) -> list[dict]:
-    """Prove all that is wanted and append each result to the records; what is wrong or worse than before is said."""
+    """Prove all that is wanted and append each result to the records; what is wrong or worse than before is shown."""
     waiting: queue.Queue = queue.Queue()
     for item in wanted:
         waiting.put(item)

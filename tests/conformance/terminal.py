@@ -1,4 +1,4 @@
-"""What the sweep shows: how far it is, each failure with what the hosts wrote meanwhile, and nothing else.
+"""What the sweep shows: how far it is, each failure with what the libraries wrote meanwhile, and nothing else.
 
 The processes that prove write hundreds of lines of warnings. They inherit standard output and error of this one, so
 both are led into a file as long as it lasts.
@@ -61,7 +61,7 @@ class Terminal:
         return os.fstat(self._log.fileno()).st_size
 
     def noise_since(self, mark: int) -> str:
-        """The last of what was written since `mark`, by whoever ran meanwhile."""
+        """The last of what was written since `mark`, by what ran meanwhile."""
         end = self.mark()
         start = max(mark, end - _MOST_CHARACTERS)
         return os.pread(self._log.fileno(), end - start, start).decode(errors="replace")

@@ -1,4 +1,4 @@
-"""The same oracles on a GPU: half precision, flash and flex kernels, and FSDP2 through the trainers where there are
+"""The same references on a GPU: half precision, flash and flex kernels, and FSDP2 through the trainers where there are
 two GPUs.
 
 Skipped without CUDA. bf16 keeps 8 bits of mantissa (4e-3), and a gradient sums many such roundings: 3e-2 of the

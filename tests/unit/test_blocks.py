@@ -78,7 +78,7 @@ def test_blocks_equal_one_call_with_the_whole_mask(kernel, rule, layout):
     plan, inputs = KernelPlan(rule, segments), tensors(rows, value_size=6 if kernel == "sdpa" else 8)
     whole = build_mask(plan, kernel, rows, 400, torch.float64, CPU)
     if kernel == "eager":
-        whole = whole.clamp(min=-1e300)  # the host's own sum with the lowest number overflows
+        whole = whole.clamp(min=-1e300)  # transformers' own sum with the lowest number overflows
     prepared = kernels.plan_for_kernel(plan, kernel, call_of(*inputs))
     if kernel == "sdpa" and not plan.is_plain:
         assert isinstance(prepared, BlockPlan)

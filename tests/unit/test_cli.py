@@ -107,7 +107,7 @@ def test_every_module_can_be_imported_first():
     assert done.returncode == 0, done.stderr
 
 
-# A child for each module, from a parent that has loaded whatever the host's models need, but not those nor ours.
+# A child for each module, from a parent that has loaded whatever transformers' models need, but not those nor ours.
 IMPORT_EACH_FIRST = """
 import importlib, os, sys, transformers.modeling_utils
 del sys.modules["transformers.modeling_utils"]
@@ -117,8 +117,8 @@ for name in sys.argv[1:]:
     child = os.fork()
     if child == 0:
         importlib.import_module(name)
-        host = importlib.import_module("transformers.modeling_utils")
-        assert "ulysses" in host.AttentionInterface(), name
+        stock = importlib.import_module("transformers.modeling_utils")
+        assert "ulysses" in stock.AttentionInterface(), name
         os._exit(0)
     if os.waitpid(child, 0)[1]:
         failed.append(name)

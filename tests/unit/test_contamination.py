@@ -30,7 +30,7 @@ def test_stock_encoder_leaks(name):
 
 
 def test_stock_decoder_that_is_given_a_mask_leaks():
-    """The common mistake: a mask of ones beside positions, which hides the documents from the host."""
+    """The common mistake: a mask of ones beside positions, which hides the documents from transformers."""
 
     class Masked(torch.nn.Module):
         def __init__(self) -> None:
@@ -71,7 +71,7 @@ class Toy(torch.nn.Module):
             extra = hidden[documents != chosen].sum(0) * (documents == chosen)[..., None]
         elif self.leak == "pooled":
             return (hidden.mean(1),)
-        elif self.leak == "blind":
+        elif self.leak == "constant":
             return (hidden * 0 + position_ids[..., None],)
         else:
             extra = 0
@@ -96,7 +96,7 @@ def test_small_leak_is_found_and_rounding_is_allowed():
 
 def test_check_that_proves_nothing_says_so():
     with pytest.raises(AssertionError, match="the check proves nothing"):
-        assert_no_cross_document(Toy("blind"), BATCH)
+        assert_no_cross_document(Toy("constant"), BATCH)
 
 
 def test_pooled_head_and_rows_of_one_document_are_refused():

@@ -45,7 +45,7 @@ def embeddings(rows: int, columns: int, dtype=torch.float64, width: int = 7, see
     return [x.to(dtype).requires_grad_() for x in made]
 
 
-def host_loss(columns, similarity=util.cos_sim, scale=20.0, **rule) -> torch.Tensor:
+def stock_loss(columns, similarity=util.cos_sim, scale=20.0, **rule) -> torch.Tensor:
     loss = st.MultipleNegativesRankingLoss(torch.nn.Identity(), scale=scale, similarity_fct=similarity, **rule)
     return loss.compute_loss_from_embeddings(columns, None)
 
@@ -66,7 +66,7 @@ def test_loss_and_gradients_equal_the_host(rule, columns, rows):
     for similarity, scale in ((util.cos_sim, 20.0), (util.dot_score, 1.0)):
         ours = embeddings(rows, columns)
         theirs = [x.detach().clone().requires_grad_() for x in ours]
-        expected = host_loss(theirs, similarity, scale, **rule)
+        expected = stock_loss(theirs, similarity, scale, **rule)
         actual = contrastive_loss(
             ours, scale=scale, rule=ContrastiveRule(**rule), normalize=similarity is util.cos_sim, tile_size=32
         )
@@ -83,7 +83,7 @@ def test_lower_precision_is_summed_in_fp32(dtype, tolerance):
     """Against fp64 of the same numbers: what is left is fp32, and for bfloat16 the rounding of the gradient itself."""
     ours = embeddings(130, 3, dtype, width=32)
     exact = [x.detach().double().requires_grad_() for x in ours]
-    actual, expected = contrastive_loss(ours, tile_size=32), host_loss(exact)
+    actual, expected = contrastive_loss(ours, tile_size=32), stock_loss(exact)
     assert actual.dtype == torch.float32
     assert_same([actual.double()], [expected], 2e-6)
     actual.backward()
@@ -98,7 +98,7 @@ def test_a_scale_of_any_size_neither_overflows_nor_vanishes():
     columns = [query.requires_grad_(), torch.tensor([[-1.0, 0.0]] + [[1.0, 0.1 + i] for i in range(39)])]
     exact = [x.detach().double() for x in columns]
     actual = contrastive_loss(columns, scale=1000.0, tile_size=16)
-    assert_same([actual.double()], [host_loss(exact, scale=1000.0)], 1e-6)
+    assert_same([actual.double()], [stock_loss(exact, scale=1000.0)], 1e-6)
     actual.backward()
     assert columns[0].grad.isfinite().all()
 
@@ -108,7 +108,7 @@ def test_a_gradient_reaches_only_what_asks_for_it():
         columns = [x.detach().requires_grad_(need) for x, need in zip(embeddings(40, 3), learned)]
         theirs = [x.detach().clone().requires_grad_(need) for x, need in zip(columns, learned)]
         contrastive_loss(columns, rule=ContrastiveRule(directions=ALL), tile_size=16).backward()
-        host_loss(theirs, directions=ALL).backward()
+        stock_loss(theirs, directions=ALL).backward()
         assert [x.grad is not None for x in columns] == learned
         assert_same([x.grad for x in columns if x.requires_grad], [x.grad for x in theirs if x.requires_grad], 1e-11)
 
@@ -119,16 +119,17 @@ def test_zero_embeddings_have_the_gradient_of_the_host():
         columns[0][2] = 0
     theirs = [x.detach().clone().requires_grad_() for x in columns]
     contrastive_loss(columns).backward()
-    host_loss(theirs).backward()
+    stock_loss(theirs).backward()
     assert_same([x.grad for x in columns], [x.grad for x in theirs], 1e-11)
 
 
 @pytest.mark.parametrize("rule", [RULES[1], RULES[6]], ids=["per_direction", "all"])
 def test_the_gradient_of_the_scale(rule):
-    """Against differences of the host's loss: its own gradient is NaN where it multiplies `-inf` by the scale."""
+    """Against differences of sentence-transformers' loss: its own gradient is NaN where it multiplies `-inf` by the
+    scale."""
     columns, scale, step = embeddings(63, 3), torch.tensor(5.0, dtype=torch.float64, requires_grad=True), 1e-4
     contrastive_loss(columns, scale=scale, rule=ContrastiveRule(**rule), tile_size=16).backward()
-    above, below = (host_loss(columns, scale=5.0 + sign * step, **rule).detach() for sign in (1, -1))
+    above, below = (stock_loss(columns, scale=5.0 + sign * step, **rule).detach() for sign in (1, -1))
     assert_same([scale.grad], [(above - below) / (2 * step)], 1e-7)  # the error of a central difference is O(step^2)
 
 
@@ -211,7 +212,7 @@ def masked_by_the_rule(hashes: list[torch.Tensor], row: int, column: int, candid
 
 
 def loss_without_duplicates(columns, hashes, rule: ContrastiveRule, scale: float) -> torch.Tensor:
-    """The slow twin: every logit of every row on its own."""
+    """The slow reference: every logit of every row on its own."""
     unit = [torch.nn.functional.normalize(x) for x in columns]
     rows, losses = len(unit[0]), []
     for i in range(rows):
@@ -329,8 +330,8 @@ def test_without_mini_batches_it_is_the_host_with_its_dropout(embedder):
 def test_gradient_cache_is_the_host_with_its_dropout(embedder, width):
     features = batch(13, columns=3)
     ours = TiledMultipleNegativesRankingLoss(embedder, directions=ALL, loss_tile_size=8, **width)
-    host = st.CachedMultipleNegativesRankingLoss(embedder, directions=ALL, **width | {"mini_batch_size": 5})
-    actual, expected = (step(x, embedder, features, divide=3.0) for x in (ours, host))
+    stock = st.CachedMultipleNegativesRankingLoss(embedder, directions=ALL, **width | {"mini_batch_size": 5})
+    actual, expected = (step(x, embedder, features, divide=3.0) for x in (ours, stock))
     assert_same([actual[0]], [expected[0]], 1e-6)
     assert_same(actual[1], expected[1], 1e-5)
     with torch.no_grad():
@@ -358,15 +359,17 @@ def test_matryoshka_and_a_learned_scale(embedder, size):
     try:
         ours = TiledMultipleNegativesRankingLoss(model, scale=7.0, mini_batch_size=size, learnable_scale=True)
         wrapped = st.MatryoshkaLoss(model, ours, [WIDTH, 8], [1.0, 0.25])
-        host = st.MatryoshkaLoss(model, st.MultipleNegativesRankingLoss(model, scale=7.0), [WIDTH, 8], [1.0, 0.25])
-        actual, expected = (step(x, model, features, divide=2.0) for x in (wrapped, host))
+        stock = st.MatryoshkaLoss(model, st.MultipleNegativesRankingLoss(model, scale=7.0), [WIDTH, 8], [1.0, 0.25])
+        actual, expected = (step(x, model, features, divide=2.0) for x in (wrapped, stock))
         columns = [model(dict(column))["sentence_embedding"].detach() for column in features]
     finally:
         embedder.train()
     assert_same([actual[0], *actual[1]], [expected[0], *expected[1]], 1e-5)
     log_scale = torch.tensor(math.log(7.0), requires_grad=True)
-    twin = sum(w * host_loss([x[:, :d] for x in columns], scale=log_scale.exp()) for d, w in ((WIDTH, 1), (8, 0.25)))
-    (twin / 2).backward()
+    reference = sum(
+        w * stock_loss([x[:, :d] for x in columns], scale=log_scale.exp()) for d, w in ((WIDTH, 1), (8, 0.25))
+    )
+    (reference / 2).backward()
     assert_same([ours.log_scale.grad], [log_scale.grad], 1e-5)
 
 

@@ -1,4 +1,4 @@
-"""The embedding trainer on one process: the host's run without padding, resumed, and its refusals."""
+"""The embedding trainer on one process: sentence-transformers' run without padding, resumed, and its refusals."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from hf_longctx.resilience.checkpoint_weights import check_weights
 
 from ..embedding import columns, embedder, gradients_of
 from ..embedding_training import arguments, assert_same_run, build_trainer, evaluator, loss_of, pairs, run
-from ..training import reset_host
+from ..training import reset_state
 from .test_embedding import assert_same_gradients
 
 
@@ -35,7 +35,7 @@ TOLERANCE = 1e-8  # float64 throughout
 
 def host_run(folder: str) -> dict:
     """The stock trainer, padded, with the stock loss."""
-    reset_host()
+    reset_state()
     model = embedder("bert", "sdpa")
     trainer = SentenceTransformerTrainer(
         model=model,
@@ -132,7 +132,7 @@ def test_a_vanilla_model_comes_out(tmp_path):
 
 def test_texts_that_would_be_cut_off_are_counted_before_training(caplog):
     def build(policy: str):
-        reset_host()
+        reset_state()
         model = embedder("bert", "packed")
         model.max_seq_length = 10
         return build_from(model, policy)

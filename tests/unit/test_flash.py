@@ -1,6 +1,6 @@
-"""The flash path without a GPU: the host's own helper around a flash function written in plain torch.
+"""The flash path without a GPU: transformers' own helper around a flash function written in plain torch.
 
-What is under test is what we hand to the kernel: bounds, windows, sinks, and zeros where the host's unpadding gives
+What is under test is what we hand to the kernel: bounds, windows, sinks, and zeros where transformers' unpadding gives
 zeros.
 """
 
@@ -90,7 +90,7 @@ def call(rule, layout, size_of_value=8, **extras):
         batch["attention_mask"] = (torch.tensor(LAYOUTS[layout]) >= 0).long()
     shard = cut_batch(batch, 1, 0, inner_attention="flash_attention_2")["sequence_shard"]
     module = torch.nn.Module()
-    module.q_proj = torch.nn.Linear(1, 1)  # the host reads its precision
+    module.q_proj = torch.nn.Linear(1, 1)  # transformers reads its precision
     mask = DeferredMask({"mask_function": RULES[rule][0], "batch_size": 2})
     output, _ = ulysses_attention(module, query, key, value, mask, sequence_shard=shard, **extras)
     return output, (query, key, value)

@@ -53,7 +53,7 @@ def counted(model, lengths: list[int]) -> tuple[int, int]:
 
 
 def mask_of(span: AttentionSpan, length: int) -> torch.Tensor:
-    """The obvious twin of `count_pairs`: every pair looked at."""
+    """The obvious reference of `count_pairs`: every pair looked at."""
     query, key = torch.arange(length)[:, None], torch.arange(length)[None]
     seen = key <= query if span.causal else torch.ones(length, length, dtype=torch.bool)
     if span.window is not None:

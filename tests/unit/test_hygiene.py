@@ -1,7 +1,7 @@
 """What a stranger's checkpoint, data set or model may do on this machine, and what may leave it: nothing unasked.
 
-Rules that a reader could check line by line are checked so, over the package and the recipes. What the hosts do for us
-(resuming, remote code, reporting) is tried, with files that would leave a mark if they were executed.
+Rules that a reader could check line by line are checked so, over the package and the recipes. What the libraries do
+for us (resuming, remote code, reporting) is tried, with files that would leave a mark if they were executed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _is_unsafe_call(node: ast.Call) -> bool:
         return True
     if name.startswith("yaml.") and name.split(".")[-1] in ("load", "load_all", "full_load", "unsafe_load"):
         return True
-    if name in ("TrainingArguments", "SFTConfig"):  # in code, as in a YAML file, it is said
+    if name in ("TrainingArguments", "SFTConfig"):  # in code, as in a YAML file, it is written
         return given.get("report_to", "'none'" if None in given else "") != "'none'"
     wrong = {"allow_pickle": "True", "trust_remote_code": "True", "shell": "True", "weights_only": "False"}
     return name in ("os.system", "os.popen") or any(given.get(key) == value for key, value in wrong.items())
@@ -144,7 +144,7 @@ def test_the_reader_sees_an_upload():
 
 
 def test_the_host_reports_nowhere_by_default(tmp_path):
-    """If a host changed that, the recipes would still say `none`, and this test would tell."""
+    """If transformers changed that, the recipes would still say `none`, and this test would tell."""
     args = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     assert args.report_to == [] and args.push_to_hub is False and args.hub_token is None
 
@@ -201,7 +201,7 @@ def test_a_malicious_file_in_a_checkpoint_is_not_executed(checkpoint, tmp_path, 
     if name == "pytorch_model.bin":
         (copy / "model.safetensors").unlink()
     else:
-        assert (copy / name).is_file(), "the host saves it under another name"
+        assert (copy / name).is_file(), "transformers saves it under another name"
     mark = tmp_path / "executed"
     torch.save({"state": Mark(mark)}, copy / name)
     with pytest.raises(Exception, match="(?i)weights.only"):
@@ -218,7 +218,7 @@ def test_an_honest_checkpoint_resumes(checkpoint, tmp_path):
 
 
 def test_arguments_of_a_checkpoint_are_not_read(checkpoint, tmp_path):
-    """The host pickles `training_args.bin` and, resuming, never opens it."""
+    """Transformers pickles `training_args.bin` and, resuming, never opens it."""
     copy = tmp_path / "run" / checkpoint.name
     shutil.copytree(checkpoint, copy)
     mark = tmp_path / "executed"
@@ -264,7 +264,7 @@ def test_a_models_own_code_is_not_run_by_the_command(model_with_code, tmp_path, 
     documents = tmp_path / "documents.jsonl"
     documents.write_text('{"text": "a b c"}\n', encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("builtins.input", lambda *_: "n")  # the host may ask; nobody said yes
+    monkeypatch.setattr("builtins.input", lambda *_: "n")  # transformers may ask; nobody said yes
     arguments = [command[0], str(documents), *command[1:]] if command[0] == "pack" else command
     assert main([*arguments, str(model_with_code)]) == 2
     assert "refused" in capsys.readouterr().out
@@ -322,8 +322,8 @@ def test_a_hub_token_is_in_nothing_that_we_write(tmp_path, caplog, monkeypatch, 
     written = {path.name: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert {"metrics.json", "README.md"} <= set(written)
     leaks = {name for name, content in written.items() if TOKEN.encode() in content}
-    # The host pickles its arguments beside the model, token included. `docs/security.md` says so; once it does not, it
-    # need not.
+    # Transformers pickles its arguments beside the model, token included. `docs/security.md` says so; once it does
+    # not, it need not.
     assert leaks == {"training_args.bin"}
     assert b"<redacted>" in written["README.md"]
     printed = capfd.readouterr()

@@ -1,5 +1,5 @@
-"""What we rely on in the hosts beyond their public promises. An upgrade that changes one fails here, with its name,
-not in a loss.
+"""What we rely on in the libraries beyond their public promises. An upgrade that changes one fails here, with its
+name, not in a loss.
 
 The list and what breaks is in `docs/library_contracts.md`.
 """
@@ -109,7 +109,7 @@ def test_accelerate_deals_rows_to_as_many_groups_as_it_is_told():
     rows = torch.utils.data.DataLoader(range(10), batch_size=2)
     for rank in range(2):
         loader = prepare_data_loader(rows, num_processes=2, process_index=rank, dispatch_batches=False)
-        assert [batch.tolist() for batch in loader][0] == [2 * rank, 2 * rank + 1], "accelerate deals rows otherwise"
+        assert [batch.tolist() for batch in loader][0] == [2 * rank, 2 * rank + 1], "accelerate assigns rows otherwise"
 
 
 def test_accelerate_cuts_gathered_values_only_while_it_knows_a_remainder():

@@ -1,4 +1,5 @@
-"""Rules of who sees whom: read from the host, applied to whole rows, compared with plain loops over query and key."""
+"""Rules of who sees whom: read from transformers, applied to whole rows, compared with plain loops over query and
+key."""
 
 from __future__ import annotations
 
@@ -39,7 +40,7 @@ NO_PADDING = torch.zeros(2, dtype=torch.long)
 POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 0, 1, 2, 3, 4]])
 
 
-# Reading the host's functions
+# Reading transformers' functions
 
 CAUSAL = masking_utils.causal_mask_function
 READABLE = {
@@ -70,7 +71,7 @@ def test_rule_is_read_from_the_hosts_function(case, packed):
     function, rule = READABLE[case]
     if packed and hasattr(masking_utils, "packed_sequence_compatibility_function"):
         function = masking_utils.packed_sequence_compatibility_function(function, POSITIONS, POSITIONS)
-    elif packed:  # what an older host does
+    elif packed:  # what an older transformers does
         function = masking_utils.and_masks(function, masking_utils.packed_sequence_mask_function(POSITIONS))
     assert read_rule(function) == rule
 
@@ -143,7 +144,7 @@ MIXED_WINDOWS = {
 
 @pytest.mark.parametrize("case", MIXED_WINDOWS)
 def test_mixed_kinds_of_window_are_exact(case):
-    """The host's one-sided window counts the query, its two-sided window does not."""
+    """Transformers' one-sided window counts the query, its two-sided window does not."""
     function, expected = MIXED_WINDOWS[case]
     rule = read_rule(function)
     assert rule == expected
@@ -319,14 +320,14 @@ def test_chunks_of_different_documents_never_share_a_number():
 def test_chunks_of_a_mask_with_holes_are_those_of_the_host():
     mask = torch.tensor([[1, 1, 1, 0, 1, 1, 1, 1, 1]])
     rule = AttentionRule(causal=True, chunk=4)
-    host = masking_utils.and_masks(
+    stock = masking_utils.and_masks(
         masking_utils.chunked_causal_mask_function(4, torch.zeros(1, dtype=torch.long)),
         masking_utils.padding_mask_function(mask.bool()),
     )
     shard = cut_batch({"input_ids": torch.ones_like(mask), "attention_mask": mask}, 1, 0)["sequence_shard"]
     plan = plan_row(rule, shard, 1, CPU)
     real = mask[0].bool()
-    assert torch.equal(visible(index_function(plan), 1, 9)[0, real], visible(host, 1, 9)[0, real])
+    assert torch.equal(visible(index_function(plan), 1, 9)[0, real], visible(stock, 1, 9)[0, real])
 
 
 def test_bounds_of_whole_rows_are_the_rows():
@@ -397,7 +398,7 @@ MAKERS = {
 
 
 def mask_of(maker: str, rows: str, attention: str):
-    """What the host prepares for a model on `attention`."""
+    """What transformers prepares for a model on `attention`."""
     make, config, _ = MAKERS[maker]
     config._attn_implementation = attention
     inputs = {"attention_mask": None, OUTPUT_NAME: None, **MASKS[rows]}

@@ -27,7 +27,7 @@ from ..models import VOCAB, config_of
 
 
 TOKENS = 96
-POSITIONS = 8  # bytes a token: under a trace, which a simulation looks like, the host keeps where documents start
+POSITIONS = 8  # bytes a token: under a trace, which a simulation looks like, transformers keeps where documents start
 PLAIN = {"tokens": TOKENS, "compute_dtype": torch.float32, "on_gpu": False}
 TILES = {"loss_tile_size": TOKENS, "mlp_tile_size": 32}
 
@@ -77,7 +77,9 @@ def test_tracker_counts_what_is_alive_once_and_by_kind():
         del shard
     assert tracker.live["weights"] == 800 and tracker.live["logits"] == 200 and tracker.live["workspace"] == 0
     peak = max(map(on_device, tracker.peaks.values()))
-    assert peak == 800 + 5 * 10 * 4 + 5 * 20 * 4  # both operands and the product; the host's copy is not on the device
+    assert (
+        peak == 800 + 5 * 10 * 4 + 5 * 20 * 4
+    )  # both operands and the product; transformers' copy is not on the device
     del out, view, copy
     assert on_device(tracker.live) == 800 and tracker.live["cpu"] == 0 and tracker.cpu_peak == 400
 
@@ -301,7 +303,7 @@ def test_adapter_computes_a_low_rank_update():
     torch.testing.assert_close(adapter(x), layer(x) + x @ update.t())
 
 
-def test_every_rung_of_the_ladder_fits_longer_rows_than_the_one_before():
+def test_every_preset_fits_longer_rows_than_the_one_before():
     config = config_of("qwen3", hidden_size=256, intermediate_size=1024, vocab_size=150_000)
     planner = Planner(config)
     settings = Settings(tokens=1, world_size=2, wrapper="fsdp2")
@@ -310,9 +312,9 @@ def test_every_rung_of_the_ladder_fits_longer_rows_than_the_one_before():
     at = settings.of(tokens=2**17)
     needed = [planner.breakdown(planner.preset(name, at)).device for name in PRESETS]
     assert needed == sorted(needed, reverse=True)
-    for rung, (preset, tokens) in enumerate(zip(PRESETS.values(), longest)):
+    for preset, (preset, tokens) in enumerate(zip(PRESETS.values(), longest)):
         chosen, fitting = planner.choose_preset(settings.of(tokens=tokens), 2**34)
-        assert list(PRESETS).index(chosen.name) <= rung and planner.fits(fitting, 2**34)
+        assert list(PRESETS).index(chosen.name) <= preset and planner.fits(fitting, 2**34)
         assert chosen.name == preset.name or tokens == longest[list(PRESETS).index(chosen.name)]
     assert planner.choose_preset(settings.of(tokens=2 * longest[-1]), 2**34) is None
 

@@ -110,7 +110,7 @@ def test_evaluation_is_neither_counted_nor_timed(tmp_path, monkeypatch):
 
 
 class LooksOnTheSide(TrainerCallback):
-    """Runs the model between steps, as probes do: in evaluation mode with gradients, and without them."""
+    """Runs the model between steps, as sanity checks do: in evaluation mode with gradients, and without them."""
 
     def on_step_begin(self, args, state, control, model=None, **kwargs) -> None:
         model.eval()
@@ -258,7 +258,7 @@ def test_ranks_that_share_rows_count_each_document_once(case, size):
     [
         {"position_ids": torch.zeros(3, 2, 12, dtype=torch.long)},  # of images
         {"attention_mask": torch.zeros(2, 1, 12, 12)},
-        {"attention_mask": RIGHT.bool(), "position_ids": RESTARTS},  # the host would ignore the positions
+        {"attention_mask": RIGHT.bool(), "position_ids": RESTARTS},  # transformers would ignore the positions
         {"cu_seq_lens_q": torch.tensor([0, 5])},
     ],
 )

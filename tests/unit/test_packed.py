@@ -1,9 +1,9 @@
 """Packed rows equal documents taken one by one, and a padded batch: loss and every gradient, on one process.
 
-The oracle is the stock kernel, one document at a time. Errors are relative to the largest entry of a tensor, or to a
-part of the model's largest gradient where that is more (a tenth in float32, a hundredth in float64): gradients of
+The reference is the stock kernel, one document at a time. Errors are relative to the largest entry of a tensor, or to
+a part of the model's largest gradient where that is more (a tenth in float32, a hundredth in float64): gradients of
 queries and keys are small differences of large sums, and the bias of keys has none in exact arithmetic. In float64
-errors stay under 1e-6, which is the host's own casts of norms and losses to float32. In float32 a gradient is a sum
+errors stay under 1e-6, which is transformers' own casts of norms and losses to float32. In float32 a gradient is a sum
 over some hundred tokens taken in another order: 1e-6, and 3e-6 where experts, BERT's layer norms or windows add sums.
 """
 
@@ -330,7 +330,7 @@ def test_nothing_of_t_by_t_is_made_at_32768_tokens(name, lengths):
 
 
 def test_documents_that_only_the_hosts_mask_knows_make_no_mask_either():
-    """Llama 4 keeps its positions from attention; the host finds the documents and hides them in its mask."""
+    """Llama 4 keeps its positions from attention; transformers finds the documents and hides them in its mask."""
     batch = pack(documents_of((64,) * 32))
     some = {key: batch[key] for key in ("input_ids", "position_ids", "use_cache")}
     with LargestTensor() as watch, torch.no_grad():
@@ -358,7 +358,7 @@ def test_explanation_names_kernel_rule_documents_and_method():
 
 
 def test_explanation_of_a_stock_kernel_is_refused():
-    with pytest.raises(ValueError, match="whose plan only the host knows.*set_attn_implementation\\('packed'\\)"):
+    with pytest.raises(ValueError, match="whose plan only transformers knows.*set_attn_implementation\\('packed'\\)"):
         explain_attention(build("llama", "sdpa"), PackingCollator()(documents_of((5, 6))))
 
 

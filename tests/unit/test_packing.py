@@ -68,7 +68,7 @@ def test_every_token_lands_once_and_no_bin_is_over_the_budget(seed, strategy, lo
 
 
 def naive_bins(sizes: list[int], budget: int, strategy: str) -> list[list[int]]:
-    """The slow twin: one piece after another, looking at every bin."""
+    """The slow reference: one piece after another, looking at every bin."""
     bins: list[list[int]] = []
     for size in sizes if strategy == "in_order" else sorted(sizes, reverse=True):
         rooms = [budget - sum(inside) for inside in bins]

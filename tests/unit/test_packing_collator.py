@@ -1,4 +1,5 @@
-"""One flattened row, equal to what the hosts' collators make where they are right, and refused where they are not."""
+"""One flattened row, equal to what the libraries' collators make where they are right, and refused where they are
+not."""
 
 from __future__ import annotations
 
@@ -38,14 +39,14 @@ def as_lists(batch: dict) -> dict:
     return {key: value.tolist() if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
 
 
-# The hosts as oracles
+# The libraries as references
 
 
 @pytest.mark.parametrize("kind", ["lists", "tensors", "arrays", "encodings"])
 @pytest.mark.parametrize("with_labels", [False, True])
 @pytest.mark.parametrize("start", [0, 2])
 def test_plain_rows_as_the_host_flattens_them(kind, with_labels, start):
-    host = DataCollatorWithFlattening(
+    stock = DataCollatorWithFlattening(
         return_flash_attn_kwargs=True, return_seq_idx=True, separator_id=-100, position_ids_start=start
     )
     for seed in range(5):
@@ -55,7 +56,7 @@ def test_plain_rows_as_the_host_flattens_them(kind, with_labels, start):
         make = {"lists": list, "tensors": torch.tensor, "arrays": np.int32, "encodings": list}[kind]
         made = [{key: make(value) for key, value in row.items()} for row in rows]
         made = [BatchEncoding(row) for row in made] if kind == "encodings" else made
-        assert_same(PackingCollator(position_ids_start=start)(made), host(rows))
+        assert_same(PackingCollator(position_ids_start=start)(made), stock(rows))
 
 
 def test_rows_that_trl_packed_as_trl_collates_them():
@@ -308,12 +309,12 @@ def test_it_is_a_plain_value():
 
 def test_it_is_faster_than_the_host():
     rows = [{"input_ids": list(range(length))} for length in np.random.default_rng(0).integers(50, 900, 64)]
-    host = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
+    stock = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True)
 
     def seconds(collate) -> float:
         start = time.perf_counter()
         collate(rows)
         return time.perf_counter() - start
 
-    ours, theirs = (min(seconds(collate) for _ in range(7)) for collate in (PackingCollator(), host))
+    ours, theirs = (min(seconds(collate) for _ in range(7)) for collate in (PackingCollator(), stock))
     assert ours < theirs  # measured: half

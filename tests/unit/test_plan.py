@@ -1,4 +1,5 @@
-"""The planner: lines that hold, rungs in order, the longest row as the inverse of the peak; and `hf-longctx plan`."""
+"""The planner: lines that hold, presets in order, the longest row as the inverse of the peak; and `hf-longctx
+plan`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Decoders that number their tokens themselves: the positions they are lent, what they keep, and what is refused."""
+"""Decoders that number their tokens themselves: the positions they get, what they keep, and what is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def documents(lengths=LENGTHS) -> list[torch.Tensor]:
 
 
 def packed(pieces) -> dict[str, object]:
-    """One row; its documents are told by positions that restart."""
+    """One row; its documents are shown by positions that restart."""
     positions = torch.cat([torch.arange(piece.shape[1]) for piece in pieces])[None]
     return {"input_ids": torch.cat(pieces, dim=1), "position_ids": positions, "use_cache": False}
 
@@ -54,7 +54,7 @@ def test_positions_of_the_shares_are_those_of_the_documents(size):
     row = {"input_ids": batch["input_ids"]}
     counted = [local_positions(cut_batch(row, size, rank)["sequence_shard"]) for rank in range(size)]
     if size == 1:
-        assert counted == [None]  # the host's own counting is left alone
+        assert counted == [None]  # transformers' own counting is left alone
     else:
         assert torch.cat(counted)[:23].equal(torch.arange(23)) and not torch.cat(counted)[23:].any()
 
@@ -73,10 +73,10 @@ def test_padded_rows_are_counted_from_their_first_place_as_the_host_does(size):
 
 @pytest.mark.parametrize("kind", sorted(COUNTS_POSITIONS))
 def test_packed_documents_are_those_that_stand_alone_and_gradients_follow(kind):
-    """Every type of the table has the seams that are covered; float64, where only the host's casts round."""
+    """Every type of the table looks positions up as we patch it; float64, where only transformers' casts round."""
     config = shrink(CONFIG_MAPPING[kind]())
     pieces, found = documents(), []
-    for attention in ("eager", "packed"):  # the host has no other kernel for one of them
+    for attention in ("eager", "packed"):  # transformers has no other kernel for one of them
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
         assert follow_positions(model).modules
@@ -158,7 +158,7 @@ def test_a_copy_follows_with_its_own_weights():
         torch.testing.assert_close(other(**packed(pieces)).logits, one_by_one(other, pieces), rtol=1e-5, atol=1e-5)
 
 
-# What stays the host's
+# What stays transformers'
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -281,12 +281,12 @@ def test_replicas_together_draw_every_row_and_repeat_only_to_fill_the_last_step(
     assert len(batches) - len(set(batches)) < replicas
 
 
-# Attention: every rule on every row equals the twin that loops over queries and keys
+# Attention: every rule on every row equals the reference that loops over queries and keys
 
 
 @st.composite
 def rules(draw, tokens: int) -> tuple[AttentionRule, typing.Callable]:
-    """A rule, and the host's function that says it."""
+    """A rule, and transformers' function that says it."""
     causal = draw(st.booleans())
     kind = draw(st.sampled_from(["plain", "window", "chunk", "window", "both"]))
     shorter = st.integers(1, max(tokens - 1, 1)) if draw(st.sampled_from([True, True, False])) else st.just(tokens + 1)

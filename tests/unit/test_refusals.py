@@ -1,6 +1,6 @@
 """What a run refuses before its first step: the right error, naming the value, the rule and the remedy.
 
-None of these needs a second process: a mistake in the script is told before the processes meet.
+None of these needs a second process: a mistake in the script is reported before the processes meet.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from transformers import Trainer
 from hf_longctx import LongContextConfig, LongContextTrainer
 
 from ..models import _BASE, VOCAB, build
-from ..training import Rows, arguments, pad_right, reset_host
+from ..training import Rows, arguments, pad_right, reset_state
 
 
 def start(tmp_path, model=None, size=2, inner="auto", trainer_options=None, **changes):
-    reset_host()
+    reset_state()
     return LongContextTrainer(
         model=model if model is not None else build("llama", "ulysses"),
         args=arguments(str(tmp_path), **changes),
@@ -160,7 +160,7 @@ def test_sft_router_loss_is_refused(tmp_path):
 
     from ..tokenizer import tiny_tokenizer
 
-    reset_host()
+    reset_state()
     rows = datasets.Dataset.from_list([{"text": "w1 w2 w3"}] * 4)
     with pytest.raises(NotImplementedError, match="router_aux_loss_coef=0.0"):
         LongContextSFTTrainer(

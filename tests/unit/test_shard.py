@@ -362,7 +362,7 @@ def test_shard_is_immutable_and_no_tuple():
     shard = SequenceShard(size=2, rank=0, num_tokens=4, local_len=2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         shard.rank = 1
-    assert not isinstance(shard, tuple)  # the host's trainer takes tuples apart
+    assert not isinstance(shard, tuple)  # transformers' trainer takes tuples apart
 
 
 def test_kernel_plans_belong_to_one_batch():

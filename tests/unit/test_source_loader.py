@@ -1,4 +1,4 @@
-"""Sources as loaders: streams, workers, what hosts do with the loader, and what is refused."""
+"""Sources as loaders: streams, workers, what libraries do with the loader, and what is refused."""
 
 from __future__ import annotations
 

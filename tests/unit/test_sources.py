@@ -182,7 +182,7 @@ def test_nothing_is_lost_within_a_pass_and_no_row_is_twice_in_a_batch(rows, batc
     drawn = [[number_of(row) for row in flat(batch)] for batch in batches]
     assert all(len(set(batch)) == step for batch in drawn)
     counts = Counter(number for batch in drawn for number in batch)
-    # What a border between passes puts off comes in one of the next batches.
+    # What a border between passes defers comes in one of the next batches.
     assert set(counts) == set(range(rows)) and passes - 1 <= min(counts.values()) <= max(counts.values()) <= passes + 1
 
 
@@ -355,14 +355,14 @@ def spread(shares: list[list[int]], costs) -> float:
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_dealing_gives_ranks_equal_numbers_of_rows_of_like_cost(ranks):
     lengths = np.random.default_rng(0).lognormal(4, 1, (50, 32 * ranks)).astype(int) + 1
-    dealt, plain = [], []
+    assigned, plain = [], []
     for row in lengths:
         costs = [packing_cost([length], 12 * 384) for length in row]
         shares = assign_evenly(costs, ranks)
         assert sorted(sum(shares, [])) == list(range(32 * ranks)) and {len(share) for share in shares} == {32}
-        dealt.append(spread(shares, costs))
+        assigned.append(spread(shares, costs))
         plain.append(spread([list(range(rank, 32 * ranks, ranks)) for rank in range(ranks)], costs))
-    assert np.mean(plain) > 1.1 and np.mean(dealt) < 1.02  # measured: 1.001, 1.002, 1.010; plain 1.12, 1.27, 1.40
+    assert np.mean(plain) > 1.1 and np.mean(assigned) < 1.02  # measured: 1.001, 1.002, 1.010; plain 1.12, 1.27, 1.40
 
 
 def test_the_loader_deals_by_characters_or_by_a_column():
@@ -378,8 +378,8 @@ def test_the_loader_deals_by_characters_or_by_a_column():
             draw(plain, ranks=4, batch_size=8),
         )
     ]
-    balanced, dealt = [np.mean(sums.max(axis=1) / sums.mean(axis=1)) for sums in lengths]
-    assert balanced < 1.02 < 1.1 < dealt
+    balanced, assigned = [np.mean(sums.max(axis=1) / sums.mean(axis=1)) for sums in lengths]
+    assert balanced < 1.02 < 1.1 < assigned
 
 
 @pytest.mark.parametrize("shares", [1, 2])

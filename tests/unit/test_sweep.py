@@ -1,4 +1,4 @@
-"""What `make conformance` shows: progress and failures, and the hosts' noise only below a failure."""
+"""What `make conformance` shows: progress and failures, and the libraries' noise only below a failure."""
 
 from __future__ import annotations
 

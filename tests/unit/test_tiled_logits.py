@@ -233,7 +233,7 @@ def test_label_smoothing_is_that_of_the_host():
     logits = (hidden @ weight.T)[None]
     theirs = LabelSmoother(epsilon=0.1)({"logits": logits}, labels[None], shift_labels=True, num_items_in_batch=29)
     ours = tiled_cross_entropy(hidden[:-1], weight, labels[1:], label_smoothing=0.1, num_items=29)
-    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)  # the host sums the smoothed part in fp32
+    assert ours.item() == pytest.approx(theirs.item(), rel=1e-6)  # transformers sums the smoothed part in fp32
 
 
 def test_large_logits_keep_their_digits():
@@ -285,12 +285,12 @@ def test_autocast_multiplies_in_its_precision_and_gradients_keep_theirs(kind):
     with torch.autocast("cpu", torch.bfloat16):
         stock = stock_loss(head(hidden).float(), labels)
         loss = tiled_head_loss(hidden, head, labels, tile_size=8)
-    # The host rounds logits once the bias is added, we before: 2^-9 of a logit here and there.
+    # Transformers rounds logits once the bias is added, we before: 2^-9 of a logit here and there.
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(stock.item(), rel=1e-3)
-    found, host = torch.autograd.grad(loss, inputs), torch.autograd.grad(stock, inputs)
-    for ours, theirs, exact in zip(found, host, wanted):
+    found, stock = torch.autograd.grad(loss, inputs), torch.autograd.grad(stock, inputs)
+    for ours, theirs, exact in zip(found, stock, wanted):
         assert ours.dtype == torch.float32
-        # bf16 keeps 8 bits, and two layers round twice; the host's own error under autocast is as large.
+        # bf16 keeps 8 bits, and two layers round twice; transformers' own error under autocast is as large.
         assert error_of(ours, exact) < max(2**-6, 1.5 * error_of(theirs, exact))
     assert any(not torch.equal(ours, exact) for ours, exact in zip(found, wanted))
 

@@ -1,7 +1,7 @@
 """A model whose loss is tiled is the model: loss and every gradient equal the stock forward's, and nothing else moved.
 
 In fp64 errors are relative to the largest entry of a tensor, or to a hundredth of the model's largest gradient where
-that is more; what is left is under 1e-6, the host's own casts of norms and of its loss to fp32. In fp32 they are
+that is more; what is left is under 1e-6, transformers' own casts of norms and of its loss to fp32. In fp32 they are
 relative to the model's largest gradient, since the stock gradients of queries, keys and routers, which are small
 differences of large sums, are themselves 1e-6 to 3e-6 of their largest entry away from those of fp64.
 """
@@ -146,15 +146,15 @@ def test_in_fp64(name):
     expected = loss_and_gradients(model, batch)
     tile_loss(model, 5)
     actual = loss_and_gradients(model, batch)
-    # The host rounds logits to fp32 for its loss; ours stays wide.
+    # Transformers rounds logits to fp32 for its loss; ours stays wide.
     assert_same((actual[0].float(), actual[1]), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["llama", "granite"])
 def test_in_half_precision(name, dtype):
-    """The host rounds logits and their gradient to half precision, we only the logits on this device; both within the
-    8 or 11 bits of a sum over some ten roundings."""
+    """Transformers rounds logits and their gradient to half precision, we only the logits on this device; both within
+    the 8 or 11 bits of a sum over some ten roundings."""
     model, batch = tiny(name, dtype), batch_of()
     exact = loss_and_gradients(copy.deepcopy(model).float(), batch)
     stock = loss_and_gradients(model, batch)
@@ -177,7 +177,7 @@ def test_under_autocast():
         tile_loss(model, 5)
         actual = loss_and_gradients(model, batch)
         prove_tiled_loss(model)
-    assert_same(actual, expected, 3e-2)  # bf16 keeps 8 bits, and the host also rounds the gradient of the logits
+    assert_same(actual, expected, 3e-2)  # bf16 keeps 8 bits, and transformers also rounds the gradient of the logits
 
 
 def test_gradient_accumulation_adds_up_to_one_batch():

@@ -343,13 +343,13 @@ def test_casts_of_one_backward_are_shared_by_its_tiles():
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 def test_dropout_is_the_same_when_tiles_run_again(checkpointing):
-    """The twin keeps the graph of every tile, so it draws each number once."""
+    """The reference keeps the graph of every tile, so it draws each number once."""
     layer, tokens = gpt2_layer(dropout=0.5), torch.randn(2, 12, 16, requires_grad=True)
-    twin = copy.deepcopy(layer)
+    reference = copy.deepcopy(layer)
     torch.manual_seed(4)
-    expected = tokens + torch.cat([twin.mlp(piece.contiguous()) for piece in tokens.split(5, dim=1)], dim=1)
+    expected = tokens + torch.cat([reference.mlp(piece.contiguous()) for piece in tokens.split(5, dim=1)], dim=1)
     weights = torch.randn_like(expected)
-    gradients = torch.autograd.grad((expected * weights).sum(), [tokens, *twin.parameters()])
+    gradients = torch.autograd.grad((expected * weights).sum(), [tokens, *reference.parameters()])
     tile_mlp(layer, 5)
     if checkpointing:
         layer.gradient_checkpointing = True

@@ -14,13 +14,13 @@ from hf_longctx.config.audiences import TRAINERS
 from hf_longctx.trainer.base import TrainerBase
 
 from ..models import build
-from ..training import Rows, arguments, pad_right, reset_host
+from ..training import Rows, arguments, pad_right, reset_state
 
 
 @pytest.fixture
 def given(tmp_path):
     """Arguments of a trainer, by name."""
-    reset_host()
+    reset_state()
     args = arguments(str(tmp_path), max_steps=1)
     return {"model": build("llama", "packed"), "args": args, "data_collator": pad_right, "train_dataset": Rows()}
 

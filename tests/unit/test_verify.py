@@ -120,7 +120,7 @@ def test_rows_are_odd_padded_on_both_sides_and_packed_with_a_single_token(task):
     assert 0 < packed.num_items == (labels != -100).sum() < labels.numel()
 
 
-# Verdicts
+# Outcomes
 
 FINE = Errors(loss=0.0, logits=1e-7, gradient=2e-6, parameter="b", evaluation=0.0)
 

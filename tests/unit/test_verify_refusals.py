@@ -60,7 +60,7 @@ def test_an_encoder_that_pools_its_rows_has_no_numbers():
 
 
 def test_a_model_whose_documents_see_each_other_cannot_train_on_packed_rows():
-    """An encoder on the host's own attention ignores where documents end."""
+    """An encoder on transformers' own attention ignores where documents end."""
     tested = ModelUnderTest.of(tf.BertConfig(), None, 1)
     pair = SimpleNamespace(
         model=build_model(tested, None, torch.float32), setting=Setting(1), mesh=SequenceMesh.build(1)

@@ -1,5 +1,5 @@
-"""The registered function itself against its slow twin: rules, heads, kernels and side inputs, with random upstream
-gradients.
+"""The registered function itself against its slow reference: rules, heads, kernels and side inputs, with random
+upstream gradients.
 
 Operators agree to 1e-6 of the largest entry in fp32, and to 1e-12 in fp64 where the kernel keeps that precision
 (`sdpa`; the eager softmax is taken in fp32 everywhere).

@@ -1,7 +1,7 @@
 """The exchanges move every number to the right place, once, and their gradients come back summed.
 
-The oracle is plain indexing of the full tensor, which every rank makes from one seed. Values are small whole numbers,
-so sums are exact in bfloat16 too and every comparison is for equality.
+The reference is plain indexing of the full tensor, which every rank makes from one seed. Values are small whole
+numbers, so sums are exact in bfloat16 too and every comparison is for equality.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""In-batch negatives of several ranks: the loss and gradients of one process with all rows, however they are dealt."""
+"""In-batch negatives of several ranks: the loss and gradients of one process with all rows, however they are
+assigned."""
 
 from __future__ import annotations
 
@@ -227,7 +228,7 @@ def steps_of_a_model(kind: str, sequence_parallel_size: int, negatives: str, min
     sum(expected).backward()
     wrapped, calls = wrap(kind, model)
     ours = losses_of(model, mesh, negatives=negatives, mini_batch_size=mini_batch_size)
-    ours.model = wrapped  # as the host's trainer does
+    ours.model = wrapped  # as sentence-transformers' trainer does
     # DDP puts so small a model into one bucket, or two at first. FSDP2 reduces two layers and the rest, and without
     # GradCache a layer for each of its two forwards.
     allowed = (1, 2) if kind == "ddp" else (5 if mini_batch_size is None else 3,)

@@ -42,7 +42,7 @@ def shared(name: str, mode, kind: str, size: int, lengths=(QUERIES, LONG)):
     wrapped = DistributedDataParallel(model, find_unused_parameters=True)
     features = columns(model, *lengths)
     loss_function = loss_of(kind, model)
-    loss_function.model = wrapped  # as the host's trainer does
+    loss_function.model = wrapped  # as sentence-transformers' trainer does
     loss = loss_function(features, None)
     loss.backward()
     return loss.detach(), gradients_of(model)

@@ -1,4 +1,4 @@
-"""Evaluation, checkpoints and the host hazard around them, under sharding."""
+"""Evaluation, checkpoints and the hazard of transformers around them, under sharding."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def run_here(size, options):
 
 
 def token_mean_of(model, rows) -> float:
-    """The oracle of `eval_loss`: one row at a time, one process, summed over all tokens of the set."""
+    """The reference of `eval_loss`: one row at a time, one process, summed over all tokens of the set."""
     total, count = 0.0, 0
     with torch.no_grad():
         for row in rows.rows:

@@ -16,7 +16,7 @@ from hf_longctx.resilience import failed_ranks
 from hf_longctx.resilience.failed_ranks import clear_fault, describe_hang, report_fault
 from hf_longctx.resilience.termination import EXIT_CODE
 
-from ..training import Rows, reset_host, train
+from ..training import Rows, reset_state, train
 from .test_resume import loads_moments
 
 
@@ -56,7 +56,7 @@ def watched(size, act, rank=1, **options):
         ended = f"{type(error).__name__}: {error}"
     finally:
         logging.getLogger("hf_longctx").removeHandler(messages)
-        reset_host()
+        reset_state()
     return ended, messages.lines, state.get("step"), weights
 
 
@@ -90,7 +90,7 @@ def resume_here(size, options):
     try:
         return train(size, **options)[1]
     finally:
-        reset_host()
+        reset_state()
 
 
 def test_sigterm_is_left_alone_unless_asked_for(world2):

@@ -83,7 +83,7 @@ def test_fsdp2_with_activation_checkpointing(world2):
 
 
 def test_one_process_on_ulysses_is_one_process_on_sdpa():
-    """The loop's oracle is itself checked against the stock kernel and a plain mean."""
+    """The loop's reference is itself checked against the stock kernel and a plain mean."""
     model, batch = build("llama", "sdpa"), pad_right([Rows(4)[1], Rows(4)[2]])
     model(**batch).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""Every rung of the memory ladder trains like the stock trainer: same losses, gradient norms and weights."""
+"""Every memory preset trains like the stock trainer: same losses, gradient norms and weights."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def run_here(size, options):
 
 @functools.cache
 def stock(model="llama", attention=None, rows=2, steps=1):
-    """The oracle: the host's own trainer on one process."""
+    """The reference: transformers' own trainer on one process."""
     options = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps}
     return train(0, model=model, attention=attention, **options)
 
@@ -141,7 +141,7 @@ def chosen(monkeypatch, device_bytes: int, tokens: int | None = 65_536, collator
 
 
 def test_auto_takes_the_first_rung_that_fits(one_planner, monkeypatch):
-    # Planned: 12.7, 1.02, 0.77, 0.41 and 0.36 GiB from rung to rung, of 92 % of the device.
+    # Planned: 12.7, 1.02, 0.77, 0.41 and 0.36 GiB from preset to preset, of 92 % of the device.
     assert [chosen(monkeypatch, gib * 2**30) for gib in (64.0, 0.9, 0.46)] == ["off", "mlp", "checkpoint"]
 
 
@@ -165,12 +165,12 @@ def test_auto_needs_a_loaded_model():
         memory_presets.prepare_memory(config, LongContextConfig(), arguments(tempfile.mkdtemp()), "org/name", None)
 
 
-@pytest.mark.parametrize("rung", ["max", "auto"])
-def test_offload_that_the_host_has_no_memory_for_is_refused(one_planner, monkeypatch, rung):
+@pytest.mark.parametrize("preset", ["max", "auto"])
+def test_offload_that_the_host_has_no_memory_for_is_refused(one_planner, monkeypatch, preset):
     args, tokens = arguments(tempfile.mkdtemp()), 2**16
     monkeypatch.setattr(type(args), "device", torch.device("cuda"))
     monkeypatch.setattr(memory_presets, "_device_bytes", lambda _: int(0.42 * 2**30))
-    config = MemoryConfig(memory=rung, planned_tokens=tokens)
+    config = MemoryConfig(memory=preset, planned_tokens=tokens)
     model = build("llama", "packed", vocab_size=8192)
     needed = 2 * 2**25  # a tensor of two rows has 25.2 MB, and pinned memory comes in powers of two
     monkeypatch.setattr(memory_presets, "free_bytes", lambda _: needed)

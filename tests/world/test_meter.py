@@ -14,7 +14,7 @@ from hf_longctx import LongContextConfig, LongContextTrainer
 from hf_longctx.reporting.meter import ThroughputMeter
 
 from ..models import build
-from ..training import Rows, arguments, pad_right, reset_host
+from ..training import Rows, arguments, pad_right, reset_state
 
 
 class Recorder(ThroughputMeter):
@@ -29,7 +29,7 @@ class Recorder(ThroughputMeter):
 
 def meter(size: int, rows: int, delay: float = 0.0):
     """Counts and logs of four steps; size 0 is the stock trainer. `delay` holds up every collective of rank 1."""
-    reset_host()
+    reset_state()
     options = {"args": arguments(tempfile.mkdtemp(), per_device_train_batch_size=rows), "train_dataset": Rows()}
     options |= {"model": build("llama", "ulysses" if size else "sdpa"), "data_collator": pad_right}
     if size:

@@ -1,10 +1,10 @@
 """Every mask, head geometry and row shape: losses and all gradients of the sharded model equal one process's.
 
-The oracle is the stock kernel (`sdpa`, or `eager` where sinks and softcap need it) on the whole rows, in one
+The reference is the stock kernel (`sdpa`, or `eager` where sinks and softcap need it) on the whole rows, in one
     process. Models run in
-float64 where the host allows it (its eager masks overflow there, and its grouped experts have no such kernel): what is
-left is the host's own casts of norms, eager softmax and loss to float32, so entries agree to 1e-6 of the largest.
-Models in float32 are held to 1e-5: a gradient there is a sum over some 50 tokens taken in another order.
+float64 where transformers allows it (its eager masks overflow there, and its grouped experts have no such kernel):
+what is left is transformers' own casts of norms, eager softmax and loss to float32, so entries agree to 1e-6 of the
+largest. Models in float32 are held to 1e-5: a gradient there is a sum over some 50 tokens taken in another order.
 """
 
 from __future__ import annotations
@@ -131,9 +131,9 @@ CASES = [(name, rows) for name in DECODERS for rows in ("full", "right", "left",
 CASES += [(name, rows) for name in MASKED_LM for rows in ("full", "right", "left")]
 CASES.remove(
     ("gpt_oss", "packed")
-)  # the host itself lets these documents leak; see test_packed_documents_are_separate
+)  # transformers itself lets these documents leak; see test_packed_documents_are_separate
 if not hasattr(masking_utils, "remap_positions_for_packed_sequence"):
-    CASES.remove(("llama4", "packed"))  # an older host counts chunks from the row's start, not the document's
+    CASES.remove(("llama4", "packed"))  # an older transformers counts chunks from the row's start, not the document's
 CASES += [("bart", "full"), ("bart", "left"), ("bart", "right"), ("marian", "full")]
 CASES += [("llama", "tiny"), ("gpt2", "full"), ("qwen3", "right"), ("deepseek_v3", "right"), ("deepseek_v3", "packed")]
 

@@ -158,7 +158,7 @@ def test_documents_are_kept_apart():
 
 
 def test_documents_are_kept_apart_in_a_compiled_model():
-    """A compiler is told of no documents that hide in positions, unless the function is called untraced."""
+    """A compiler knows of no documents that hide in positions, unless the function is called untraced."""
     query, key, value = torch.randn(3, 1, 4, 7, 8, generator=torch.Generator().manual_seed(0)).unbind()
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3]])
 

@@ -1,4 +1,5 @@
-"""A loss or gradient that is not finite never reaches the weights, and is told by layer, rank and row on all ranks."""
+"""A loss or gradient that is not finite never reaches the weights, and is reported by layer, rank and row on all
+ranks."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from ..training import Rows, reset_host, train
+from ..training import Rows, reset_state, train
 
 
 class Poison(TrainerCallback):
@@ -60,7 +61,7 @@ def poison(size: int, how: str, policy: str, rank: int = 1, times: int = 9, **op
     except RuntimeError as error:
         return str(error), None, None, callback.weights, steps_taken
     finally:
-        reset_host()
+        reset_state()
     return None, result[0], result[1], callback.weights, steps_taken
 
 
@@ -165,7 +166,7 @@ def train_on_nothing(size, attention):
     except RuntimeError as error:
         return str(error)
     finally:
-        reset_host()
+        reset_state()
 
 
 def test_a_step_without_a_label_says_so(world2):

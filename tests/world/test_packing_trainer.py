@@ -14,7 +14,7 @@ import torch
 from hf_longctx import LongContextConfig, LongContextTrainer, PackingCollator
 
 from ..models import build
-from ..training import Rows, Stream, arguments, assert_same_trajectory, reset_host, steps, train
+from ..training import Rows, Stream, arguments, assert_same_trajectory, reset_state, steps, train
 from .test_sft import dataset_of, fit
 
 
@@ -60,7 +60,7 @@ def test_decoder_that_numbers_its_tokens_itself_trains_on_packed_rows():
     assert_same_trajectory(train(1, model="bart", trainer_options=collator), train(0, model="bart"))
 
 
-# A token budget: rows are built, dealt and counted
+# A token budget: rows are built, assigned and counted
 
 
 @pytest.mark.parametrize("kind", ["rows", "stream", "split stream"])
@@ -84,7 +84,7 @@ def hub_stream(shards: int):
 
 def rows_of_first_pass(shards: int):
     """The packed rows of a group, as the trainer's loader gives them, until the first one comes again."""
-    reset_host()
+    reset_state()
     trainer = LongContextTrainer(
         model=build("llama", "packed"),
         args=arguments(tempfile.mkdtemp(), per_device_train_batch_size=1),
@@ -111,7 +111,7 @@ def test_stream_with_shards_is_dealt_before_it_is_packed(world2):
 @pytest.mark.parametrize("attention", ["packed", "ulysses"])
 @pytest.mark.parametrize("stream", [False, True])
 def test_columns_that_only_the_collator_reads_are_not_removed(attention, collator, stream):
-    """The host drops what the model does not take: masks of trained tokens and the documents inside a row."""
+    """Transformers drops what the model does not take: masks of trained tokens and the documents inside a row."""
     marked, labelled = [], []
     for index in range(16):
         ids = list(range(5 + index, 15 + index))
@@ -181,7 +181,7 @@ def test_resumed_run_draws_the_same_rows():
 
 def test_rows_of_one_step_cost_the_same():
     """With two groups, the two rows of every step are neighbours in cost; a plain shuffle's are not."""
-    reset_host()
+    reset_state()
     generator = torch.Generator().manual_seed(0)
     lengths = [2000] * 40 + [40] * 2000
     rows = Rows(0)
@@ -229,7 +229,7 @@ def train_leaky(size: int, check: bool):
         return output + 0.1 * rolled
 
     model.model.layers[0].register_forward_hook(mix)
-    reset_host()
+    reset_state()
     trainer = LongContextTrainer(
         model=model,
         args=arguments(tempfile.mkdtemp(), max_steps=1),

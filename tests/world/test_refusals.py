@@ -1,4 +1,4 @@
-"""Refusals that need real ranks: probes, disagreeing rows, world sizes."""
+"""Refusals that need real ranks: sanity checks, disagreeing rows, world sizes."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def train_a_model_with_a_layer_that_needs_whole_rows():
     model = build("llama", "ulysses")
     mlp = model.model.layers[1].mlp
     plain = mlp.forward
-    positions = torch.zeros(7, 1)  # a row of the probe has 7 tokens
+    positions = torch.zeros(7, 1)  # a row of the sanity check has 7 tokens
     mlp.forward = lambda x: plain(x) + positions
     train(2, model=model)
 
@@ -239,9 +239,9 @@ def test_a_model_that_derives_positions_asks_for_them(world2):
 def predict():
     from hf_longctx import LongContextConfig, LongContextTrainer
 
-    from ..training import arguments, reset_host
+    from ..training import arguments, reset_state
 
-    reset_host()
+    reset_state()
     trainer = LongContextTrainer(
         model=build("llama", "ulysses"),
         args=arguments(tempfile.mkdtemp()),

@@ -1,4 +1,4 @@
-"""Ranks whose numbers drift apart are told apart: in the same step, on every rank, by name, rank and value."""
+"""Ranks whose numbers drift apart are named: in the same step, on every rank, by name, rank and value."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Disturb(TrainerCallback):
 
 def disturb(size: int, what: str, rank: int, options: dict) -> tuple[str | None, int]:
     """The error, if any, and the last step that was logged."""
-    from ..training import reset_host
+    from ..training import reset_state
 
     seen = []
 
@@ -52,7 +52,7 @@ def disturb(size: int, what: str, rank: int, options: dict) -> tuple[str | None,
     except RuntimeError as error:
         return str(error), seen[-1]
     finally:
-        reset_host()
+        reset_state()
     return None, seen[-1]
 
 

@@ -18,7 +18,7 @@ from transformers import Trainer
 from hf_longctx import PackingCollator
 from hf_longctx.resilience.checkpoints import UNFINISHED, last_whole_checkpoint
 
-from ..training import Rows, Stream, reset_host, train
+from ..training import Rows, Stream, reset_state, train
 from .test_replicas import with_dropout
 
 
@@ -47,7 +47,7 @@ def run_here(size, options):
     try:
         return train(size, **options)
     finally:
-        reset_host()
+        reset_state()
 
 
 def refuse_here(size, options, own_folders=None):
@@ -60,7 +60,7 @@ def refuse_here(size, options, own_folders=None):
     except ValueError as error:
         return str(error)
     finally:
-        reset_host()
+        reset_state()
 
 
 def later_steps(history):
@@ -69,10 +69,11 @@ def later_steps(history):
     ]
 
 
-# An older host cannot load moments in several processes on a CPU ("tagged with cpu:0"); GPUs are not concerned.
+# An older transformers cannot load moments in several processes on a CPU ("tagged with cpu:0"); GPUs are not
+# concerned.
 loads_moments = pytest.mark.skipif(
     'device.type != "cpu"' not in inspect.getsource(Trainer._load_optimizer_and_scheduler),
-    reason="this host cannot load an optimizer's state in several processes on a CPU",
+    reason="this transformers cannot load an optimizer's state in several processes on a CPU",
 )
 
 

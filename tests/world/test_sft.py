@@ -13,7 +13,7 @@ from hf_longctx import LongContextConfig, LongContextSFTTrainer, MemoryConfig
 
 from ..models import build
 from ..tokenizer import tiny_tokenizer, words
-from ..training import assert_same_trajectory, reset_host, steps, weights_of
+from ..training import assert_same_trajectory, reset_state, steps, weights_of
 
 
 def dataset_of(kind: str) -> datasets.Dataset:
@@ -43,7 +43,7 @@ def fit(
     **changes,
 ):
     """Train with TRL's own trainer (`size` 0) or ours, and return (history, weights, eval metrics)."""
-    reset_host()
+    reset_state()
     stock = size == 0
     settings = {
         "output_dir": tempfile.mkdtemp(),

@@ -1,4 +1,4 @@
-"""Training streams: read again where they end, dealt by shards of any length, and never waited for.
+"""Training streams: read again where they end, assigned by shards of any length, and never waited for.
 
 Tolerances are those of [`assert_same_trajectory`].
 """
@@ -19,7 +19,7 @@ from hf_longctx.resilience.checkpoints import run_facts
 
 from ..embedding_training import build_trainer
 from ..models import build
-from ..training import Rows, Stream, arguments, assert_same_trajectory, reset_host, train
+from ..training import Rows, Stream, arguments, assert_same_trajectory, reset_state, train
 
 
 ROWS = Rows(11).rows
@@ -67,14 +67,14 @@ def test_groups_whose_shards_end_at_different_steps_train_alike(world2, accumula
 
 def shards_in_checkpoints():
     """What a run on two groups writes down, of a language model and of an embedder, which reads all shards."""
-    reset_host()
-    dealt = LongContextTrainer(
+    reset_state()
+    assigned = LongContextTrainer(
         model=build("llama", "packed"), args=arguments(tempfile.mkdtemp()), train_dataset=uneven_stream()
     )
-    reset_host()
+    reset_state()
     read_by_all = build_trainer(data="stream")
     read_by_all.train_dataset = uneven_stream()
-    return run_facts(dealt)["stream_shards"], run_facts(read_by_all)["stream_shards"]
+    return run_facts(assigned)["stream_shards"], run_facts(read_by_all)["stream_shards"]
 
 
 def test_only_runs_whose_groups_read_their_own_shards_are_bound_to_their_number(world2):

@@ -148,7 +148,7 @@ def mixed_precision(wrapper: str, tile: bool) -> tuple[float, dict]:
 
 @pytest.mark.parametrize("wrapper", ["fsdp2", "fsdp2, head alone"])
 def test_mixed_precision_of_fsdp2(world2, wrapper):
-    """bf16 keeps 8 bits, and host and tiles round at other places; the count is not rounded at all."""
+    """bf16 keeps 8 bits, and transformers and tiles round at other places; the count is not rounded at all."""
     stock, tiled = world2.run(mixed_precision, wrapper, False), world2.run(mixed_precision, wrapper, True)
     for (expected, gradients), (actual, found) in zip(stock, tiled):
         assert actual == pytest.approx(expected, rel=1e-3)

@@ -70,7 +70,7 @@ def test_gradient_checkpointing(world2, reentrant):
 
 
 def offloading(size, options):
-    """Let the host's offload run without an accelerator, whose pinned memory is the one thing that a CPU lacks."""
+    """Let transformers' offload run without an accelerator, whose pinned memory is the one thing that a CPU lacks."""
     from transformers import modeling_utils
 
     plain = modeling_utils.save_on_cpu
@@ -82,7 +82,7 @@ def offloading(size, options):
 
 
 @pytest.mark.skipif(
-    "activation_checkpointing" not in TrainingArguments.__dataclass_fields__, reason="this host has no offload"
+    "activation_checkpointing" not in TrainingArguments.__dataclass_fields__, reason="this transformers has no offload"
 )
 def test_checkpoint_offload(world2):
     settings = {"use_reentrant": False, "offload": True, "every_n_layers": 1}
@@ -182,7 +182,7 @@ def test_masked_language_model(world2, model):
 
 
 def test_decoder_that_numbers_its_tokens_and_compares_their_own_labels(world2):
-    """BART's loss averages over the tokens it sees; the oracle sees all tokens of a step at once."""
+    """BART's loss averages over the tokens it sees; the reference sees all tokens of a step at once."""
     expected = train(0, model="bart", per_device_train_batch_size=4)
     options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
     options |= {"ddp_find_unused_parameters": True, "gradient_accumulation_steps": 2}  # it has cross-attention
@@ -199,7 +199,7 @@ def test_windows_softcap_sinks_and_chunks_train_alike(world2, model):
 
 
 def test_a_model_whose_loss_type_the_host_does_not_know(world2):
-    """GPT-2: the host counts its labels unshifted, so the oracle is our own one process."""
+    """GPT-2: transformers counts its labels unshifted, so the reference is our own one process."""
     expected = train(1, model="gpt2")
     for actual in world2.run(run_here, 2, {"model": "gpt2"}):
         assert_same_trajectory(actual, expected)

@@ -41,7 +41,7 @@ def test_wrappers_average_the_gradients_of_one_process(world2, setting):
 
 
 def prove_with_a_broken_backward(tested, setting):
-    """The exchange loses one rank's gradient; forward, and so every probe, is right."""
+    """The exchange loses one rank's gradient; forward, and so every sanity check, is right."""
     right = collectives._HeadsToSequence.backward
 
     def backward(ctx, grad):
@@ -55,16 +55,16 @@ def prove_with_a_broken_backward(tested, setting):
 
 
 def prove_with_two_tokens_swapped(tested, setting):
-    """Forward is wrong by two of the tokens, and nobody probes for it."""
+    """Forward is wrong by two of the tokens, and no check looks for it."""
     from hf_longctx.attention import ulysses
 
-    right, probe = ulysses.heads_to_sequence, compare.run_sanity_check
+    right, check = ulysses.heads_to_sequence, compare.run_sanity_check
     compare.run_sanity_check = lambda *_, **__: SanityResult()
     ulysses.heads_to_sequence = lambda output, *rest: right(output[:, [1, 0, *range(2, output.shape[1])]], *rest)
     try:
         return compare.prove(tested, setting)
     finally:
-        ulysses.heads_to_sequence, compare.run_sanity_check = right, probe
+        ulysses.heads_to_sequence, compare.run_sanity_check = right, check
 
 
 @pytest.mark.parametrize("broken", [prove_with_a_broken_backward, prove_with_two_tokens_swapped])
@@ -108,4 +108,4 @@ def test_the_command_starts_its_own_processes_and_writes_what_it_found(tmp_path)
     written = json.loads(output.read_text())
     assert written["outcome"] == "exact" and [rows["rows"] for rows in written["rows"]] == ["dense", "even", "padded"]
     assert written["world_size"] == 2 and 0 < written["worst_gradient"] < 6e-6
-    assert torch.tensor([rows["blind"] for rows in written["rows"]]).min() > 1e-2
+    assert torch.tensor([rows["baseline"] for rows in written["rows"]]).min() > 1e-2
