@@ -124,10 +124,10 @@ def run_results(metrics: dict, unit: str = "nats per token") -> dict[str, str]:
     speeds = [entry["tokens_per_second"] for entry in history if entry.get("tokens_per_second")]
     if speeds:
         rows["Tokens per second, all processes, median"] = f"{median(speeds):,.0f}"
-    for name in ("device", "host"):
+    for name, shown in (("device", "device"), ("cpu", "CPU")):
         peaks = [rank[f"{name}_bytes"] for rank in metrics["peak_memory"] if rank[f"{name}_bytes"]]
         if peaks:
-            rows[f"Peak {name} memory of a process"] = f"{max(peaks) / GIB:.2f} GiB"
+            rows[f"Peak {shown} memory of a process"] = f"{max(peaks) / GIB:.2f} GiB"
     if train.get("planned_memory_gib"):
         measured = train.get("measured_memory_gib")
         beside = f"; measured, libraries left out: {measured:.2f} GiB" if measured else ""

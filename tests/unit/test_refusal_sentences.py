@@ -199,7 +199,7 @@ SENTENCES = [
         r"`sequence_parallel_size` \(2\) must divide `world_size` \(3\): all ranks are split",
     ),
     (lambda: Settings(tokens=8, world_size=2), V, "runs one process, but `world_size` is 2: choose"),
-    (lambda: Settings(tokens=8, offload=True), V, "`offload` moves the checkpoints of layers to transformers"),
+    (lambda: Settings(tokens=8, offload=True), V, "`offload` moves the checkpoints of layers to CPU memory"),
     (
         lambda: measure.measure_in_process(None, Settings(tokens=8, world_size=2, wrapper="ddp"), "cpu"),
         V,

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_longctx import SequenceMesh, shard_batch
 from hf_longctx.adapters.tiled_mlp import tile_mlp
+from hf_longctx.proof.ranks import RanksError
 
 from ..models import build
 from ..training import Rows, pad_right
@@ -161,5 +162,5 @@ def test_adapters_beside_frozen_weights(world2, wrapper):
 
 
 def test_fsdp2_inside_an_mlp_is_refused(world2):
-    with pytest.raises(AssertionError, match=re.escape("`model.layers.0.mlp.up_proj` is sharded by itself")):
+    with pytest.raises(RanksError, match=re.escape("`model.layers.0.mlp.up_proj` is sharded by itself")):
         world2.run(train, "fsdp2_linear", 2, 3)
