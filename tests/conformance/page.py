@@ -67,7 +67,7 @@ def _preface(versions: dict[str, str]) -> list[str]:
         "",
         f"Every text model type of transformers {versions['transformers']}, on torch {versions['torch']}: "
         "a tiny random model of each",
-        "was shared by two processes and compared with one process on the host's own attention: loss, outputs and",
+        "was shared by two processes and compared with one process on transformers' own attention: loss, outputs and",
         "**every** gradient. Written by `make conformance`, which fails if a type is wrong or worse than this page.",
         "",
         "- **exact**: all numbers equal one process's up to rounding ([verify.md](verify.md) says what is allowed).",
