@@ -103,7 +103,7 @@ def draw_heads(path: Path) -> None:
 
 
 def draw_packed_row(path: Path) -> None:
-    """Five documents: padded to a batch, packed in a row with the collator's keys, and who sees whom."""
+    """Five documents: padded to a batch, packed in a row with the collator's keys, and which tokens see which."""
     lengths = (4, 8, 3, 6, 2)
     documents = [{"input_ids": list(range(10, 10 + length))} for length in lengths]
     batch = PackingCollator()(documents)

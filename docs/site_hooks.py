@@ -1,4 +1,4 @@
-"""What the site needs in addition to the pages: files that they link to outside of docs/, docstrings, pages not in `nav`.
+"""What the site needs next to the pages: files that they link to outside of docs/, docstrings, pages not in `nav`.
 
 On GitHub `../recipes/sft.py` is the file itself. The site has no such place, so every file that a page links to
 outside of docs/ becomes a page under `source/`, and the link is turned there. A link to nothing is an error.
@@ -111,6 +111,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Docstrings as the libraries write them: marks in types go, and so do brackets and links of names without a page."""
+    """Docstrings in the libraries' form: no marks in types, no brackets and links of names without a page."""
     html = TYPE.sub(lambda match: f"<code>{MARKS.sub('', match[1])}</code>", html)
     return OWN_NAME.sub("<autoref optional ", CODE_IN_BRACKETS.sub(r"\1", html))
