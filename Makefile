@@ -8,7 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 # What the tests last passed with. All environments but the newest take these versions, whatever was released since.
 TESTED := hf_longctx/tested_versions.txt
-# Without an NVIDIA driver exactly that version is taken, of which pip may have a CPU build at hand that spares gigabytes.
+# Without an NVIDIA driver exactly that version is taken, of which pip may have a CPU build that saves gigabytes.
 TORCH  := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" || sed -n "s/^torch<=/torch==/p" $(TESTED))
 # The oldest libraries that setup.py allows, and the newest `huggingface_hub` that they allow.
 FLOOR  := transformers==5.17.0 accelerate==1.12.0 huggingface_hub==1.33.0
@@ -39,7 +39,7 @@ demo: setup
 demo-embed: setup
 	$(BIN)/python recipes/demo_embed.py
 
-# The last line proves the page of refusals: the test that a row names provoked its sentence in this very run.
+# The last line proves the page of refusals: the test that a row names provoked its message in this very run.
 test: setup
 	rm -rf $(RAISES)
 	HF_LONGCTX_RAISES=$(RAISES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) tests
@@ -87,7 +87,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The page of all refusals, from the code and what the last `make test` recorded. It fails if a sentence has no test.
+# The page of all refusals, from the code and what the last `make test` recorded. It fails if a message has no test.
 refusals:
 	$(PYTHON) docs/refusals.py
 

@@ -103,7 +103,7 @@ def draw_heads(path: Path) -> None:
 
 
 def draw_packed_row(path: Path) -> None:
-    """Five documents: padded to a batch, packed in a row with what the collator says of it, and who sees whom."""
+    """Five documents: padded to a batch, packed in a row with the collator's keys, and which tokens see which."""
     lengths = (4, 8, 3, 6, 2)
     documents = [{"input_ids": list(range(10, 10 + length))} for length in lengths]
     batch = PackingCollator()(documents)
@@ -160,8 +160,8 @@ def draw_gradient_law(path: Path) -> None:
         where = f"group {rank // 2}, rank {rank}"
         steps.text(left + 2, -0.2, where, va="bottom", color=RANKS[rank], weight="bold", **text)
         losses = "1 loss" if counts[rank] == 1 else f"the sum of {counts[rank]} losses"
-        said = f"$S_{rank}$: {losses}\nbackward from $W\\,S_{rank}/N = {size}\\,S_{rank}/{total}$"
-        steps.text(left + 2, 1.2, said, va="top", linespacing=1.6, **text)
+        label = f"$S_{rank}$: {losses}\nbackward from $W\\,S_{rank}/N = {size}\\,S_{rank}/{total}$"
+        steps.text(left + 2, 1.2, label, va="top", linespacing=1.6, **text)
         arrow = FancyArrowPatch((left + 2, 2.5), (left + 2, 3.4), arrowstyle="-|>", color="#444444", mutation_scale=14)
         steps.add_patch(arrow)
     sums = "+".join(f"S_{rank}" for rank in range(size))

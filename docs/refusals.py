@@ -1,18 +1,18 @@
-"""List every sentence with which the package refuses, and a test that provokes it.
+"""List every message of a refusal, and a test that provokes it.
 
 `make test` records which `raise` of the package is executed in which test, by what message (`tests/raises.py`). The
-links between sentences and tests in `refusals.json` are made of these records and of nothing else, and the page
+links between messages and tests in `refusals.json` are made of these records and of nothing else, and the page
 `refusals.md` is made of the links:
 
-- `python docs/refusals.py` links sentences that have no test, or whose test is gone or did not provoke them, from the
+- `python docs/refusals.py` links messages that have no test, or whose test is gone or did not provoke them, from the
   records of the last run (`make test`, or any tests with `HF_LONGCTX_RAISES=build/raises`), and writes both files. It
-  fails if a sentence has no test. Any other link stays, so that a new test does not change the page.
+  fails if a message has no test. Any other link stays, so that a new test does not change the page.
 - `python docs/refusals.py --prove` is the end of `make test` and changes nothing: every link must have been seen in
-  the run, or the test does not provoke its sentence any more.
+  the run, or the test does not provoke its message any more.
 
 Why not a coverage tool: its tracer is called for every line that Python executes anywhere, and torch and transformers
 execute millions, so that it would need a second run of all tests. Here nothing is executed but a call at each `raise`;
-and a record holds the message, so that two sentences of one line are told apart.
+and a record holds the message, so that two messages of one line are kept apart.
 What is not recorded: programs that a test starts (`torchrun`, the command line, `proof/ranks.py`).
 """
 
@@ -37,7 +37,7 @@ NOT_RUN_EVERYWHERE = ("tests/gpu/",)
 
 
 def says(refusal: Refusal, message: str) -> bool:
-    """Whether `message` is this sentence, filled in."""
+    """Whether `message` is this refusal's, filled in."""
     return re.fullmatch(re.escape(refusal.holed).replace(re.escape(HOLE), ".*"), message, re.DOTALL) is not None
 
 
@@ -54,9 +54,9 @@ def read_ran(folder: Path = RECORDS) -> set[str]:
 
 
 def find_provoked(refusals: list[Refusal], records: Iterable[dict]) -> dict[Refusal, set[str]]:
-    """The tests (`path::function`) in which each sentence was raised.
+    """The tests (`path::function`) in which each message was raised.
 
-    Lines move, so a record of the code as it was belongs to the sentence of its function that it says. Only where it
+    Lines move, so a record of older code belongs to the message of its function that it matches. Only where it
     could be two is it that of its line, or else the one with more words of its own.
     """
     inside = defaultdict(list)
@@ -82,13 +82,13 @@ def find_tests(folder: Path = ROOT / "tests") -> set[str]:
 
 
 def read_links(refusals: list[Refusal], path: Path = LINKS) -> dict[Refusal, str | None]:
-    """The test of each sentence, as it was last written."""
+    """The test of each message, as it was last written."""
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return {r: known.get(r.module, {}).get(r.function, {}).get(r.shown) for r in refusals}
 
 
 def dump_links(links: dict[Refusal, str | None]) -> str:
-    """Module, function and sentence to the test."""
+    """Module, function and message to the test."""
     tree: dict[str, dict[str, dict[str, str | None]]] = {}
     for refusal, test in links.items():
         tree.setdefault(refusal.module, {}).setdefault(refusal.function, {})[refusal.shown] = test
@@ -100,7 +100,7 @@ def link(
 ) -> dict[Refusal, str | None]:
     """`links` without tests that are gone or ran in vain, and with one that was seen where there is none.
 
-    Of several, the one that provokes the fewest other sentences: it is most likely about this one.
+    Of several, the one that provokes the fewest other messages: it is most likely about this one.
     """
     others = Counter(test for seen in provoked.values() for test in seen)
     made = {}
@@ -113,12 +113,12 @@ def link(
 
 HEAD = """# What is refused
 
-{number} sentences with which the package stops before the first training step, each with a test that provokes it. What
+{number} messages that stop a run before the first training step, each with a test that provokes it. What
 concerns a batch comes with the first batch that breaks the rule. Words in braces are filled in: values seen, names,
-numbers. [troubleshooting.md](troubleshooting.md) tells causes and remedies.
+numbers. [troubleshooting.md](troubleshooting.md) lists causes and remedies.
 
 `make test` proves every row: it records which test executes which `raise`. `make refusals` makes this page from the
-code and the records. A test fails if it is out of date, or if a sentence has no test.
+code and the records. A test fails if it is out of date, or if a message has no test.
 """
 LATER_HEAD = """
 ## After the first step has begun
@@ -135,7 +135,7 @@ def page(links: dict[Refusal, str | None]) -> str:
     for part, head in ((early, ""), ([refusal for refusal in links if not refusal.is_early], LATER_HEAD)):
         lines += [head] if part and head else []
         for module in dict.fromkeys(refusal.module for refusal in part):
-            lines += [f"{'###' if head else '##'} `{module}`\n", "| sentence | error | test |", "|---|---|---|"]
+            lines += [f"{'###' if head else '##'} `{module}`\n", "| message | error | test |", "|---|---|---|"]
             for refusal in part:
                 if refusal.module == module:
                     lines.append(f"| {_cell(refusal.shown)} | `{refusal.error}` | {_link_to(links[refusal])} |")
@@ -143,9 +143,9 @@ def page(links: dict[Refusal, str | None]) -> str:
     return "\n".join(lines).replace("\n\n\n", "\n\n").rstrip() + "\n"
 
 
-def _cell(sentence: str) -> str:
+def _cell(message: str) -> str:
     """Escaped for a table; inside of code only the bar has to be."""
-    parts = re.split(r"(`[^`]*`)", re.sub(r"\s+", " ", sentence).strip())
+    parts = re.split(r"(`[^`]*`)", re.sub(r"\s+", " ", message).strip())
     marks = [r"([|*<>\[\]])", r"(\|)"]
     return "".join(re.sub(marks[i % 2], r"\\\1", part) for i, part in enumerate(parts))
 
@@ -158,17 +158,17 @@ def _link_to(test: str | None) -> str:
 
 
 def read_rows(page: str) -> list[str]:
-    """The shortened sentences in the first column of troubleshooting.md, without those of libraries and of the log."""
+    """The shortened messages in the first column of troubleshooting.md, without those of libraries and of the log."""
     cells = re.findall(r"^\| (.+?) \| ", page, re.MULTILINE)
     spans = [re.findall(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", cell) for cell in cells if not cell.endswith(")")]
     return [text for found in spans for _, text in found]
 
 
 def explains(row: str, refusal: Refusal) -> bool:
-    """Whether `row` stands in this sentence: letter by letter, but for marks of code.
+    """Whether `row` is part of this message: letter by letter, but for marks of code.
 
     `...`, `X` and `Y` in it are any text; its names in backticks, its values in quotes and in brackets may be what the
-    sentence fills in.
+    message fills in.
     """
     pattern = ""
     for piece in re.split(r"(`[^`]+`|'[^']*'|\([^()]*\))", row.strip()):

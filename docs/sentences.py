@@ -1,6 +1,6 @@
-"""Read the sentences with which the package refuses out of its code; nothing is imported.
+"""Read the messages of all refusals from the code of the package; nothing is imported.
 
-A sentence is what a `raise SomeError("...")` says, with `{name}` for what it fills in. `refusals.py` makes a
+A message is the text of a `raise SomeError("...")`, with `{name}` for what it fills in. `refusals.py` makes a
 page of them.
 """
 
@@ -16,9 +16,9 @@ ROOT = Path(__file__).parents[1]
 ERRORS = {"ValueError", "NotImplementedError", "ImportError", "RuntimeError", "TypeError", "AttributeError"}
 # Raised by the check that a user calls on purpose, or that a trainer runs on its first packed batch.
 CHECKS = {"attention/contamination.py"}
-# Functions that only run after the first step has begun. What any other raises is told before it.
+# Functions that only run after the first step has begun. What any other raises comes before it.
 LATER = {"backward", "remove", "write_checkpoint", "_refuse_step"}
-# No sentence of its own: it says the sentence of another error, or keeps a protocol of Python.
+# No message of its own: it passes on the message of another error, or keeps a protocol of Python.
 PASSED_ON = {
     ("attention/deferred.py", "__getattr__"),
     ("proof/ranks.py", "_collect"),
@@ -26,14 +26,14 @@ PASSED_ON = {
 }
 # Never an error to a user: the package itself catches it and makes a result of it.
 CAUGHT = {"Outcome"}
-# Never an error to a user: a caller logs it and goes on.
+# Never an error to a user: a caller logs it and continues.
 LOGGED = {("reporting/planned_memory.py", "_plan")}
-HOLE = "\0"  # where a sentence is filled in
+HOLE = "\0"  # where a message is filled in
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """One sentence: `shown` as a reader sees it, `holed` with holes for what is filled in, raised in line `line`."""
+    """One message: `shown` as a reader sees it, `holed` with holes for what is filled in, raised in line `line`."""
 
     module: str
     function: str
@@ -48,7 +48,7 @@ class Refusal:
 
 
 def find_refusals(package: Path = ROOT / "hf_longctx") -> list[Refusal]:
-    """Every sentence in the order of modules and lines."""
+    """Every message in the order of modules and lines."""
     trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(package.rglob("*.py"))}
     own = {
         node.name
@@ -92,7 +92,7 @@ def _texts(node: ast.expr, tree: ast.Module) -> list[list[str | ast.expr]]:
     if isinstance(node, ast.IfExp):
         return _texts(node.body, tree) + _texts(node.orelse, tree)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        # A function of the same file that writes the sentence.
+        # A function of the same file that writes the message.
         for maker in ast.walk(tree):
             if isinstance(maker, ast.FunctionDef) and maker.name == node.func.id:
                 returns = [n.value for n in ast.walk(maker) if isinstance(n, ast.Return) and n.value is not None]

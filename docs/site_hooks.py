@@ -1,4 +1,4 @@
-"""What the site needs beside the pages: files that they link to outside of docs/, docstrings, pages not in `nav`.
+"""What the site needs next to the pages: files that they link to outside of docs/, docstrings, pages not in `nav`.
 
 On GitHub `../recipes/sft.py` is the file itself. The site has no such place, so every file that a page links to
 outside of docs/ becomes a page under `source/`, and the link is turned there. A link to nothing is an error.
@@ -23,10 +23,10 @@ LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#)([^)\s#]+)(#[^)\s]*)?(?=\))")
 # A row of the API page's tables: | `hf_longctx.room.name` |
 API_NAME = re.compile(r"^\| `(hf_longctx[\w.]*)\.(\w+)` \|", re.MULTILINE)
 DOCSTRINGS = "<!-- docstrings -->"
-# In docstrings: [`Name`], with no address, as the hosts write it; and names that have no page of their own.
+# In docstrings: [`Name`], with no address, as the libraries write it; and names that have no page of their own.
 CODE_IN_BRACKETS = re.compile(r"\[(<code>[\w.]+</code>)\](?!\()")
 OWN_NAME = re.compile(r'<autoref (?=[^>]*identifier="hf_longctx\.)')
-# The column of types shows what stands in the docstring, marks and all: `int`, *optional*, defaults to `1`.
+# The column of types shows what the docstring has, marks and all: `int`, *optional*, defaults to `1`.
 TYPE = re.compile(r"<code>([^<]*`[^<]*)</code>")
 MARKS = re.compile(r"[`*]|\[(?=`)|(?<=`)\]")
 CODE_PAGE = "---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n`````{language}\n{code}\n`````\n"
@@ -111,6 +111,6 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Docstrings as the hosts write them: marks in types go, and so do brackets and links of names without a page."""
+    """Docstrings in the libraries' form: no marks in types, no brackets and links of names without a page."""
     html = TYPE.sub(lambda match: f"<code>{MARKS.sub('', match[1])}</code>", html)
     return OWN_NAME.sub("<autoref optional ", CODE_IN_BRACKETS.sub(r"\1", html))
