@@ -31,7 +31,7 @@ class AttentionCall:
         module (`torch.nn.Module`): the attention layer; read, never changed.
         query (`torch.Tensor` of shape `(B, n, T, H)`): some heads, or all.
         key (`torch.Tensor` of shape `(B, k, T, H)`): `k` divides `n`.
-        value (`torch.Tensor` of shape `(B, k, T, H_v)`).
+        value (`torch.Tensor` of shape `(B, k, T, H_v)`): of those heads.
         mask (`object`, *optional*): transformers' description of the mask ([`DeferredMask`]); anything else is a mask
             that the model made itself.
         dropout (`float`): attention dropout.
@@ -74,9 +74,9 @@ class AttentionCall:
 
         Args:
             heads (`slice`): which of this call's query heads `query` holds.
-            query (`torch.Tensor` of shape `(B, m, T, H)`).
+            query (`torch.Tensor` of shape `(B, m, T, H)`): of those heads.
             key (`torch.Tensor` of shape `(B, l, T, H)`): the key/value heads that those read, each once.
-            value (`torch.Tensor` of shape `(B, l, T, H_v)`).
+            value (`torch.Tensor` of shape `(B, l, T, H_v)`): likewise.
         """
         start, stop, _ = heads.indices(self.query.shape[1])
         index = group_index(start, stop, self.query.shape[1] // self.key.shape[1])

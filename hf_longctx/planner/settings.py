@@ -28,7 +28,7 @@ class Settings:
             `weights_dtype`, autocast casts, or FSDP2 does.
         optimizer (`str`, *optional*, defaults to `"adamw"`): `"adamw"`, `"adafactor"`, `"sgd"` without momentum, or
             `"lora"`: AdamW on adapters of rank `lora_rank` in every linear layer of the stack.
-        lora_rank (`int`, *optional*, defaults to 16).
+        lora_rank (`int`, *optional*, defaults to 16): of the adapters.
         wrapper (`str`, *optional*, defaults to `"none"`): `"none"`, `"ddp"` or `"fsdp2"`.
         accumulates (`bool`, *optional*, defaults to `False`): gradients of an earlier micro-batch are there already.
         checkpointing (`bool`, *optional*, defaults to `False`): recompute layers in backward.
