@@ -358,7 +358,7 @@ def test_explanation_names_kernel_rule_documents_and_method():
 
 
 def test_explanation_of_a_stock_kernel_is_refused():
-    with pytest.raises(ValueError, match="whose plan only the host knows.*set_attn_implementation\\('packed'\\)"):
+    with pytest.raises(ValueError, match="whose plan only transformers knows.*set_attn_implementation\\('packed'\\)"):
         explain_attention(build("llama", "sdpa"), PackingCollator()(documents_of((5, 6))))
 
 
