@@ -44,7 +44,7 @@ def counts_positions(config) -> bool:
 def expects_unshifted_labels(config) -> bool:
     """Whether the causal language model of this configuration compares each token with its own label.
 
-    The decoders of encoder-decoders do: whoever trains one passes labels that are shifted already, and a shard cuts
-    them as they are. The trainers compare the loss on a tiny batch before the first step, so a wrong answer shows.
+    The decoders of encoder-decoders do: they are trained with labels that are shifted already, and a shard cuts them
+    as they are. The trainers compare the loss on a tiny batch before the first step, so a wrong answer shows.
     """
     return config.model_type in UNSHIFTED_LABELS

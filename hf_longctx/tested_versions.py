@@ -1,4 +1,4 @@
-"""The versions that the tests last passed with, from the constraints file beside this module."""
+"""The versions that the tests last passed with, from the constraints file next to this module."""
 
 from __future__ import annotations
 

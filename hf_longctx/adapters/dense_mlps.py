@@ -99,7 +99,7 @@ def find_mixing(
 
 
 def _layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """The layers as the host marks them: by their base class, or by name in a model with code of its own."""
+    """The layers as transformers marks them: by their base class, or by name in a model with code of its own."""
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer)]
     if layers:
         return layers

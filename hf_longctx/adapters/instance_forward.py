@@ -127,7 +127,7 @@ def patch_on(module: torch.nn.Module, name: str, method: str = "forward") -> Ins
 
 
 def own_method(module: torch.nn.Module, name: str, method: str = "forward") -> Callable:
-    """What the patch of this name covers: the instance's callable below it, or the method of its class."""
+    """What the patch of this name wraps: the instance's callable below it, or the method of its class."""
     layer = vars(module).get(_LAYERS, {}).get((method, name))
     if layer is None:
         return getattr(module, method)

@@ -85,7 +85,7 @@ class _RunTiles(torch.autograd.Function):
         ctx.parameters, ctx.versions = parameters, [p._version for p in parameters]
         ctx.autocast = _autocast_state(hidden_states.device.type)
         before = _random_states(hidden_states)
-        # As leaves of their own, so that autocast keeps casts that have no graph for nobody else.
+        # Detached leaf copies, so that autocast caches no cast without a graph for the parameters themselves.
         output = tiles.run(hidden_states.detach(), dict(zip(names, _leaves(parameters))))
         drew = not all(map(torch.equal, before, _random_states(hidden_states)))
         ctx.random_states = before if drew else None
@@ -119,7 +119,7 @@ class _RunTiles(torch.autograd.Function):
 
 
 def _leaves(parameters: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """The same numbers as leaves of their own: whoever watches the parameters does not see single tiles."""
+    """Detached leaf copies, so that parameter hooks fire once per backward and not once per tile."""
     return [parameter.detach().requires_grad_() for parameter in parameters]
 
 
@@ -138,7 +138,7 @@ def _random_states(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def _replay(states: list[torch.Tensor] | None, tensor: torch.Tensor) -> Iterator[None]:
-    """Draw the random numbers of the forward once more, tile by tile in its order, and nobody else's."""
+    """Draw the random numbers of the forward once more, tile by tile in its order; other generators stay."""
     if states is None:
         yield
         return

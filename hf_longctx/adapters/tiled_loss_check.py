@@ -89,6 +89,6 @@ def _labelled_rows(model: PreTrainedModel) -> dict[str, torch.Tensor | float]:
     device = model.get_input_embeddings().weight.device
     batch = {"input_ids": ids.to(device), "labels": labels.to(device)}
     kinds = {parameter.kind for parameter in inspect.signature(model.forward).parameters.values()}
-    if inspect.Parameter.VAR_KEYWORD in kinds:  # else the host does not tell the model a count, and it takes the mean
+    if inspect.Parameter.VAR_KEYWORD in kinds:  # else transformers passes no count, and the loss is the mean
         batch["num_items_in_batch"] = 7.0
     return batch

@@ -3,7 +3,7 @@
 How: forward runs tile after tile without a graph and keeps nothing but the MLP's input. Backward runs each tile again,
 this time with a graph, and adds up the gradients of the parameters, so that each parameter gets one gradient a
 backward and the hooks of DDP and FSDP2 fire once.
-Price: one more forward of every MLP. Beside non-reentrant activation checkpointing of the layers none, because torch
+Price: one more forward of every MLP. Free with non-reentrant activation checkpointing of the layers, because torch
 stops recomputing a layer once the MLP's input is back. Where something behind the MLP needs its output (a norm, as in
 Gemma 2; dropout; a second layer in the same checkpoint; reentrant checkpointing), the layer's recomputation runs the
 MLP as well, which is one more forward.
@@ -162,7 +162,7 @@ class MLPPatch(InstancePatch):
         kind = f"`{self.path}` (`{type(mlp).__name__}`)"
         if any(other is not None for other in others):
             raise NotImplementedError(
-                f"{kind} was called with {len(others)} more arguments beside its tokens, which cannot be cut into "
+                f"{kind} was called with {len(others)} arguments in addition to its tokens, which cannot be cut into "
                 "tiles: leave the MLPs of this model untiled."
             )
         for name, module in mlp.named_modules():

@@ -1,7 +1,7 @@
 """One call of an attention layer, as one value that can be cut by heads.
 
 What reaches attention is more than query, key and value: a mask, dropout, a scale, and inputs with one entry a head
-(sinks, slopes, rotations). Whoever works on some of the heads needs all of it cut alike, so it travels together.
+(sinks, slopes, rotations). Code that works on some of the heads needs all of it cut alike, so it travels together.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class AttentionCall:
         dropout (`float`): attention dropout.
         scaling (`float`, *optional*): score scale; `None` is `H ** -0.5`.
         is_causal (`bool`, *optional*): overrides `module.is_causal` where there is no mask.
-        per_head (`Mapping`): by name, inputs whose first dimension is the query heads; which names these are is said
-            by the entry. An input that the layer passes as `None` stays `None`.
+        per_head (`Mapping`): by name, inputs whose first dimension is the query heads; the registry entry lists
+            these names. An input that the layer passes as `None` stays `None`.
         extras (`Mapping`): every other keyword argument of the call.
         first_head (`int`): which of all query heads of the layer is the first one here.
     """

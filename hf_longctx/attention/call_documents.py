@@ -22,7 +22,7 @@ def documents_of_call(call: AttentionCall) -> SequenceShard | None:
     """The documents that this call packs, as the shard of one process, or `None` for rows of one document each.
 
     Raises:
-        ValueError: a cache beside several documents, or bounds that do not describe the rows.
+        ValueError: a cache with several documents in a row, or bounds that do not describe the rows.
     """
     has_bounds = any(call.extras.get(name) is not None for name in DOCUMENT_BOUND_KEYS)
     if call.query.shape[2] != call.key.shape[2]:  # a cache or cross-attention: the bounds speak of other tokens
@@ -55,7 +55,7 @@ def rows_of_call(call: AttentionCall) -> SequenceShard:
 
 
 def _once_a_forward(call: AttentionCall, name: str, read: Callable) -> object:
-    """What `read()` returns; all layers of a forward share its mask, and so the answer."""
+    """What `read()` returns; all layers of a forward share its mask, and so the result."""
     return call.mask.once(name, read) if isinstance(call.mask, DeferredMask) else read()
 
 
@@ -72,7 +72,7 @@ def _read_documents(call: AttentionCall, has_bounds: bool) -> SequenceShard | No
         shard = SequenceShard(1, 0, num_tokens, num_tokens, segments, only_right_padding=segments is None)
     is_packed = has_bounds or (shard.segment_ids is not None and padding is None)
     # A model that keeps its positions from attention shows documents in the mask alone, and a cache hides them there.
-    # Whoever chose a name that does nothing else means to pack.
+    # A name that does nothing but pack was chosen in order to pack.
     means_to_pack = call.entry.packs_rows and not call.entry.shards_rows
     is_hidden = means_to_pack and torch.is_grad_enabled() and "position_ids" not in call.extras and padding is None
     if call.extras.get("use_cache") and (is_packed or is_hidden):
@@ -96,7 +96,7 @@ def shard_of_rows(facts: Mapping[str, object], rows: int, num_tokens: int, devic
 
 
 def refuse_cache() -> None:
-    """Raise `ValueError` for a cache beside packed documents."""
+    """Raise `ValueError` for a cache with packed documents."""
     raise ValueError(
         "`use_cache` is on for a batch that packs documents, or could without attention seeing it: a cache holds one "
         "document a row, and hides the others; pass `use_cache=False`, or set `model.config.use_cache = False`."

@@ -1,7 +1,7 @@
 """Prove that documents packed in one row do not see each other in this model, with this batch.
 
 One document a row is replaced by other tokens: no output of another document may move. Then the outputs of that
-document are followed backward: no embedding of another document may receive a gradient. Together they cover both
+document are followed backward: no embedding of another document may receive a gradient. Together they check both
 directions, whatever the model does between embedding and output.
 Price: two forwards of the batch, and a third with its backward down to the embeddings. No gradient of a parameter is
 computed or changed.

@@ -1,8 +1,8 @@
-"""The mask function of our names: it keeps the host's description of a mask and builds nothing.
+"""The mask function of our names: it keeps transformers' description of a mask and builds nothing.
 
-The host lets every attention name turn a description into its own object. Under sharding that object would only know
-local tokens, and for packed rows it has `T x T` entries. The attention function gets the description instead, and then
-either builds the inner kernel's own mask from it (one document a row, no shard), or reads the rule out of it (see
+In transformers every attention name turns a description into its own object. Under sharding that object would only
+know local tokens, and for packed rows it has `T x T` entries. The attention function gets the description instead. It
+then either builds the inner kernel's own mask from it (one document a row, no shard), or reads the rule out of it (see
 [`masks`][hf_longctx.attention.masks]).
 """
 
@@ -17,9 +17,9 @@ from .masks import AttentionRule, read_rule
 
 
 class DeferredMask:
-    """The host's description of a mask, not yet built.
+    """transformers' description of a mask, not yet built.
 
-    Holds the arguments the host passes to a mask function: `batch_size, q_length, kv_length, q_offset, kv_offset,
+    Holds the arguments transformers passes to a mask function: `batch_size, q_length, kv_length, q_offset, kv_offset,
     mask_function, attention_mask, dtype, device, ...`. One object serves all layers of a forward.
     """
 
@@ -44,7 +44,7 @@ class DeferredMask:
 
     @property
     def mask_function(self) -> Callable:
-        """The host's index function, documents included."""
+        """transformers' index function, documents included."""
         return self._arguments["mask_function"]
 
     @property
@@ -108,6 +108,6 @@ class DeferredMask:
 
 
 def deferred_mask(**arguments: object) -> object:
-    """The mask function registered for our names: keep the host's description for the attention function."""
+    """The mask function registered for our names: keep transformers' description for the attention function."""
     prepared = arguments.get("attention_mask")
     return prepared if isinstance(prepared, DeferredMask) else DeferredMask(arguments)

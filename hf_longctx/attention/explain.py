@@ -70,7 +70,7 @@ def explain_attention(model: torch.nn.Module, batch: Mapping[str, object]) -> At
     name = model.config.get_text_config()._attn_implementation
     if find_attention(name) is None:
         raise ValueError(
-            f"`{type(model).__name__}` runs attn_implementation={name!r}, whose plan only the host knows: call "
+            f"`{type(model).__name__}` runs attn_implementation={name!r}, whose plan only transformers knows: call "
             f"`model.set_attn_implementation({name_that_packs()!r})`."
         )
     shard = batch.get("sequence_shard")

@@ -1,9 +1,9 @@
 """Decoders that number their tokens themselves, and the positions that they need instead.
 
-BART and its kin count from 0 whatever they are given: on a share of a row, and across the documents of a packed one,
-that is wrong, and `position_ids` never reach their table of positions. What they should look up follows from the
-shard: the place in the row, or in the document. [`follow_positions`][hf_longctx.adapters.positions] hands it
-to them; without it their attention refuses such rows.
+BART and similar models count from 0 whatever they are given. On a share of a row, and across the documents of a packed
+one, that is wrong, and `position_ids` never reach their position embedding. What they should look up follows from the
+shard: the position in the row, or in the document. [`follow_positions`][hf_longctx.adapters.positions] passes it to
+them; without it their attention refuses such rows.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def validate_positions(module: torch.nn.Module, shard: SequenceShard, extras: di
     """Refuse an attention layer whose decoder counted from 0 where it may not.
 
     Raises:
-        NotImplementedError: it is one of those decoders, and nobody told it.
+        NotImplementedError: it is one of those decoders, and got no positions.
     """
     kind = getattr(getattr(module, "config", None), "model_type", None)
     if kind not in COUNTS_POSITIONS or FOLLOWED in extras:

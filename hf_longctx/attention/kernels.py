@@ -1,6 +1,6 @@
-"""The inner kernels: which one runs, what it can do, and how it is called. All of them are the host's own.
+"""The inner kernels: which one runs, what it can do, and how it is called. All are transformers' or torch's own.
 
-A host kernel reads facts from the attention module (`num_key_value_groups`, `config._attn_implementation`,
+A kernel of transformers reads facts from the attention module (`num_key_value_groups`, `config._attn_implementation`,
 `is_causal`). Under sharding those facts are local, so a kernel is handed a view of the module in which they differ;
 the module itself is never touched.
 """
@@ -101,9 +101,9 @@ def refuse_unsupported(kernel: str, call: AttentionCall) -> None:
 
 
 def _flash_supports(kernel: str, *names: str) -> bool:
-    """Whether the flash kernel takes any of these arguments; the host drops in silence what a kernel does not take."""
+    """Whether the flash kernel takes any of these arguments; transformers silently drops those it does not take."""
     _, process_arguments = lazy_import_flash_attention(kernel)
-    if isinstance(process_arguments, tuple):  # newer hosts return one for paged caches beside it
+    if isinstance(process_arguments, tuple):  # newer transformers also return one for paged caches
         process_arguments = process_arguments[0]
     supports = process_arguments.keywords["supports_mapping"]
     return any(supports.get(name) for name in names)
@@ -157,7 +157,7 @@ def run_planned(kernel: str, call: AttentionCall, plan: KernelPlan) -> torch.Ten
     if is_flash(kernel):
         window = rule.window
         if window is not None and not rule.causal:
-            window += 1  # the host's flash helper counts the query itself, its bidirectional masks do not
+            window += 1  # transformers' flash helper counts the query itself, its bidirectional masks do not
         facts = {**extras, "is_causal": rule.causal, "sliding_window": window, "softcap": softcap, "s_aux": s_aux}
         output, _ = flash_attention_forward(view, query, key, value, None, **facts, **(prepared or {}))
         return _without_padding(output, plan)
@@ -174,7 +174,7 @@ def run_planned(kernel: str, call: AttentionCall, plan: KernelPlan) -> torch.Ten
 
 
 def _without_padding(output: torch.Tensor, plan: KernelPlan) -> torch.Tensor:
-    """Zeros where there is padding, as the host's own unpadding leaves them."""
+    """Zeros where there is padding, as transformers' own unpadding leaves them."""
     if plan.segments is None:
         return output
     return output.masked_fill((plan.segments == PAD_SEGMENT)[..., None, None], 0)
@@ -184,9 +184,9 @@ def plan_for_kernel(plan: KernelPlan, kernel: str, call: AttentionCall) -> objec
     """What `kernel` takes to obey `plan` on the whole rows of `call`; none of it is `T x T` where rows are cut.
 
     Returns:
-        `None` (nothing to obey beside causality), flat bounds for a flash kernel, [`VarlenBounds`], a [`BlockPlan`],
+        `None` (nothing to obey but causality), flat bounds for a flash kernel, [`VarlenBounds`], a [`BlockPlan`],
         or a mask: for flex attention its block mask, and for the others only if a document is interrupted by padding,
-        or for `"eager"` with padding, whose padded queries the host lets see everything.
+        or for `"eager"` with padding, whose padded queries see everything in transformers.
     """
     query = call.query
     rows, _, num_tokens, _ = query.shape
@@ -257,8 +257,8 @@ def eager_attention(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with explicit scores, for any mix of softcap and sinks, on the heads it is given.
 
-    Shapes as in [`AttentionCall`]; `attention_mask` is additive, broadcastable to `(B, n, T, T)`. The host's own eager
-    functions read sinks and head counts from the module and so cannot run on a part of the heads.
+    Shapes as in [`AttentionCall`]; `attention_mask` is additive, broadcastable to `(B, n, T, T)`. The eager functions
+    of transformers read sinks and head counts from the module and so cannot run on a part of the heads.
 
     Memory: `B x n x T x T` scores.
     """

@@ -1,8 +1,8 @@
 """Which keys a query may see, as rules, and what each kernel needs to obey them.
 
-The host describes a mask as nested index functions (causal, window, chunk, documents, padding), which only know local
-indices under sharding. So the rule is read out of them and applied to the whole row. A rule that cannot be read is
-refused by name.
+transformers describes a mask as nested index functions (causal, window, chunk, documents, padding), which only know
+local indices under sharding. So the rule is read out of them and applied to the whole row. A rule that cannot be read
+is refused by name.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class AttentionRule:
 
 
 def read_rule(mask_function: Callable) -> AttentionRule:
-    """Read one of the host's nested mask functions.
+    """Read one of transformers' nested mask functions.
 
     Documents and padding inside it are skipped: they hold local indices, and the shard knows both for the whole row.
 
     Raises:
-        NotImplementedError: a part of it is not one of the host's own rules, or the parts do not make one rule.
+        NotImplementedError: a part of it is not one of transformers' own rules, or the parts do not make one rule.
     """
     facts: dict[str, list[int]] = {"causal": [], "behind": [], "around": [], "chunk": []}
     _collect_facts(mask_function, facts)
@@ -103,7 +103,7 @@ def _without_empty_blocks(mask_functions: tuple[Callable, ...]) -> Callable | No
 
 
 def packed_documents(mask_function: Callable) -> torch.Tensor | None:
-    """The document of every token, `(B, T)`, that the host found in the positions, or `None` if it found one a row."""
+    """The document of every token, `(B, T)`, as transformers read it from the positions; `None` if it is one a row."""
     if getattr(mask_function, "__module__", None) != masking_utils.__name__:
         return None
     maker, inside = mask_function.__qualname__.split(".")[0], inspect.getclosurevars(mask_function).nonlocals
@@ -172,7 +172,7 @@ def chunk_segments(
 
 
 def index_function(plan: KernelPlan) -> Callable:
-    """The plan as one of the host's index functions `(row, head, query, key) -> bool`."""
+    """The plan as one of transformers' index functions `(row, head, query, key) -> bool`."""
     rule, segments = plan.rule, plan.segments
     parts = []
     if rule.causal:
@@ -183,14 +183,14 @@ def index_function(plan: KernelPlan) -> Callable:
         parts.append(masking_utils.sliding_window_bidirectional_overlay(rule.window))
     if segments is not None:
         parts.append(masking_utils.packed_sequence_mask_function(segments))
-        # Nobody sees padding, not even padding: with left padding the last pad token predicts the first real one, and
-        # the host lets it see nothing.
+        # No token sees padding, not even padding: with left padding the last pad token predicts the first real one,
+        # and in transformers it sees nothing.
         parts.append(masking_utils.padding_mask_function(segments != PAD_SEGMENT))
     return masking_utils.and_masks(*(parts or [masking_utils.bidirectional_mask_function]))
 
 
 def build_mask(plan: KernelPlan, kernel: str, rows: int, num_tokens: int, dtype: torch.dtype, device: torch.device):
-    """The mask object of `"sdpa"`, `"eager"` or `"flex_attention"` for a whole row, built by the host."""
+    """The mask object of `"sdpa"`, `"eager"` or `"flex_attention"` for a whole row, built by transformers."""
     return ALL_MASK_ATTENTION_FUNCTIONS[kernel](
         batch_size=rows,
         q_length=num_tokens,

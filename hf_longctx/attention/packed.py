@@ -51,7 +51,7 @@ def packed_attention(
         query (`torch.Tensor` of shape `(B, N, T, H)`): with rotary positions applied.
         key (`torch.Tensor` of shape `(B, K, T, H)`): `K` divides `N`.
         value (`torch.Tensor` of shape `(B, K, T, H_v)`).
-        attention_mask ([`DeferredMask`], *optional*): the host's description of the mask.
+        attention_mask ([`DeferredMask`], *optional*): transformers' description of the mask.
         dropout (`float`): attention dropout; each call draws its own numbers.
         scaling (`float`, *optional*): score scale; defaults to `H ** -0.5`.
         is_causal (`bool`, *optional*): overrides `module.is_causal` where there is no mask.
@@ -63,7 +63,7 @@ def packed_attention(
         tuple of `(B, T, N, H_v)`, and the kernel's weights for rows of one document or `None`.
 
     Raises:
-        ValueError: bounds that do not describe the rows, a mask beside them, a cache beside them, or a batch that is
+        ValueError: bounds that do not describe the rows, a mask or a cache together with them, or a batch that is
             shared by several processes.
         NotImplementedError: a mask or side input that the inner kernel would get wrong.
 
@@ -96,8 +96,8 @@ def attend_documents(
         tuple of `(B, T, N, H_v)`, and weights or `None`.
 
     Raises:
-        ValueError: bounds that do not describe the rows, a mask or a cache beside them, or a share of several
-            processes.
+        ValueError: bounds that do not describe the rows, a mask or a cache together with them, or a share of
+            several processes.
         NotImplementedError: a mask or input that `run` would get wrong.
     """
     if shard is not None and shard.size > 1:
@@ -128,7 +128,7 @@ def run_inner_kernel(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | 
     if isinstance(mask, DeferredMask):
         mask = mask.build(kernel)
         if mask is None and is_causal is None and not hasattr(call.module, "is_causal"):
-            is_causal = call.rule().causal  # a kernel that is told nothing takes it for causal
+            is_causal = call.rule().causal  # kernels default to causal
     return run_plain(kernel, call, mask, is_causal)
 
 

@@ -13,7 +13,7 @@ from ..parallel.segments import PAD_SEGMENT
 from ..parallel.shard import SequenceShard
 
 
-# Hosts write it as the lowest number of a precision; half of float16's is far below any score.
+# transformers writes it as the lowest number of a precision; half of float16's is far below any score.
 _FORBIDDEN = -1e4
 
 
@@ -22,7 +22,7 @@ def without_padding_mask(
 ) -> tuple[object, bool | None]:
     """`(None, False)` for a mask that only repeats this share's padding, else both as they are.
 
-    A kernel that is handed a mask is not causal beside it, so neither is the rule that takes its place.
+    A kernel that gets a mask is not causal as well, so neither is the rule that replaces the mask.
     Communication: none. Price: comparing `B x t` numbers a layer.
     """
     if not isinstance(mask, torch.Tensor) or mask.shape[1:] != (1, 1, shard.local_len):

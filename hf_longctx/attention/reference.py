@@ -1,6 +1,6 @@
-"""The oracle: attention over whole rows, one query at a time, in the most obvious way. Slow on purpose.
+"""The reference implementation: attention over whole rows, one query at a time, as defined. Slow on purpose.
 
-Every registered name is compared with this twin. It shares no code with the kernels, masks or exchange.
+Every registered name is compared with it. It shares no code with the kernels, the masks or the all-to-all.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def reference_attention(
         key, value (`torch.Tensor` of shape `(B, K, T, H)` and `(B, K, T, H_v)`): query head `h` reads head `h //
             (N / K)`.
         causal, window, chunk: as in [`AttentionRule`]; chunks count from the start of the document.
-        segments (`list[list[int]]`, *optional*): document of every token, -1 for padding, which sees and is seen
-            by nobody.
+        segments (`list[list[int]]`, *optional*): document of every token, -1 for padding, which sees no token and is
+            seen by none.
         scaling, softcap, sinks: as in the kernels; `sinks` has shape `(N,)`.
 
     Returns:

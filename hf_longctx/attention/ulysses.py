@@ -43,7 +43,7 @@ def ulysses_attention(
         query (`torch.Tensor` of shape `(B, N, t, H)`): my tokens, with rotary positions of the whole row applied.
         key (`torch.Tensor` of shape `(B, K, t, H)`): my tokens; `K` divides `N`.
         value (`torch.Tensor` of shape `(B, K, t, H_v)`): my tokens.
-        attention_mask ([`DeferredMask`], *optional*): the host's description of the mask.
+        attention_mask ([`DeferredMask`], *optional*): transformers' description of the mask.
         dropout (`float`): attention dropout. Under a shard every global head draws from its own stream, so the
             result does not depend on `P`.
         scaling (`float`, *optional*): score scale; defaults to `H ** -0.5`.

@@ -1,6 +1,6 @@
 """Torch's own flash kernel for rows of segments: `torch.nn.attention.varlen`, on CUDA in half precision.
 
-It needs no package beside torch. Where it does not fit (see [`fits`]) the segments go through `sdpa` block by block.
+It needs no package but torch. Where it does not fit (see [`fits`]) the segments go through `sdpa` block by block.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which trainer takes which configs, by keyword: the one table, and the messages for everything else.
+"""Which trainer takes which configs, by keyword: the one table, and the errors for everything else.
 
 A new config is one dataclass in this room and one entry a trainer that understands it. A new trainer is one row.
 """

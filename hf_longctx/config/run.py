@@ -2,7 +2,7 @@
 
 It is an extra argument of a trainer, like `peft_config`, so it serves `TrainingArguments` and `SFTConfig` alike, and
 in a recipe it is one more dataclass for `TrlParser`. Its field names never collide with the libraries'. What only some
-trainers understand stands in a config of its own beside it; `audiences.py` lists who takes which.
+trainers understand has a separate config; `audiences.py` lists which trainer takes which.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class LongContextConfig:
         on_nonfinite (`str`, *optional*, defaults to `"raise"`):
             What happens to a step whose loss or gradient is not finite on any rank; the optimizer never takes it.
             `"raise"` names layer, rank and rows; `"skip"` says the same in a warning, goes on and logs
-            `skipped_steps`; `"stop"` saves a checkpoint and ends training; `"off"` leaves it to the host.
+            `skipped_steps`; `"stop"` saves a checkpoint and ends training; `"off"` leaves it to the base trainer.
 
     Raises:
         ValueError: a field has a value that no run could use.

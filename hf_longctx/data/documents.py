@@ -171,7 +171,7 @@ def _import_datasets():
 
 
 def _find_files(path_or_name: str) -> tuple[Path, list[Path] | None]:
-    """The folder that paths are told from and every visible file under it; no list at all for a name on the Hub."""
+    """The folder that paths are relative to and every visible file under it; `None` for a name on the Hub."""
     path = Path(path_or_name).expanduser()
     if path.is_dir():
         return path, list(_walk(path))
@@ -225,7 +225,7 @@ def _choose_files(name: str, files: list[Path], extensions: Sequence[str] | None
     elif not data:
         return "documents", documents
     raise ValueError(
-        f"`{name}` holds {len(data)} data files (such as `{data[0].name}`) of different kinds or beside "
+        f"`{name}` holds {len(data)} data files (such as `{data[0].name}`) of different kinds or next to "
         f"{len(documents)} documents: give a glob for the ones to read, or `extensions` for documents."
     )
 

@@ -1,8 +1,8 @@
 """A training stream without an end: it is read again from its start each time it ends.
 
-Where a stream ends nobody knows before, and ranks that read different parts end at different steps: then one rank
-would fill a step of several batches, or save, while the others do not. Without an end there is nothing to agree on,
-and a resumed run skips what was trained, however often the stream was read.
+The length of a stream is unknown, and ranks that read different parts would end at different steps: one rank would
+fill a step of several batches, or save, while the others do not. Without an end there is nothing to agree on, and a
+resumed run skips what was trained, however often the stream was read.
 Price: a resumed run reads all of it again.
 """
 
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 
 class EndlessBatches(IterableDataset):
-    """The batches of a stream, again and again; before each pass the stream is told its epoch.
+    """The batches of a stream, again and again; `set_epoch` of the stream is called before each pass.
 
     Args:
         loader (`DataLoader`): of the stream, with its workers. All of them end a pass before the next one begins.
@@ -39,8 +39,8 @@ class EndlessBatches(IterableDataset):
                 return  # it can be read only once
             if is_empty:
                 raise ValueError(
-                    "`train_dataset` is a stream without a row (of this process's shards, if it is dealt by them): "
-                    "check what it was filtered by."
+                    "`train_dataset` is a stream without a row (in this process's shards, if it is sharded): check "
+                    "what it was filtered by."
                 )
 
 

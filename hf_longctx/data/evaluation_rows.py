@@ -23,7 +23,7 @@ class DummySample:
 
 
 class FilledRows:
-    """A map-style data set that goes on with filler after its last row.
+    """A map-style data set that goes on with dummy samples after its last row.
 
     `len()` is the number of real rows. `total(B, dp)` is the number to draw so that every group sees full batches.
     """

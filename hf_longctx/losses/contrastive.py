@@ -157,7 +157,7 @@ class _Run:
 
 
 def _at_once(run: _Run, tensors, needs):
-    """All candidates at hand, mine at their place among them."""
+    """All candidates are available, mine among them."""
     scale, *columns = tensors
     gradients = [torch.zeros_like(column) if need else None for column, need in zip(columns, needs[1:])]
     queries = slice(run.start, run.start + run.local) if run.rule.needs_queries else slice(None)

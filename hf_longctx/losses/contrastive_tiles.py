@@ -1,9 +1,9 @@
 """The contrastive loss of my rows, a tile of scores at a time: what a tile is, and the ways to go over all of them.
 
-With all candidates at hand (`strip_pass`), the tiles of some rows are kept as exponentials until the softmax of these
-rows is known, so that every score is computed once, as with the whole matrix. When candidates come block by block
-(`sum_pass`, then `gradient_pass`), scores are computed twice. Either way memory grows with the number of rows, not
-with its square.
+With all candidates available (`strip_pass`), the tiles of some rows are kept as exponentials until the softmax of
+these rows is known, so that every score is computed once, as with the whole matrix. When candidates come block by
+block (`sum_pass`, then `gradient_pass`), scores are computed twice. Either way memory grows with the number of rows,
+not with its square.
 """
 
 from __future__ import annotations

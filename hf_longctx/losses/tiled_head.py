@@ -116,7 +116,7 @@ def has_hooks(head: torch.nn.Module) -> bool:
 
 
 class _Rerouted(torch.nn.Module):
-    """The head behind another door, so that `functional_call` can lend it parameters without running its hooks."""
+    """A wrapper module, so that `functional_call` can pass the head parameters without running its hooks."""
 
     def __init__(self, head: torch.nn.Module, forward: Forward, finish: Forward | None) -> None:
         super().__init__()

@@ -90,7 +90,7 @@ def pool_spans(
     partial: dict[str, torch.Tensor] = {}
     for mode in modes:
         if mode == "cls":
-            # A text no longer than its prompt gives the prompt's first token, as the host has it.
+            # A text no longer than its prompt gives the prompt's first token, as in sentence-transformers.
             partial[mode] = token_at(torch.where(spans.starts < spans.ends, spans.starts, spans.origins))
         elif mode == "lasttoken":
             partial[mode] = token_at(spans.ends - 1)

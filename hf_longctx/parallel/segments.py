@@ -75,7 +75,7 @@ def _documents_from_index(index: torch.Tensor | None, rows: int) -> torch.Tensor
 
 
 def _documents_from_positions(positions: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
-    """A new document starts where positions do not go up by one, which is how the host reads packed rows."""
+    """A new document starts where positions do not go up by one, which is how transformers reads packed rows."""
     restarts = torch.nn.functional.pad(positions.diff(dim=1) != 1, (1, 0))
     if valid is not None:
         both_valid = valid[:, 1:] & valid[:, :-1]

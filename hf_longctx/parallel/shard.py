@@ -4,9 +4,9 @@ What: `shard_batch` is the one named, visible step between a collated batch and 
 over the whole row first and cut afterwards, so the last token of a shard keeps its target. Rows are padded to a
 multiple of `P` with one pad segment that no token attends to and no loss counts.
 
-How: everything that attention must know about the whole row (documents, padding) travels in a `SequenceShard` beside
-the tensors, as the model keyword argument `sequence_shard`. Price: `B x T` 32-bit integers per rank when rows are
-packed or padded, nothing otherwise.
+How: everything that attention must know about the whole row (documents, padding) travels in a `SequenceShard`, the
+model keyword argument `sequence_shard`. Price: `B x T` 32-bit integers per rank when rows are packed or padded,
+nothing otherwise.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class SequenceShard:
         return dataclasses.replace(self, group=mesh.sp_group)
 
     def to(self, device: torch.device | str, **kwargs) -> SequenceShard:
-        """The same facts on `device`, so that the hosts' device placement moves a shard like a tensor."""
+        """The same facts on `device`, so that the trainers' device placement moves a shard like a tensor."""
         if self.segment_ids is None:
             return self
         return dataclasses.replace(self, segment_ids=self.segment_ids.to(device, **kwargs))

@@ -1,7 +1,7 @@
-"""How long the exchange between ranks takes, measured where it happens and read by whoever put the stopwatch there.
+"""How long communication between ranks takes, measured around each collective and read by the caller.
 
-A [`SequenceShard`] may carry one. Without it nothing is measured and nothing is paid.
-Price: two events on a GPU's stream for each collective, or two looks at the clock on a CPU.
+A [`SequenceShard`] may carry a stopwatch. Without one nothing is measured, at no cost.
+Price: two events on a GPU's stream for each collective, or two clock reads on a CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
-        """Time a block on `device`, with the wait for other ranks, and without making the host wait."""
+        """Time a block on `device`, with the wait for other ranks, and without making the CPU wait."""
         if device.type != "cuda":
             start = time.perf_counter()
             yield
@@ -35,7 +35,7 @@ class Stopwatch:
         self._events.append((start, end))
 
     def take(self) -> float:
-        """Seconds since the last call. The host waits for the device to reach the last block."""
+        """Seconds since the last call. The CPU waits for the device to reach the last block."""
         if self._events:
             self._events[-1][1].synchronize()
         seconds = self._seconds + sum(start.elapsed_time(end) for start, end in self._events) / 1000

@@ -189,7 +189,7 @@ LATE_EMPTY = [*X[:-1], {**X[-1], "positive": " "}]
         ({"x": X, "docs": X}, {"source_weights": {"x": 1, "doc": 1}}, "names the source `doc`, .* mean `docs`"),
         ({"x": X}, {"source_caps": {"z": 3}}, "`source_caps` names the source `z`, which is none of the 1 sources"),
         ({"x": X, "y": X}, {"source_weights": {"x": 1}}, "`source_weights` has no weight for the source `y`"),
-        ({"x": iter(X), "y": iter(X)}, {}, "source `x` is a stream, whose rows nobody has counted"),
+        ({"x": iter(X), "y": iter(X)}, {}, "source `x` is a stream of unknown length"),
         ({"x": iter(X), "y": X}, {}, "source `x` is a stream and source `y` is not, .* `.to_iterable_dataset"),
         ({"x": X[:3]}, {}, "source `x` has 3 rows, but one global batch takes up to 4 of it"),
         ({"x": X}, {"source_caps": {"x": 3}}, "source `x` has 3 rows, but one global batch"),

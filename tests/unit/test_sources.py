@@ -336,7 +336,7 @@ def test_sources_that_share_texts_are_kept_apart_within_a_batch():
     ("rows", "texts", "message"),
     [
         (40, 3, "source `x` cannot fill 4 rows of global batch 0: whatever is left of it shares a text"),
-        (3000, 3, "source `x` has put off 1025 rows whose texts were in the batch already"),
+        (3000, 3, "source `x` has deferred 1025 rows whose texts were in the batch already"),
     ],
 )
 def test_a_source_of_too_few_texts_is_refused_and_not_searched_for_ever(rows, texts, message):

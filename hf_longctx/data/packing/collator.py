@@ -1,9 +1,9 @@
 """Flatten documents into one row without padding, and say where each begins.
 
 What: `PackingCollator` turns a batch of documents into tensors of shape `(1, T)` with positions that restart and the
-bounds that the kernels read (`cu_seq_lens_*`, `seq_idx`). It makes what the host's `DataCollatorWithFlattening` and
-TRL's padding-free collator make, also from rows that are packed already, and checks its input: a row that is padded,
-empty or too long raises, with its number. Price: one copy of the tokens.
+bounds that the kernels read (`cu_seq_lens_*`, `seq_idx`). It makes what transformers' `DataCollatorWithFlattening`
+and TRL's padding-free collator make, also from rows that are packed already, and checks its input: a row that is
+padded, empty or too long raises, with its number. Price: one copy of the tokens.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class PackingCollator:
             Fill the row up to a multiple of it with one more document of pad tokens, which no loss counts.
         pad_token_id (`int`, *optional*, defaults to 0): token of that document.
         position_ids_start (`int`, *optional*, defaults to 0):
-            Position of the first token of each document. RoBERTa and its kin count from `pad_token_id + 1`, that is 2.
+            Position of the first token of each document. RoBERTa and similar models use `pad_token_id + 1`, 2.
         mask_first_label (`bool`, *optional*, defaults to `True`):
             Give the first token of each document the label -100: no token of its document predicts it, and the last
             token of the document before must not. `False` for a masked language model, whose labels stand at their own

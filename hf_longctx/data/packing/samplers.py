@@ -25,9 +25,9 @@ class TokenBudgetSampler(Sampler):
     ```
 
     Every replica draws the same number of batches, of rows that the others do not draw. Where the batches do not
-    divide evenly, the first ones of the epoch are drawn again, or with `drop_last` the last ones are left out. The
-    replicas are told here, so `accelerate` must not split the loader once more: prepare the model and leave the
-    loader out.
+    divide evenly, the first ones of the epoch are drawn again, or with `drop_last` the last ones are left out. This
+    sampler splits by replica already, so `accelerate` must not split the loader again: prepare the model and leave
+    the loader out.
 
     Args:
         lengths (`Sequence[int]`): tokens of every row, as [`measure_lengths`] tells them.
@@ -102,7 +102,7 @@ class TokenBudgetSampler(Sampler):
 class BalancedSampler(Sampler):
     """Numbers of rows in an order in which every `group_size` consecutive ones cost nearly the same.
 
-    For a data set whose consecutive rows are dealt to consecutive ranks, as the trainers do:
+    For a data set whose consecutive rows are assigned to consecutive ranks, as the trainers do:
     `BalancedSampler(packed.packing.costs(12 * hidden_size), group_size=ranks)`.
 
     Args:

@@ -1,8 +1,8 @@
-"""The rows of a global batch to the ranks, so that none waits long for another. Numbers only.
+"""Assign the rows of a global batch to ranks, so that none waits long for another. Numbers only.
 
 `assign_evenly` gives every rank the same number of rows at nearly the same cost. `RankBudgets` fills all ranks to a
-number of tokens each, so they get unequal numbers of rows. Both depend on their arguments only: every rank deals the
-whole batch and keeps its own part.
+number of tokens each, so they get unequal numbers of rows. Both depend on their arguments only: every rank assigns
+the whole batch and keeps its own part.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 
 def assign_evenly(costs: Sequence[float], ranks: int) -> list[list[int]]:
-    """Deal rows to ranks: equal numbers of rows, nearly equal cost.
+    """Assign rows to ranks: equal numbers of rows, nearly equal cost.
 
-    The dearest row first, each to the rank with the least cost that still takes rows.
+    The most expensive row first, each to the rank with the least cost that still takes rows.
 
     Args:
         costs (`Sequence[float]`): of every row; `ranks` divides their number.

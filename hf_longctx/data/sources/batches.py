@@ -1,7 +1,7 @@
-"""The batches of all ranks: taken from the sources as the plan says, then dealt.
+"""The batches of all ranks: taken from the sources by the plan, then assigned to ranks.
 
-Every rank makes the whole batch and keeps its part, because what is put off depends on the rows of all ranks. Texts
-are cheap beside a training step, and they are read here only where texts or lengths decide.
+Every rank makes the whole batch and keeps its part, because which rows are deferred depends on the rows of all ranks.
+Texts are cheap next to a training step, and they are read here only where texts or lengths decide.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class GlobalBatch:
 
 
 class GlobalBatches:
-    """The batches of all ranks, one after the other, for ever.
+    """Infinite iterator over the batches of all ranks.
 
     Args:
         plan ([`SourcePlan`]): which sources make which batch.

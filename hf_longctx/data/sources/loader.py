@@ -1,8 +1,8 @@
 """A data loader over many sources: rank `r`'s part of each global batch, ready for a collator.
 
 What: `build_source_loader` checks the sources against each other and returns a plain `DataLoader` that already yields
-this rank's rows, so nobody deals them once more (`accelerate` is told that there is one process). Map-style sources go
-through a batch sampler in the main process and any number of workers; streams are read whole by every rank, which
+this rank's rows, so they are not split again (`accelerate` prepares it with `num_processes=1`). Map-style sources
+go through a batch sampler in the main process and any number of workers; streams are read whole by every rank, which
 keeps its part. Price of a stream: every rank reads all rows of all ranks, by one worker at most. Price of
 `deduplicate`, `balance_by` and `tokens_per_rank`: every rank reads the texts of all ranks, and a resumed run reads
 them again up to where it was.

@@ -3,7 +3,7 @@
 What: with in-batch negatives a model should tell apart texts of one source; between sources it would learn to tell
 the sources. So one source, or `sources_per_batch` of them, is drawn for the batch of all ranks. Sources are drawn by
 weight, by temperature or by their rows. Why not by epochs: with weights, a source is read five times while another is
-read once, so draws go on for ever and every source counts its own passes. How: draw `i` is a function of
+read once, so draws are infinite and every source counts its own passes. How: draw `i` is a function of
 `(seed, i)`. Price: a few numbers a draw; where draw `n` stands is known without a single row being read.
 """
 
@@ -198,7 +198,7 @@ def _weigh(
     for name, count in rows.items():
         if count is None:
             raise ValueError(
-                f"source `{name}` is a stream, whose rows nobody has counted: say how often each source is drawn with "
+                f"source `{name}` is a stream of unknown length: say how often each source is drawn with "
                 "`source_weights`."
             )
     # As logarithms: a temperature near 0 would overflow.

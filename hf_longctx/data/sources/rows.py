@@ -1,7 +1,7 @@
-"""The rows of one source, for ever: pass after pass, each in an order of its own.
+"""Infinite iterators over one source: pass after pass, each in its own order.
 
-A row that may not join a batch (it is in it already, or with `deduplicate` shares a text with it) is put off and comes
-first in the next batch of the source, so none is lost. Rows are read here only where texts or lengths decide.
+A row that may not join a batch (it is in it already, or with `deduplicate` shares a text with it) is deferred and
+comes first in the source's next batch, so none is lost. Rows are read here only where texts or lengths decide.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MOST_DEFERRED = 1024  # or 16 times what was taken
 
 class Candidate(NamedTuple):
     """A row that could join a batch: its number or the row itself, what no other row of the batch may have, and the
-    lengths of its texts where somebody asked."""
+    lengths of its texts where they are needed."""
 
     source: str
     row: object
@@ -33,7 +33,7 @@ class Candidate(NamedTuple):
 
 
 class SourceRows:
-    """The rows of one source, for ever: pass after pass, what was put off first.
+    """Infinite iterator over one source; rows deferred from earlier batches come first.
 
     Args:
         name (`str`): of the source.
@@ -54,7 +54,7 @@ class SourceRows:
         self._taken = 0
 
     def end(self) -> None:
-        """The batch is full: what was not looked at waits behind what was put off."""
+        """The batch is full: rows that were not looked at wait behind the deferred ones."""
         self.late.extend(self._waiting)
         self._waiting = deque()
 
@@ -62,7 +62,7 @@ class SourceRows:
         """The next row that shares no key with `seen`, which then has its keys; `None` if a whole pass has none.
 
         Raises:
-            ValueError: too many rows were put off.
+            ValueError: too many rows were deferred.
         """
         looked_at = 0
         while self.rows is None or looked_at < self.rows:
@@ -87,7 +87,7 @@ class SourceRows:
         self.late.append(candidate)
         if len(self.late) > max(_MOST_DEFERRED, 16 * self._taken):
             raise ValueError(
-                f"source `{self.name}` has put off {len(self.late)} rows whose texts were in the batch already: too "
+                f"source `{self.name}` has deferred {len(self.late)} rows whose texts were in the batch already: too "
                 "many of its rows share a text; lower the batch size, filter the source, or set `deduplicate` to "
                 "`False`."
             )
@@ -106,7 +106,7 @@ class IndexedRows(SourceRows):
 
     Args:
         total (`int`): rows of the data set; of more than `rows`, a fixed random choice is ever used.
-        read (`Callable`, *optional*): numbers to rows; unset, rows are told apart by their numbers alone.
+        read (`Callable`, *optional*): numbers to rows; unset, rows are identified by their numbers alone.
         seed (`int`): of the run.
     """
 
@@ -128,7 +128,7 @@ class IndexedRows(SourceRows):
         return list(zip(numbers, [None] * len(numbers) if self._fetch is None else self._fetch(numbers)))
 
     def take_many(self, count: int, seen: set[Hashable]) -> list[Candidate]:
-        """As above; rows of one pass that are told apart by their numbers need no comparing."""
+        """As above; rows of one pass that are identified by their numbers need no comparing."""
         rows: list[Candidate] = []
         while self._fetch is None and not self._waiting and len(rows) < count:
             if not self._read:
@@ -143,15 +143,15 @@ class IndexedRows(SourceRows):
 
     @property
     def is_plain(self) -> bool:
-        """Whether rows are told apart by their numbers alone."""
+        """Whether rows are identified by their numbers alone."""
         return self._fetch is None
 
     def skip(self, counts: Sequence[int]) -> None:
         """Go where batches of `counts` rows leave a new source, without drawing them one by one.
 
-        Only for rows that are told apart by their numbers: then rows are put off only by a batch that crosses the
-        border of two passes, and the next ones take them first. It is enough to draw from the last such batch on,
-        and nothing if as many rows as it can have put off were taken since.
+        Only for rows that are identified by their numbers: rows are then deferred only by a batch that crosses the
+        border of two passes, and the next batches take them first. It is enough to draw from the last such batch on,
+        and nothing if as many rows as it can have deferred were taken since.
         """
         counts = np.asarray(counts, dtype=np.int64)
         if not len(counts):
