@@ -45,7 +45,7 @@ class BlockCall:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How rows are cut and which calls cover them.
+    """How rows are cut and which calls compute them.
 
     Args:
         lengths (`tuple` of `int`): tokens of each block; they cover the `B * T` flattened tokens.

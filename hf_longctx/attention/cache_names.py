@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-# By which a table of positions is told how many tokens a cache holds.
+# Arguments that give a table of positions the number of tokens in the cache.
 CACHE_LENGTH_NAMES = ("cache_length", "past_key_values_length")
 # The field of an output of a causal language model, in the transformers that is installed.
 OUTPUT_NAME = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})

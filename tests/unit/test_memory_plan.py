@@ -312,9 +312,9 @@ def test_every_preset_fits_longer_rows_than_the_one_before():
     at = settings.of(tokens=2**17)
     needed = [planner.breakdown(planner.preset(name, at)).device for name in PRESETS]
     assert needed == sorted(needed, reverse=True)
-    for preset, (preset, tokens) in enumerate(zip(PRESETS.values(), longest)):
+    for step, (preset, tokens) in enumerate(zip(PRESETS.values(), longest)):
         chosen, fitting = planner.choose_preset(settings.of(tokens=tokens), 2**34)
-        assert list(PRESETS).index(chosen.name) <= preset and planner.fits(fitting, 2**34)
+        assert list(PRESETS).index(chosen.name) <= step and planner.fits(fitting, 2**34)
         assert chosen.name == preset.name or tokens == longest[list(PRESETS).index(chosen.name)]
     assert planner.choose_preset(settings.of(tokens=2 * longest[-1]), 2**34) is None
 

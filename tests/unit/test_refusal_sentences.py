@@ -337,7 +337,7 @@ class NoRoom:
     config, num_heads = config_of("llama"), 2
 
     def __init__(self, planned: int = 2**40) -> None:
-        self.planned = SimpleNamespace(device=planned, host=0, weights=2**20, gradients=0, optimizer=0)
+        self.planned = SimpleNamespace(device=planned, cpu=0, weights=2**20, gradients=0, optimizer=0)
 
     def preset(self, preset, settings):
         return settings

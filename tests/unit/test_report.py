@@ -140,7 +140,7 @@ def test_only_rank_zero_writes(tmp_path):
         (["--db_password", "abc"], ["--db_password", "<redacted>"]),
         (["--use_auth_token", "--seed", "1"], ["--use_auth_token", "--seed", "1"]),
         (["--name", "hf_AbCdEfGh1234567890"], ["--name", "<redacted>"]),
-        (["--url", "https://me:abc@host/x"], ["--url", "https://<redacted>@host/x"]),
+        (["--url", "https://me:abc@site/x"], ["--url", "https://<redacted>@site/x"]),
         (["--kwargs", '{"token": "abc", "seed": 1}'], ["--kwargs", '{"token": "<redacted>", "seed": 1}']),
         (["--row_tokens", "64"], ["--row_tokens", "64"]),
         (["--eos_token", "</s>"], ["--eos_token", "</s>"]),
