@@ -1,4 +1,4 @@
-"""Facts about model families that no module can tell by itself: by model type, or by names of configuration fields.
+"""Facts about model families that no module shows by itself: by model type, or by names of configuration fields.
 
 Nothing else in the package lists model types. Every fact has a test that proves it on a tiny model
 (`tests/unit/test_families.py`), so a version of transformers that changes one fails there first. The file is below all

@@ -1,7 +1,7 @@
-"""Names that a package offers from its modules, imported when they are first used.
+"""Names that a package exports from its modules, imported when they are first used.
 
-A room is imported by every module inside it, so its `__init__` must import nothing itself: that would cost time, need
-optional libraries, and close circles between rooms.
+A package is imported by every module inside it, so its `__init__` must import nothing itself: that would cost time,
+need optional libraries, and make imports between packages circular.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run a function once another module has been imported, without importing it.
 
 Registering an attention name needs `transformers.modeling_utils`, and with it torch: seconds that a command line or a
-configuration file does not want to pay. So the registration waits until somebody imports that module anyway.
+configuration file does not want to pay. So the registration waits until that module is imported anyway.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is put on a model instance so that it trains exactly, and what is known about model families by name."""
+"""Patches of a model instance that make it train exactly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way to put a forward over a module instance, and to take it off again.
+"""The one way to patch `forward` on a module instance, and to undo it.
 
 Every adapter goes through here, so all of them keep the same rules:
 

@@ -1,8 +1,8 @@
-"""Let a decoder that counts its tokens itself look up the positions of the shard.
+"""Let a decoder with implicit position ids look up the positions of the shard.
 
-How: patches `forward` of the decoder and of its table of positions. The decoder's sees the call's `sequence_shard`,
-and passes its positions to the table for the duration of the call; nothing is kept after it. The table is called
-before the first layer, so recomputing a checkpointed layer does not call it again.
+How: patches `forward` of the decoder and of its position embedding. The decoder's sees the call's `sequence_shard`,
+and passes its positions to the embedding for the duration of the call; nothing is kept after it. The embedding is
+called before the first layer, so recomputing a checkpointed layer does not call it again.
 
 Without a shard and without packed documents both forwards are transformers' own, so `generate()` changes nothing.
 Price: a few integers a token, once a forward.
@@ -58,7 +58,7 @@ def follow_positions(model: torch.nn.Module) -> PatchHandle:
 
 
 def _tables(decoder: torch.nn.Module) -> list[torch.nn.Module]:
-    """The table of positions, or those inside an adapter that has replaced it."""
+    """The position embedding, or those inside an adapter that has replaced it."""
     return [module for module in decoder.embed_positions.modules() if _looks_up_positions(type(module))]
 
 
@@ -68,7 +68,7 @@ def _looks_up_positions(kind: type) -> bool:
 
 
 class _DecoderPatch(InstancePatch):
-    """Passes the positions of a call's shard to the tables."""
+    """Passes the positions of a call's shard to the position embeddings."""
 
     name = _DECODER
 
@@ -129,7 +129,7 @@ def _documents_of_batch(decoder: torch.nn.Module, given: dict[str, object]) -> S
 
 
 def _validate_length(decoder: torch.nn.Module, tables: list[torch.nn.Module], shard: SequenceShard) -> None:
-    """Raise `ValueError` on every rank for a document that is longer than the table, which only some would miss."""
+    """Raise `ValueError` on every rank for a document longer than the position embedding; only some may see it."""
     known = min(table.num_embeddings - getattr(table, "offset", 0) for table in tables)
     if shard.num_tokens > known and longest_document(shard) > known:
         raise ValueError(

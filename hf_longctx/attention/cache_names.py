@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-# Arguments that give a table of positions the number of tokens in the cache.
+# The argument of a position embedding with the number of tokens in the cache.
 CACHE_LENGTH_NAMES = ("cache_length", "past_key_values_length")
 # The field of an output of a causal language model, in the transformers that is installed.
 OUTPUT_NAME = next(name for name in CACHE_NAMES if name in {field.name for field in fields(CausalLMOutputWithPast)})
@@ -20,5 +20,5 @@ OUTPUT_NAME = next(name for name in CACHE_NAMES if name in {field.name for field
 
 def find_cache(values: Mapping[str, object]) -> object | None:
     """The cache among the arguments of a call or the fields of an output, or `None`."""
-    # An output is not asked for an older name: it would warn, and answer with the cache of the new one.
+    # No older name is read from an output: it would warn, and return the cache of the new one.
     return next((value for name, value in values.items() if name in CACHE_NAMES and value is not None), None)

@@ -25,7 +25,7 @@ def documents_of_call(call: AttentionCall) -> SequenceShard | None:
         ValueError: a cache with several documents in a row, or bounds that do not describe the rows.
     """
     has_bounds = any(call.extras.get(name) is not None for name in DOCUMENT_BOUND_KEYS)
-    if call.query.shape[2] != call.key.shape[2]:  # a cache or cross-attention: the bounds speak of other tokens
+    if call.query.shape[2] != call.key.shape[2]:  # a cache or cross-attention: the bounds are of other tokens
         if has_bounds:
             refuse_cache()
         return None

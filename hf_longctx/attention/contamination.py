@@ -45,7 +45,7 @@ def assert_no_cross_document(
 
     Raises:
         AssertionError: an output or a gradient moved; the message says by how much.
-        ValueError: the batch has no row with two documents, or the model does not answer with a vector a token.
+        ValueError: the batch has no row with two documents, or the model does not return a vector a token.
 
     Communication: with `mesh`, that of the forwards, the backward and two gathers of the outputs.
     """
@@ -99,7 +99,7 @@ class _Run:
         if self.mesh is not None:
             start = self.mesh.sequence_parallel_rank * outputs.shape[1]
             mine = chosen[:, start : start + outputs.shape[1]]
-        # Every rank counts its own tokens; the exchanges inside the model carry the gradients between ranks.
+        # Every rank counts its own tokens; the all-to-alls inside the model carry the gradients between ranks.
         projected = outputs[:, : mine.shape[1]][mine] @ weights
         gradient = torch.autograd.grad(projected.sum(), seen[:1])[0]
         size = self._whole(gradient, batch).abs().amax(dim=-1)
@@ -135,7 +135,7 @@ def _choose_documents(segments: torch.Tensor) -> torch.Tensor:
 
 
 def _other_tokens(model: torch.nn.Module, ids: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """The same rows with another ordinary token at each chosen place."""
+    """The same rows with another ordinary token at each chosen position."""
     vocabulary = model.config.get_text_config().vocab_size
     lowest = first_ordinary_token(vocabulary)
     other = lowest + (ids - lowest + 1 + (vocabulary - lowest) // 3) % (vocabulary - lowest)

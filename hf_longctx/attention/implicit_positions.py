@@ -14,7 +14,7 @@ from ..families import COUNTS_POSITIONS
 from ..parallel.shard import SequenceShard
 
 
-# The keyword by which a decoder that follows the shard tells its attention layers.
+# The keyword that a decoder which follows the shard passes to its attention layers.
 FOLLOWED = "positions_follow_shard"
 
 

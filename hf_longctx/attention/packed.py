@@ -115,7 +115,7 @@ def attend_documents(
 
 @torch.compiler.disable
 def _attend_documents(call: AttentionCall, shard: SequenceShard | None, run: Callable) -> torch.Tensor:
-    """Rows of known documents. Not traced: every batch cuts its rows at other places."""
+    """Rows of known documents. Not traced: every batch cuts its rows at other positions."""
     if shard is None:
         shard = documents_of_call(call) or rows_of_call(call)
     return run(validated(call, shard), shard)

@@ -1,7 +1,7 @@
 """The attention names: one entry each, and the only file that touches transformers' attention registries.
 
-Everything that depends on which attention a model runs asks its entry. A name is registered with its mask function,
-always: a name without one gets no mask at all, and padding is lost in silence.
+Everything that depends on which attention a model runs reads its entry. A name is always registered with its mask
+function: a name without one gets no mask at all, and padding is silently ignored.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ _ENTRIES: dict[str, AttentionEntry] = {}
 
 
 def register_attention(entry: AttentionEntry) -> None:
-    """Add an attention name: transformers loads models on it, and trainers and checks ask its entry.
+    """Add an attention name: transformers loads models on it, and trainers and checks read its entry.
 
     Args:
         entry ([`AttentionEntry`]): registering the same entry again changes nothing.

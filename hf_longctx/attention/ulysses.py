@@ -56,7 +56,7 @@ def ulysses_attention(
 
     Raises:
         ValueError: more ranks than query heads.
-        NotImplementedError: a mask, side input or model feature that the inner kernel or the exchange would get wrong.
+        NotImplementedError: a mask, side input or model feature that the kernel or the all-to-all would get wrong.
 
     Communication: two all-to-alls forward, two backward.
     Gradient: equal to the unsharded layer's, restricted to my tokens.

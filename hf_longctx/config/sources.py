@@ -49,7 +49,7 @@ class SourcesConfig:
         sources_per_batch (`int`, *optional*, defaults to 1):
             Sources that fill equal shares of a global batch.
         swap_probability (`float`, *optional*, defaults to 0.0):
-            How often the two texts of all pairs of a global batch are exchanged.
+            How often the two texts of all pairs of a global batch are swapped.
         deduplicate (`bool`, *optional*, defaults to `False`):
             No two rows of a global batch share a text; a row that would is deferred to the next batch of its source.
             Every rank then reads the texts of all.
@@ -74,7 +74,7 @@ class SourcesConfig:
     )
     sources_per_batch: int = field(default=1, metadata={"help": "Sources that share a global batch equally."})
     swap_probability: float = field(
-        default=0.0, metadata={"help": "How often the two texts of the pairs of a global batch are exchanged."}
+        default=0.0, metadata={"help": "How often the two texts of the pairs of a global batch are swapped."}
     )
     deduplicate: bool = field(default=False, metadata={"help": "No two rows of a global batch share a text."})
     balance_by: str | None = field(

@@ -140,7 +140,7 @@ def split_into_rows(
 
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
-    """Columns of a dataset; a stream that does not know them is asked for its first row."""
+    """Columns of a dataset; of a stream that does not know them, read from its first row."""
     return dataset.column_names or list(next(iter(dataset)))
 
 

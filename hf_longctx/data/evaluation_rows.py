@@ -1,6 +1,6 @@
 """Who reads which rows: the `P` ranks of a group read the same, different groups read different ones.
 
-Training uses accelerate's own sharding, told the data-parallel size and rank instead of the process count, so epochs,
+Training uses accelerate's own sharding with the data-parallel size and rank instead of the process count, so epochs,
 shuffling and resuming are exactly those of a data-parallel run with one process a group. Evaluation must count each
 row once: where the rows do not divide evenly, the last groups draw a `DummySample`, computed and not counted, so
 that no rank waits for another.

@@ -27,7 +27,7 @@ class Block:
     """Candidates of some consecutive pairs, and where their gradients are summed.
 
     Args:
-        start (`int`): the place of the first pair among those of all ranks.
+        start (`int`): the index of the first pair among those of all ranks.
         columns (`Sequence[torch.Tensor | None]`): `(n, D)` for each column; `None` for a column without candidates.
         gradients (`Sequence[torch.Tensor | None]`): of the same shapes; `None` where none is needed.
     """
@@ -43,7 +43,7 @@ class RowTiles:
     Args:
         rows (`Sequence[torch.Tensor]`): my queries and my positives, `(n, D)`, normalized if they shall be.
         gradients (`Sequence[torch.Tensor | None]`): where the gradients of `rows` are summed.
-        start (`int`): the place of my first pair among those of all ranks.
+        start (`int`): the index of my first pair among those of all ranks.
         softmaxes (`list[list[Interaction]]`): of [`ContrastiveRule.softmaxes`].
         scale (`float`): what a score is multiplied by.
         tile_size (`int`): rows and candidates of a tile.

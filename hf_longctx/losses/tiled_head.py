@@ -58,7 +58,7 @@ def tiled_head_loss(
         `torch.Tensor`: a scalar in fp32, or in fp64 if the logits are; 0 where no token is valid.
 
     Raises:
-        ValueError: the head does not answer with one vector a token, or settings do not fit together.
+        ValueError: the head does not return one vector a token, or settings do not fit together.
 
     Relations: [`tiled_cross_entropy`], which runs at once if `head` is a `torch.nn.Linear` with nothing attached.
     Normalization: by `num_items`.

@@ -132,7 +132,7 @@ def _sum_over_tiles(tensors, needs, *, tokens: ValidTokens, rule: TokenLoss, dty
 def make_logits(
     hidden: torch.Tensor, head: torch.Tensor, bias: torch.Tensor | None, tokens: ValidTokens, tile_size: int
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Of each tile: its range, places and targets, the hidden states in the precision of `head`, and the logits.
+    """Of each tile: its range, indices and targets, the hidden states in the precision of `head`, and the logits.
 
     Memory: the logits of all tiles are one buffer in fp32 or fp64, free to be overwritten.
     """

@@ -110,7 +110,7 @@ class TokenLoss:
 
 @dataclass(frozen=True)
 class ValidTokens:
-    """The tokens that count: their places among all tokens, their labels, and how they fall into tiles."""
+    """The tokens that count: their indices among all tokens, their labels, and how they fall into tiles."""
 
     places: torch.Tensor
     targets: torch.Tensor
@@ -125,7 +125,7 @@ class ValidTokens:
         return len(self.places)
 
     def tiles(self, tile_size: int) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Of each tile: its range among the valid tokens, their places and their targets."""
+        """Of each tile: its range among the valid tokens, their indices and their targets."""
         for start in range(0, len(self), tile_size):
             part = slice(start, min(start + tile_size, len(self)))
             yield part, self.places[part], self.targets[part]
@@ -192,7 +192,7 @@ class _GradientInForward(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        # Given away, not copied: the wrapper's hooks and the optimizer then hold the only one.
+        # Passed on, not copied: the wrapper's hooks and the optimizer then hold the only one.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
             raise RuntimeError(

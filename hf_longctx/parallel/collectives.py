@@ -26,7 +26,7 @@ def sequence_to_heads(
     group: dist.ProcessGroup,
     stopwatch: Stopwatch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Trade tokens for heads: from my tokens with all heads to all tokens with my heads.
+    """Exchange tokens for heads, an all-to-all: from my tokens with all heads to all tokens with my heads.
 
     Args:
         query (`torch.Tensor` of shape `(B, N, t, H)`): my tokens, all query heads.
@@ -41,13 +41,13 @@ def sequence_to_heads(
 
     Communication: one all-to-all. `(P-1)/P` of `query` leaves this rank, and each key/value head goes once to every
     rank that reads it.
-    Gradient: the inverse exchange; a key/value head read by several ranks receives the sum of their gradients.
+    Gradient: the inverse all-to-all; a key/value head read by several ranks receives the sum of their gradients.
     Memory: one copy to send and one to receive.
     Source: DeepSpeed-Ulysses, https://huggingface.co/papers/2309.14509, section 3.
     """
     dtype = query.dtype
     if not dtype == key.dtype == value.dtype:
-        # Widening is lossless, so one exchange serves all three and each is cast back to what the model produced.
+        # Widening is lossless, so one all-to-all serves all three and each is cast back to what the model produced.
         wide = torch.promote_types(torch.promote_types(dtype, key.dtype), value.dtype)
         outputs = _SequenceToHeads.apply(split, group, stopwatch, query.to(wide), key.to(wide), value.to(wide))
         return tuple(output.to(source.dtype) for output, source in zip(outputs, (query, key, value)))
@@ -57,7 +57,7 @@ def sequence_to_heads(
 def heads_to_sequence(
     output: torch.Tensor, split: HeadSplit, group: dist.ProcessGroup, stopwatch: Stopwatch | None = None
 ) -> torch.Tensor:
-    """Trade heads for tokens: from all tokens with my heads to my tokens with all heads.
+    """Exchange heads for tokens, the inverse all-to-all: from all tokens with my heads to my tokens with all heads.
 
     Args:
         output (`torch.Tensor` of shape `(B, T, n, H_v)`): what the inner kernel returned for my heads.
@@ -69,7 +69,7 @@ def heads_to_sequence(
         `torch.Tensor` of shape `(B, t, N, H_v)`: my tokens, all heads in their global order.
 
     Communication: one all-to-all, `(P-1)/P` of `output` leaves this rank.
-    Gradient: the inverse exchange, no scaling.
+    Gradient: the inverse all-to-all, no scaling.
     Memory: one copy to send and one to receive.
     """
     return _HeadsToSequence.apply(split, group, stopwatch, output)

@@ -19,7 +19,7 @@ class SequenceMesh:
     """Sizes, ranks and groups of the `dp` and `sp` axes.
 
     Build it with [`SequenceMesh.build`]. A group is `None` when there is nothing to exchange along its axis.
-    `dp_group` holds the ranks with my place in their sequences, one of every sequence group.
+    `dp_group` holds the ranks with my `sp` rank, one of every sequence group.
     """
 
     data_parallel_size: int

@@ -108,7 +108,7 @@ def pool_spans(
 
 
 def _finish(mode: str, totals: dict[str, torch.Tensor], spans: Spans, work: torch.dtype) -> torch.Tensor:
-    """Divide the sums. The divisors are counts of whole spans, so they need no exchange."""
+    """Divide the sums. The divisors are counts of whole spans, so they need no communication."""
     if mode not in ("mean", "mean_sqrt_len_tokens", "weightedmean"):
         return totals[mode]
     lengths = (spans.ends - spans.starts).double()

@@ -48,7 +48,7 @@ class SequenceShard:
         row_hash (`int`): checksum of the full rows, equal on the ranks of a group.
         group (`ProcessGroup`, *optional*): the `sp` axis; bound in the main process, since it cannot leave a data
             worker.
-        stopwatch ([`Stopwatch`], *optional*): times the exchanges of this batch.
+        stopwatch ([`Stopwatch`], *optional*): times the collectives of this batch.
     """
 
     size: int

@@ -517,7 +517,7 @@ def test_modules_without_weights_are_proved_at_their_first_call():
 def test_calls_and_wrappers_that_tiles_would_get_wrong_are_refused():
     layer, tokens = llama_layer(), torch.randn(1, 9, 16)
     tile_mlp(layer, 4)
-    with pytest.raises(NotImplementedError, match="`mlp` \\(`LlamaMLP`\\) was called with 1 more arguments"):
+    with pytest.raises(NotImplementedError, match="`mlp` \\(`LlamaMLP`\\) was called with 1 arguments in addition"):
         layer.mlp(tokens, residual=tokens)
     weight = layer.mlp.up_proj._parameters.pop("weight")
     layer.mlp.up_proj.weight = weight.view_as(weight)  # as FSDP1 does

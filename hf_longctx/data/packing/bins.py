@@ -1,6 +1,6 @@
 """Where each piece goes: three ways to fill bins, from sizes to bin numbers.
 
-How: pieces of equal size are placed together, so the work grows with the distinct sizes a bin sees rather than with
+How: pieces of equal size are placed together, so the work grows with the distinct sizes a bin gets rather than with
 the pieces. The bins are those of placing one piece after another.
 """
 

@@ -1,7 +1,7 @@
 """Lengths to bins: which documents share a row of at most `max_tokens` tokens, and in which order the rows come.
 
 What: `pack_lengths` puts every token of every document into exactly one bin, so rows need no padding.
-`balanced_order` then puts rows of like cost side by side, because the ranks of one step wait for the slowest.
+`balanced_order` then puts rows of similar cost next to each other, because the ranks of one step wait for the slowest.
 Numbers only: no tokens, no torch. Price: one to two seconds for a million documents on one core (`placing.py`).
 """
 
@@ -194,7 +194,7 @@ def balanced_order(
     balance better. Bins that fill no group come last.
 
     Args:
-        costs (`Sequence[float]`): cost of every bin, as [`Packing.costs`] tells it.
+        costs (`Sequence[float]`): cost of every bin, as from [`Packing.costs`].
         group_size (`int`): bins of one step, one a data-parallel rank. With 1 the order is a plain shuffle.
         seed (`int`): of the run.
         epoch (`int` or `tuple` of them, *optional*, defaults to 0): every epoch has an order of its own.

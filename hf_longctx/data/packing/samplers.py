@@ -2,7 +2,7 @@
 
 `TokenBudgetSampler` is for a loop of one's own over a plain data set, with `PackingCollator`; `BalancedSampler` orders
 the rows of a `PackedDataset`. Both depend on their arguments and the epoch only, so every rank draws its own part
-without asking the others. Price: the packing of all lengths, once.
+without communication. Price: the packing of all lengths, once.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class TokenBudgetSampler(Sampler):
     the loader out.
 
     Args:
-        lengths (`Sequence[int]`): tokens of every row, as [`measure_lengths`] tells them.
+        lengths (`Sequence[int]`): tokens of every row, as from [`measure_lengths`].
         max_tokens (`int`): the budget of a batch, in tokens.
         num_replicas (`int`, *optional*, defaults to 1): data-parallel ranks; under sequence parallelism the groups.
         rank (`int`, *optional*, defaults to 0): which of them is mine.

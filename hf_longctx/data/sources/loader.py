@@ -161,7 +161,7 @@ class SourceReader:
         return [dataset[number] for number in numbers]
 
     def finish(self, name: str, number: int | None, row: dict, swapped: bool) -> dict:
-        """The row as the collator gets it: without the lengths, exchanged, with the name of its source."""
+        """The row as the collator gets it: without the lengths, swapped, with the name of its source."""
         columns = self.columns[name]
         validate_texts(name, number, row, columns)
         values = [row[column] for column in columns.texts]
@@ -232,7 +232,7 @@ class SourceBatchSampler(Sampler):
 
     Args:
         reader ([`SourceReader`]): what is drawn.
-        has_length (`bool`): whether somebody can tell how many batches make one pass.
+        has_length (`bool`): whether the number of batches of one pass is known.
     """
 
     def __init__(self, reader: SourceReader, *, has_length: bool = True) -> None:

@@ -1,4 +1,4 @@
-"""Which sources make global batch `i`: a plan that every rank knows without asking the others.
+"""Which sources make global batch `i`: a plan that every rank computes without communication.
 
 What: with in-batch negatives a model should tell apart texts of one source; between sources it would learn to tell
 the sources. So one source, or `sources_per_batch` of them, is drawn for the batch of all ranks. Sources are drawn by
@@ -38,7 +38,7 @@ class Draw:
 
     Args:
         shares (`dict[str, int]`): source to how many of the `sources_per_batch` equal shares it fills.
-        swapped (`bool`): whether the two texts of every pair are exchanged.
+        swapped (`bool`): whether the two texts of every pair are swapped.
     """
 
     shares: dict[str, int]
@@ -58,7 +58,7 @@ class SourcePlan:
             Equal shares of a batch, each of one source. A source is expected in exactly `sources_per_batch` times its
             probability shares; one with more than `1 / sources_per_batch` fills several of a batch.
         swap_probability (`float`, *optional*, defaults to 0.0):
-            How often the two texts of the pairs are exchanged: in all rows of a global batch or in none, so that a
+            How often the two texts of the pairs are swapped: in all rows of a global batch or in none, so that a
             column never mixes questions with answers.
         seed (`int`, *optional*, defaults to 0): the same on all ranks.
 

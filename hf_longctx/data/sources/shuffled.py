@@ -1,7 +1,7 @@
 """A random order of a range that is computed where it is read, so a source of a billion rows costs no list of them.
 
 `torch.randperm(n)` and `numpy` write all `n` numbers down, on every process: 5.8 GB for the 726 million rows of
-Reddit. Here the number at a place follows from the place and a key: a Feistel network permutes a power of four, and
+Reddit. Here the number at a position follows from it and a key: a Feistel network permutes a power of four, and
 what falls outside of the range is sent through it again until it falls inside (at most four times in the mean). Up to
 `WRITTEN_DOWN` rows numpy's own shuffle is used, which is uniform over all orders; a network of few bits is not.
 """
