@@ -118,7 +118,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="threads of each process, one at work at a time"
     )
-    parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written beside it")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written next to it")
     args = parser.parse_args(arguments)
     on_cpu = args.device == "cpu"
     args.row_tokens = args.row_tokens or (2048 if on_cpu else 16384)
