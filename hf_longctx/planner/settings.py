@@ -77,7 +77,7 @@ class Settings:
                 f"`wrapper` ('none') runs one process, but `world_size` is {self.world_size}: choose 'ddp' or 'fsdp2'."
             )
         if self.offload and not self.checkpointing:
-            raise ValueError("`offload` moves the checkpoints of layers to the cpu: set `checkpointing` as well.")
+            raise ValueError("`offload` moves the checkpoints of layers to CPU memory: set `checkpointing` as well.")
 
     @property
     def local_tokens(self) -> int:
