@@ -3,7 +3,7 @@
     python recipes/demo_embed.py
 
 1. MiniLM goes on learning on pairs of docstring and function from installed packages, and searches the functions of
-   packages that it never saw: accuracy@1 and MRR@10 before and after. Beside it, the time of one step of the same rows
+   packages that it never saw: accuracy@1 and MRR@10 before and after. Also the time of one step of the same rows
    padded by sentence-transformers and packed by us, with both losses.
 2. It learns to find whole files by their docstrings. MiniLM has 512 positions, so they are interpolated to 4,096, and
    every file is shared by two processes. One process repeats the steps, and the losses must be equal.

@@ -4,7 +4,7 @@
 
 Arguments are those of `SentenceTransformerTrainingArguments`, of `LongContextConfig`, `SourcesConfig` and
 `TextsConfig`, and the few of `embed_model.EmbeddingModelArguments`, `embed_sources.SourceArguments` and
-`EmbedArguments`; the command line overrides the YAML file. Nothing is padded. Sources that are missing are listed,
+`EmbedArguments`; the command line overrides the YAML file. Nothing is padded. Unavailable sources are logged,
 with their rows and weight, and left out. What is saved is an ordinary sentence-transformer.
 """
 

@@ -52,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
     console.print(f"devices: {', '.join(devices)}")
-    console.print(f"inner kernels at hand: {', '.join(_available_kernels())}")
+    console.print(f"inner kernels available: {', '.join(_available_kernels())}")
     return 0
 
 

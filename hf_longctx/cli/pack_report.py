@@ -97,7 +97,7 @@ def report_packing(console: Console, options: argparse.Namespace) -> None:
 def draw_packing(
     path: Path, lengths: np.ndarray, packings: dict[str, Packing], padded: Padded, options: argparse.Namespace
 ) -> bool:
-    """Draw lengths beside waste; `False` where matplotlib is missing."""
+    """Draw lengths next to waste; `False` where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

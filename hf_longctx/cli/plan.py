@@ -1,6 +1,6 @@
 """`hf-longctx plan`: what fits on which GPUs, before anything is rented, and the file that makes it so.
 
-Every preset of the memory ladder is simulated for every number of GPUs that may share a row, from the configuration
+Every memory preset is simulated for every number of GPUs that may share a row, from the configuration
 alone. Memory is planned; the time is an estimate that counts operations.
 """
 
@@ -17,9 +17,11 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command's name, help and options."""
     parser = commands.add_parser("plan", help="say which rows fit on which GPUs, and write the file of the run")
     parser.add_argument("model", help="hub id, folder or config.json; only the configuration is read")
-    parser.add_argument("--gpus", type=int, default=1, help="all GPUs of the run; hosts have 8")
+    parser.add_argument("--gpus", type=int, default=1, help="all GPUs of the run; nodes have 8")
     parser.add_argument("--gpu_memory", type=float, default=80, help="GiB of one GPU")
-    parser.add_argument("--cpu_memory", type=float, help="GiB of one cpu, for checkpoints that are offloaded")
+    parser.add_argument(
+        "--cpu_memory", type=float, help="GiB of CPU memory of one node, for checkpoints that are offloaded"
+    )
     parser.add_argument("--target_tokens", help="tokens of a row that must fit, such as 131072, 128K or 1M")
     parser.add_argument("--optimizer", default="adamw", help="adamw, adafactor, sgd, or lora: AdamW on adapters")
     parser.add_argument("--wrapper", help="fsdp2 (default for several GPUs), ddp, or none (default for one)")

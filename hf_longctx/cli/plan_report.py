@@ -40,7 +40,7 @@ class Cell:
     """One preset on one number of ranks a row.
 
     Args:
-        preset ([`Preset`]): the rung.
+        preset ([`Preset`]): the preset.
         settings ([`Settings`]): with the tokens that are shown: the target, or the longest row.
         longest (`int`): tokens of the longest row that fits; 0 if none does.
         breakdown ([`MemoryBreakdown`], *optional*): bytes at the tokens that are shown.
@@ -95,7 +95,7 @@ def print_facts(
 ) -> None:
     """What the plan is for, and what it takes for granted."""
     numel = sum(p.numel() for p in planner.model.parameters())
-    host = "" if options.cpu_memory is None else f", {options.cpu_memory:g} GiB a host"
+    host = "" if options.cpu_memory is None else f", {options.cpu_memory:g} GiB of CPU memory a node"
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", f"{escape(options.model)}, {numel / 1e9:.2f}B parameters")
     planned = f"{USABLE_SHARE:.0%} of it planned with"
@@ -142,8 +142,8 @@ def print_cells(console: Console, cells: list[Cell], best: Cell | None, target: 
     )
     if best is not None:
         console.print(
-            f"-> '{best.preset.name}' with {best.size} GPUs a row fits {best.longest:,} tokens; beside the rung "
-            f"before it costs {best.preset.price}"
+            f"-> '{best.preset.name}' with {best.size} GPUs a row fits {best.longest:,} tokens; compared with the "
+            f"preset before, it costs {best.preset.price}"
         )
 
 
@@ -153,7 +153,7 @@ def _format_gib(amount: int) -> str:
 
 
 def draw_plan(path: Path, planner: Planner, cells: list[Cell], shown: Cell, device_bytes: int) -> bool:
-    """Bytes by kind over the length of a row, beside the longest row of every preset; `False` without matplotlib."""
+    """Bytes by kind over the length of a row, next to the longest row of every preset; `False` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -121,7 +121,7 @@ def _why_not(
     breakdown = planner.breakdown(settings)
     needs = [f"{format_number(breakdown.device / USABLE_SHARE / GIB)} GiB a GPU"]
     if cpu_bytes is not None and breakdown.cpu > cpu_bytes:
-        needs.append(f"{format_number(breakdown.cpu / GIB)} GiB a host")
+        needs.append(f"{format_number(breakdown.cpu / GIB)} GiB of CPU memory a node")
     wanted = f"rows of {tokens:,} tokens need {' and '.join(needs)}"
     for times in (2, 4, 8):
         size = _sizes(options.gpus * times, planner)[-1]

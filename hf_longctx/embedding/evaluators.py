@@ -9,9 +9,9 @@ import torch.distributed as dist
 
 
 def evaluate_everywhere(trainer, library_loop: Callable, *args, metric_key_prefix: str = "eval", **kwargs):
-    """The host's evaluation loop, with its evaluator run on every rank.
+    """sentence-transformers' evaluation loop, with its evaluator run on every rank.
 
-    The host deals the texts of an evaluator to single processes, which would give the ranks of one group different
+    It distributes the texts of an evaluator to single processes, which would give the ranks of one group different
     texts. Here each group embeds all of them; only the first rank writes files, and its scores count for all.
 
     Communication: that of the forwards, and a broadcast of the scores.
@@ -22,7 +22,7 @@ def evaluate_everywhere(trainer, library_loop: Callable, *args, metric_key_prefi
     finally:
         trainer.evaluator = evaluator
     if trainer.is_in_train and isinstance(trainer.eval_dataset, dict) and metric_key_prefix.startswith("eval_"):
-        # Of several evaluation sets the first brings the evaluator's scores, as the host has it.
+        # Of several evaluation sets the first brings the evaluator's scores, as in sentence-transformers.
         if metric_key_prefix[5:] != next(iter(trainer.eval_dataset)):
             return output
         metric_key_prefix = "eval"

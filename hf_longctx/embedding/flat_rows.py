@@ -7,7 +7,7 @@ from transformers import DataCollatorWithFlattening
 
 
 class FlatCollator(DataCollatorWithFlattening):
-    """The host's flattening of tokenized texts, plus what it drops: token types and character offsets.
+    """transformers' flattening of tokenized texts, plus what it drops: token types and character offsets.
 
     Called with one dict a text, it returns `input_ids` and `position_ids` of shape `(1, T)`, `seq_idx`, and the bounds
     of FlashAttention's convention. `token_type_ids` `(1, T)` are kept where a text has a second part, and

@@ -69,7 +69,7 @@ def _as_many_as_others(ranges: list[list[tuple[int, int]]]) -> list[list[tuple[i
         if texts < count:
             raise ValueError(
                 f"column {column} has {texts} texts on one rank and {count} mini-batches on another, but under FSDP2 "
-                "all ranks run as many mini-batches: raise `mini_batch_size`, or deal rows more evenly."
+                "all ranks run as many mini-batches: raise `mini_batch_size`, or distribute rows more evenly."
             )
     return [_split(parts, count) for parts, count in zip(ranges, most)]
 
@@ -91,7 +91,7 @@ def _replay(loss, features, cache, random_states, ranges, upstream: torch.Tensor
 
 
 class _Source:
-    """What the host's hook asks of a loss, that switches FSDP2's reduction on before the last mini-batch."""
+    """What the GradCache hook needs from a loss; it switches FSDP2's reduction on before the last mini-batch."""
 
     def __init__(self, loss: Any, count: int, switch_on: Callable[[], None], sharded: bool) -> None:
         self.model, self.loss = loss.model, loss

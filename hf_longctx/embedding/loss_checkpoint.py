@@ -1,7 +1,7 @@
-"""Weights that a loss learns, such as a temperature: in a checkpoint, beside the optimizer's state for them.
+"""Weights that a loss learns, such as a temperature: in a checkpoint, next to the optimizer's state for them.
 
-The host trains them and saves neither, so a resumed run would start them anew under an optimizer that knows the old
-ones.
+sentence-transformers trains them and saves neither, so a resumed run would start them anew under an optimizer that
+knows the old ones.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What cannot be embedded without padding, or on several processes, said before the first step."""
+"""What cannot be embedded without padding, or on several processes, refused before the first step."""
 
 from __future__ import annotations
 

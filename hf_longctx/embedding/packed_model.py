@@ -125,7 +125,7 @@ def unpack_embeddings(model: SentenceTransformer) -> SentenceTransformer:
 def shared_rows(model: SentenceTransformer, mesh: SequenceMesh, inner_attention: str = "auto") -> Iterator[None]:
     """A block in which the ranks of a group share the rows of a packed model; before and after, each holds its own.
 
-    A trainer's steps run in it, so that `model.encode` of one process after training waits for nobody.
+    A trainer's steps run in it, so that `model.encode` of one process after training waits for no other.
     """
     before = patch_on(model, PACKED, "encode").layout
     _lay_out(model, RowLayout(mesh, inner_attention))

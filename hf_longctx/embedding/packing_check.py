@@ -61,7 +61,7 @@ def _texts(module: Transformer) -> list[list[int]]:
 
 
 def _embed_alone(model: SentenceTransformer, name: str, ids: list[int], device: torch.device) -> torch.Tensor:
-    """One unpadded text, with a mask and no positions, through what the packed forwards cover: the model as it was."""
+    """One unpadded text, with a mask and no positions, through the original forwards: the model without patches."""
     features: dict[str, object] = {"input_ids": torch.tensor([ids], device=device), "modality": "text"}
     features["attention_mask"] = torch.ones_like(features["input_ids"])
     for child in model.children():

@@ -1,4 +1,4 @@
-"""What an embedding run cannot do, and what it would lose in silence, said before the first step."""
+"""What an embedding run cannot do, and what it would lose in silence, refused before the first step."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from .spans import SPANS_SUFFIX, WITH_OFFSETS, mark_spans
 class EmbeddingCollator(SentenceTransformerDataCollator):
     """Rows of texts to the features of each column.
 
-    A column `document_spans` beside a text column `document` holds `[start, end]` pairs of characters; the document is
-    then embedded once, and each span gets a vector of its own.
+    A column `document_spans` next to a text column `document` holds `[start, end]` pairs of characters; the document
+    is then embedded once, and each span gets a vector of its own.
 
     Raises on a call:
         ValueError: an empty text, or spans that overlap, are empty or lie behind what the tokenizer keeps.
@@ -47,9 +47,9 @@ def refuse_empty_texts(rows: list[dict]) -> None:
     for index, row in enumerate(rows):
         for column, value in row.items():
             if isinstance(value, str) and column != "dataset_name" and not value.strip():
-                beside = next((text for text in row.values() if isinstance(text, str) and text.strip()), "")
+                neighbor = next((text for text in row.values() if isinstance(text, str) and text.strip()), "")
                 raise ValueError(
-                    f"the text of column `{column}` in row {index} of a batch of {len(rows)} is empty (beside it: "
-                    f"{beside[:60]!r}): remove such rows, for example with `dataset.filter(lambda row: "
+                    f"the text of column `{column}` in row {index} of a batch of {len(rows)} is empty (next to it: "
+                    f"{neighbor[:60]!r}): remove such rows, for example with `dataset.filter(lambda row: "
                     f"row[{column!r}].strip())`."
                 )

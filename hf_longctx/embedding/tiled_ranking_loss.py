@@ -227,13 +227,13 @@ def negatives_group(loss: torch.nn.Module) -> dist.ProcessGroup | None:
     """The ranks whose rows are negatives of mine, for a loss of ours with a `mesh`.
 
     Raises:
-        RuntimeError: several processes run, and nobody said which of them hold different rows.
+        RuntimeError: several processes run, and the loss does not know which of them hold different rows.
     """
     if not loss.gather_across_devices:
         return None
     if loss.mesh is None and _num_processes() > 1:
         raise RuntimeError(
-            f"`{type(loss).__name__}` runs on {_num_processes()} processes and was not told which of them hold "
+            f"`{type(loss).__name__}` runs on {_num_processes()} processes and does not know which of them hold "
             "different rows: train with a trainer of hf_longctx, call "
             "`loss.bind(SequenceMesh.build(sequence_parallel_size))`, or set `gather_across_devices=False`."
         )

@@ -14,7 +14,7 @@ from ..trainer.loaders import assign_to_groups
 
 
 def describe_streams(dataset):
-    """`dataset` with the columns of every stream known, as the host needs to know them."""
+    """`dataset` with the columns of every stream known, as sentence-transformers needs them."""
     if isinstance(dataset, Mapping):
         described = {name: describe_streams(each) for name, each in dataset.items()}
         return (IterableDatasetDict if _has_stream(dataset) else DatasetDict)(described)
@@ -24,7 +24,7 @@ def describe_streams(dataset):
 
 
 def build_training_loader(trainer) -> DataLoader | None:
-    """The loader of our own sources, of the host's batches dealt to groups, or `None` for the host's own."""
+    """The loader of our own sources, of stock batches distributed to groups, or `None` for the stock loader."""
     dataset, args, mesh = trainer.train_dataset, trainer.args, trainer.mesh
     order = _host_order(args)
     if isinstance(dataset, Mapping) and order is not None and mesh.data_parallel_size > 1:
@@ -57,7 +57,7 @@ def build_training_loader(trainer) -> DataLoader | None:
 
 
 def build_evaluation_loader(trainer, dataset) -> DataLoader:
-    """The host's evaluation batches, dealt to groups."""
+    """The stock evaluation batches, distributed to groups."""
     if isinstance(dataset, str):
         dataset = trainer.eval_dataset[dataset]
     trainer.accelerator.even_batches = True
@@ -66,7 +66,7 @@ def build_evaluation_loader(trainer, dataset) -> DataLoader:
 
 
 def _host_order(args) -> str | None:
-    """The name of the argument with which the user asked for an order of the host's, if any."""
+    """The name of the argument with which the user asked for an order of sentence-transformers, if any."""
     if args.batch_sampler != BatchSamplers.BATCH_SAMPLER:
         return "batch_sampler"
     if args.multi_dataset_batch_sampler != MultiDatasetBatchSamplers.PROPORTIONAL:

@@ -168,7 +168,7 @@ class _ToTokens(torch.autograd.Function):
 
 
 def _exchange(like: torch.Tensor, sent: int, received: int) -> torch.Tensor:
-    """What came in; the buffer that went out is alive beside it, for a moment."""
+    """What came in; the send buffer is alive next to it until then."""
     outgoing = like.new_empty(sent)
     incoming = outgoing.new_empty(received)
     return incoming

@@ -61,7 +61,7 @@ def model_on_meta(config: PretrainedConfig) -> torch.nn.Module:
 
 
 def find_stack(model: torch.nn.Module) -> Stack | None:
-    """The largest module list of the host's layers, or `None`."""
+    """The largest module list of transformers' layers, or `None`."""
     lists = [
         (name, module)
         for name, module in model.named_modules()
@@ -169,13 +169,13 @@ def _features(linear: torch.nn.Module) -> tuple[int, ...]:
 
 
 class FakeAnswers(TorchDispatchMode):
-    """What operations on fake tensors answer where they need numbers or could be spared.
+    """What operations on fake tensors return where they need numbers or could be spared.
 
     A comparison holds, a number is 0, and of the tokens that are valid there are `valid_tokens` (a tiled loss is the
     same for every tile; one tile and one token more show all of it). An operation in place changes nothing.
 
     Args:
-        valid_tokens (`int`): at most so many places are found by `nonzero`.
+        valid_tokens (`int`): at most so many indices are found by `nonzero`.
     """
 
     def __init__(self, valid_tokens: int) -> None:
@@ -200,7 +200,7 @@ class FakeAnswers(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0.0 if args[0].is_floating_point() else 0
         if func is torch.ops.aten._grouped_mm.default and args[0].dtype != torch.bfloat16:
-            return _grouped_product(*args[:3])  # torch's own answer for fake tensors knows bf16 only
+            return _grouped_product(*args[:3])  # torch's own version for fake tensors supports bf16 only
         return func(*args, **(kwargs or {}))
 
     def _is_in_place(self, func: torch._ops.OpOverload) -> bool:

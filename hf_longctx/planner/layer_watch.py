@@ -43,7 +43,7 @@ def _kind_of(name: str, module: torch.nn.Module) -> str:
 
 
 class _Enter:
-    """Before a layer's forward; older hosts call hooks when they recompute it as well, which is backward."""
+    """Before a layer's forward; older transformers call hooks when they recompute it as well, which is backward."""
 
     def __init__(self, tracker: StorageTracker, name: str, is_first: bool) -> None:
         self.tracker, self.name, self.is_first = tracker, name, is_first

@@ -43,7 +43,7 @@ _WARM_UP = LlamaConfig(
 
 
 def measure_in_process(config: PretrainedConfig, settings: Settings, device: str, timeout: float | None = None) -> int:
-    """Bytes of weights, gradients, optimizer and activations at the fullest moment of a step.
+    """Bytes of weights, gradients, optimizer and activations at the peak of a step.
 
     Args:
         config (`PretrainedConfig`): of the model, with as many layers as are to be run.

@@ -38,7 +38,7 @@ _START = 4 * MLP_TILE_SIZE
 
 @dataclass(frozen=True)
 class MemoryBreakdown:
-    """Bytes of one rank at the fullest moment of a step.
+    """Bytes of one rank at the peak of a step.
 
     Args:
         tokens (`int`): of a whole row.
@@ -101,7 +101,7 @@ class Planner:
         self._peaks: dict[Settings, PhasePeaks] = {}
 
     def preset(self, preset: Preset | str, settings: Settings) -> Settings:
-        """`settings` on a rung of the ladder, without what this model cannot do."""
+        """`settings` with a preset applied, without what this model cannot do."""
         preset = PRESETS[preset] if isinstance(preset, str) else preset
         settings = preset.apply(settings, self.config.vocab_size)
         if not self.tiles_loss:
@@ -130,7 +130,7 @@ class Planner:
         Args:
             settings ([`Settings`]): of the run; its `tokens` are not looked at.
             device_bytes (`int`): of one device, of which `USABLE_SHARE` is planned with.
-            cpu_bytes (`int`, *optional*): of one cpu, for checkpoints that are offloaded.
+            cpu_bytes (`int`, *optional*): of one node, for checkpoints that are offloaded.
         """
         start = _start(settings)
         for _ in range(4):  # rows that turn out short are solved for again, from short ones
@@ -146,7 +146,7 @@ class Planner:
     def choose_preset(
         self, settings: Settings, device_bytes: int, cpu_bytes: int | None = None
     ) -> tuple[Preset, Settings] | None:
-        """The first rung of the ladder on which `settings.tokens` fit, with the settings it makes, or `None`."""
+        """The first preset with which `settings.tokens` fit, with the settings it makes, or `None`."""
         for preset in PRESETS.values():
             candidate = self.preset(preset, settings)
             if self.fits(candidate, device_bytes, cpu_bytes):
@@ -186,7 +186,7 @@ class Planner:
         return replace(peaks, device=device)
 
     def _buffers(self, settings: Settings, phase: str) -> int:
-        """What the wrapper holds beside shards and gradients.
+        """What the wrapper holds in addition to shards and gradients.
 
         FSDP2: the gathered head; while layers run, the weights of one and of the next and the buffer in which they
         arrive; in backward the gradients of one, and the buffer in which those of the last leave. DDP: its buckets, a
@@ -217,7 +217,7 @@ class LinearFit:
         return self.first.towards(self.second, local_tokens / self.start - 1)
 
     def longest(self, budget: float) -> int:
-        """The most tokens at which no moment is over `budget` bytes."""
+        """The most tokens at which no phase exceeds `budget` bytes."""
         lengths = []
         for phase in self.first.device.keys() & self.second.device.keys():
             here, there = (on_device(peaks.device[phase]) for peaks in (self.first, self.second))
@@ -230,7 +230,7 @@ class LinearFit:
         return max(0, int(min(lengths)))
 
     def longest_on_cpu(self, cpu_bytes: int, settings: Settings) -> int:
-        """The most tokens whose checkpoints fit into the memory of a cpu, rounded up as they are."""
+        """The most tokens whose checkpoints fit into the CPU memory of a node, rounded up as they are."""
         count = round(self.first.num_checkpoints)
         per_token = self.first.cpu / count / self.start
         each = cpu_bytes // (count * _processes(settings))

@@ -1,4 +1,4 @@
-"""The rungs of the memory ladder, from nothing to everything; each keeps what the one before it did."""
+"""The memory presets, from nothing to everything; each keeps what the one before it did."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from ..losses.tiles import choose_tile_size
 from .settings import Settings
 
 
-# Tokens: large enough that a matmul does not notice, small beside a long row.
+# Tokens: large enough that a matmul does not notice, small next to a long row.
 MLP_TILE_SIZE = 4096
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One rung.
+    """One memory preset.
 
     Args:
-        name (`str`): of the rung.
-        price (`str`): what it costs beside the rung before, for people.
+        name (`str`): of the preset.
+        price (`str`): what it costs compared with the preset before, for people.
         tiles_loss, tiles_mlp, checkpointing, offload (`bool`): see [`Settings`].
     """
 
@@ -30,7 +30,7 @@ class Preset:
     offload: bool = False
 
     def apply(self, settings: Settings, vocab_size: int) -> Settings:
-        """`settings` on this rung."""
+        """`settings` with this preset applied."""
         return settings.of(
             loss_tile_size=choose_tile_size(None, vocab_size) if self.tiles_loss else None,
             mlp_tile_size=MLP_TILE_SIZE if self.tiles_mlp else None,

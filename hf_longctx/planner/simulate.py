@@ -1,6 +1,6 @@
 """One training step of a model on tensors without memory: forward, backward, optimizer, and what was alive when.
 
-There is no formula for any architecture here. The model's own code runs, with the host's checkpointing, our tiles and
+There is no formula for any architecture. The model's own code runs, with transformers' checkpointing, our tiles and
 the real optimizer; only attention is replaced by one that holds what the real kernels hold. What several processes
 share (weights, gradients, optimizer state) counts with the share of one.
 """
@@ -31,7 +31,7 @@ from .tracker import CPU, StorageTracker
 
 @dataclass(frozen=True)
 class PhasePeaks:
-    """The fullest moment of every phase of a step.
+    """The peak of every phase of a step.
 
     Args:
         device (`dict`): for each phase, bytes by kind.
@@ -108,14 +108,14 @@ def prepare(model: torch.nn.Module, settings: Settings, tracker: StorageTracker)
 
 
 def enable_checkpointing(model: torch.nn.Module, kwargs: dict[str, object], **choice: object) -> None:
-    """The host's own checkpointing, under the name that its version has for it."""
+    """transformers' own checkpointing, under the name that its version has for it."""
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable(kwargs, **choice)
 
 
 @contextlib.contextmanager
 def _unheard(name: str) -> Iterator[None]:
-    """Within the block, the logger of that name says nothing: its words are meant for a run, not for a plan."""
+    """Within the block, the logger of that name is silent: its messages are meant for a run, not for a plan."""
     logger = logging.getLogger(name)
     logger.addFilter(_nothing)
     try:
@@ -245,7 +245,7 @@ def _batch(model: torch.nn.Module, settings: Settings) -> dict[str, object]:
 
 
 def _offloading(run: Callable, tracker: StorageTracker) -> Callable:
-    """What the host puts around a checkpoint: its inputs live in CPU memory until they are needed."""
+    """What transformers puts around a checkpoint: its inputs live in CPU memory until they are needed."""
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         with tracker.made(CPU):

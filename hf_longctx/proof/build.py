@@ -1,4 +1,4 @@
-"""The models of a proof: one on the host's own attention, one on ours, with the same weights."""
+"""The models of a proof: one on transformers' own attention, one on ours, with the same weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def build_model(tested: ModelUnderTest, attention: str | None, dtype: torch.dtyp
     """The model in training mode, without dropout; weights depend on the tested alone.
 
     Args:
-        attention (`str`, *optional*): `None`: whatever the host chooses for it.
+        attention (`str`, *optional*): `None`: the default of transformers.
     """
     auto, config = _AUTO[tested.task], copy.deepcopy(tested.config)
     chosen = loading_options(config, attention, dtype)
@@ -39,10 +39,10 @@ def build_model(tested: ModelUnderTest, attention: str | None, dtype: torch.dtyp
 
 
 def loading_options(config: PretrainedConfig, attention: str | None, dtype: torch.dtype) -> dict[str, str]:
-    """What the host is told about kernels when it makes a model."""
+    """Options about kernels for loading a model."""
     chosen = {} if attention is None else {"attn_implementation": attention}
     if dtype == torch.float64 and hasattr(config, "_experts_implementation"):
-        chosen["experts_implementation"] = "eager"  # the host's grouped kernels have no such precision
+        chosen["experts_implementation"] = "eager"  # transformers' grouped kernels do not support it
     return chosen
 
 

@@ -1,6 +1,6 @@
 """What every rank does: build both models, ask the trainers' own checks, compare, and decide.
 
-The order is that of a training run: what the host cannot build is no outcome on us; then whatever the trainers would
+The order is that of a training run: what transformers cannot build says nothing about us; then what the trainers would
 refuse before their first step is refused here by the same code; only what they would train is compared.
 """
 
@@ -54,7 +54,7 @@ def _prove_kind(tested: ModelUnderTest, setting: Setting, kind: str, pairs: dict
         precise = _pair_of(tested, setting, "float64", pairs)
         return precise.prove(kind, pair.reference(kind))
     except Outcome as ended:
-        # Some hosts' masks overflow there; then what rounding leaves in float32 is measured on the oracle.
+        # Some models' masks overflow there; then rounding in float32 is measured on the reference implementation.
         measured = 0.0 if precise is None else precise.rounding_of(pair, kind)
         again = judge(kind, result.errors, "float32", pair.num_tokens(kind), result.baseline, measured)
         if again.outcome == WRONG:
@@ -95,7 +95,7 @@ class Pair:
         self.vocabulary = self.unsharded.config.get_text_config().vocab_size
         self.references: dict[str, Numbers] = {}
         self.needs, self.start = SanityResult(), 0
-        self.reference("dense")  # before anything of ours, so that a host that cannot run is not held against us
+        self.reference("dense")  # before anything of ours, so that a failure of transformers is not counted as ours
         self.ended: Outcome | None = None
         self.model: torch.nn.Module | None = None
 
@@ -122,7 +122,7 @@ class Pair:
         self.wrapped = wrap(self.model, setting.wrapper)
 
     def prove(self, kind: str, rounded: Numbers | None = None) -> RowsResult:
-        """Numbers of one kind of rows, and the outcome; `rounded`: the oracle's in less precision."""
+        """Numbers of one kind of rows, and the outcome; `rounded`: the reference's in less precision."""
         self.prepare()
         rows, theirs = self.rows(kind), self.reference(kind)
         if kind == "packed":
@@ -133,7 +133,7 @@ class Pair:
         return judge(kind, worst_of_ranks(errors), self.dtype, self.num_tokens(kind), self.baseline, measured)
 
     def rounding_of(self, rounded: Pair, kind: str) -> float:
-        """How far the oracle in less precision is from this one; 0 where this one has no numbers."""
+        """How far the reference in less precision is from this one; 0 where this one has no numbers."""
         self.needs, self.start = rounded.needs, rounded.start
         self.references.clear()
         try:
@@ -155,7 +155,7 @@ class Pair:
         return rows.without_padding_targets() if self.needs.padding_predicts else rows
 
     def reference(self, kind: str) -> Numbers:
-        """The oracle's numbers, computed once."""
+        """The reference's numbers, computed once."""
         if kind not in self.references:
             try:
                 numbers = of_one_process(self.unsharded, self.tested.task, self.rows(kind))
@@ -178,7 +178,7 @@ class Pair:
         raise Outcome(UNBUILDABLE, problem)
 
     def _first_position(self) -> int | None:
-        """What the host counts from, if it counts up by one: RoBERTa and its kin from `pad_token_id + 1`."""
+        """What the model counts from, if it counts up by one: RoBERTa and similar models from `pad_token_id + 1`."""
         expected = self.reference("dense").outputs
         rows = self.rows("dense")
         padding = getattr(self.unsharded.config.get_text_config(), "pad_token_id", None) or 0

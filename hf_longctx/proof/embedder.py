@@ -1,6 +1,6 @@
 """The sentence-transformers of a proof, and their texts: tiny and random with every way of pooling, or as they are.
 
-The host loads a model from a folder only, so a tiny one is written to a folder that is gone right after: weights, a
+sentence-transformers loads from a folder only, so a tiny one is written to a temporary folder: weights, a
 configuration, and a tokenizer whose words are the numbers of its tokens.
 """
 
@@ -35,7 +35,7 @@ def build_embedder(tested: ModelUnderTest, attention: str | None, dtype: torch.d
     """The model in training mode, without dropout; weights depend on the tested alone.
 
     Args:
-        attention (`str`, *optional*): `None`: whatever the host chooses for it.
+        attention (`str`, *optional*): `None`: the default of transformers.
     """
     options = {**loading_options(tested.config, attention, dtype), "dtype": dtype}
     with _no_progress_bar():
@@ -49,7 +49,7 @@ def _tiny(tested: ModelUnderTest, options: dict[str, object]) -> SentenceTransfo
     with tempfile.TemporaryDirectory(prefix="hf_longctx_") as folder:
         tokenizer = _write(inner, folder)
         module = Transformer(folder, model_kwargs=options)
-    module.processor = tokenizer  # for some types of models the host loads what is there as another kind
+    module.processor = tokenizer  # for some model types another kind of tokenizer is loaded
     pooling = Pooling(module.get_embedding_dimension(), POOLING_MODES)
     return SentenceTransformer(modules=[module, pooling], device="cpu")
 
@@ -63,7 +63,7 @@ def _as_it_is(tested: ModelUnderTest, options: dict[str, object]) -> SentenceTra
 
 @contextlib.contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """A block in which the host shows none for loading weights, one on each rank."""
+    """A block in which transformers shows none for loading weights, one on each rank."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
@@ -86,12 +86,12 @@ def num_tokens_of(model: SentenceTransformer, texts: list[str]) -> int:
 
 
 def num_modes_of(tested: ModelUnderTest) -> int:
-    """How many embeddings of a text stand beside each other in the one that the model gives."""
+    """How many embeddings of a text are concatenated in the one that the model gives."""
     return len(POOLING_MODES) if tested.weights is None else 1
 
 
 def _write(model: torch.nn.Module, folder: str) -> PreTrainedTokenizerFast:
-    # By hand: the host writes on the first rank of a world only.
+    # By hand: `save_pretrained` writes on the first rank of a world only.
     Path(folder, "config.json").write_text(model.config.to_json_string())
     tensors = {name: tensor.clone().contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, Path(folder, "model.safetensors"), metadata={"format": "pt"})

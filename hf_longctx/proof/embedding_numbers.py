@@ -12,7 +12,7 @@ from .numbers import Numbers, compare, mean_gradients, mean_of_ranks, relative
 from .result import Errors
 
 
-# Of one process, by the same operations but for a token that nobody sees.
+# Of one process, by the same operations but for a token that no other sees.
 _ROUNDING = 1e-6
 
 
@@ -66,7 +66,7 @@ def sees_later_tokens(model: SentenceTransformer, word: str, later: str, other: 
 
 
 def compare_embeddings(ours: Numbers, theirs: Numbers, first_row: int, num_modes: int) -> Errors:
-    """Relative differences; `num_modes` embeddings stand beside each other in one, and each is held to its own."""
+    """Relative differences; `num_modes` embeddings are concatenated in one, and each is held to its own."""
     errors = compare(ours, theirs, first_row)
     expected = theirs.outputs[first_row : first_row + len(ours.outputs)].chunk(num_modes, dim=1)
     of_modes = [relative(actual, part) for actual, part in zip(ours.outputs.chunk(num_modes, dim=1), expected)]

@@ -1,8 +1,8 @@
 """The proof of embedding models: texts packed in one row, and rows that ranks share, against the padded model.
 
-The oracle is sentence-transformers as anyone runs it: one process, padded rows, the host's own attention. `packed` is
+The reference is sentence-transformers as anyone runs it: one process, padded rows, its own attention. `packed` is
 the same model on one process without padding, `shared` on all ranks, each with a share of every row. All of them get
-texts through the host's own tokenizing, and are compared by embeddings, the loss of multiple negatives and every
+texts through its own tokenizing, and are compared by embeddings, the loss of multiple negatives and every
 gradient.
 """
 
@@ -50,7 +50,7 @@ class EmbeddingPair:
         self.mesh = SequenceMesh.build(setting.sequence_parallel_size)
 
     def prove(self, kind: str, rounded: Numbers | None = None) -> RowsResult:
-        """Numbers of one kind of rows, and the outcome; `rounded`: the oracle's in less precision."""
+        """Numbers of one kind of rows, and the outcome; `rounded`: the reference's in less precision."""
         model = attempt(lambda: self._load(kind), ATTENTION[kind], "leave it padded, with attn_implementation='sdpa'")
         attempt(lambda: self._pack(model, kind))
         baseline = self._baseline_error(model, kind)
@@ -61,7 +61,7 @@ class EmbeddingPair:
         return judge(kind, errors, self.dtype, self.num_tokens(kind), baseline, measured)
 
     def rounding_of(self, rounded: EmbeddingPair, kind: str) -> float:
-        """How far the oracle in less precision is from this one."""
+        """How far the reference in less precision is from this one."""
         return self._distance(rounded.reference(kind))
 
     def num_tokens(self, kind: str) -> int:
@@ -69,7 +69,7 @@ class EmbeddingPair:
         return num_tokens_of(self.unsharded, sum(self.columns, []))
 
     def reference(self, kind: str) -> Numbers:
-        """The oracle's numbers: the same for both kinds."""
+        """The reference's numbers: the same for both kinds."""
         return self.numbers
 
     def _distance(self, rounded: Numbers) -> float:
@@ -131,7 +131,7 @@ class EmbeddingPair:
                 loss = MultipleNegativesRankingLoss(model)
             else:
                 loss = TiledMultipleNegativesRankingLoss(model, mini_batch_size=None, mesh=self.mesh)
-            loss.model = wrap(model, wrapper)  # as the host's trainer does
+            loss.model = wrap(model, wrapper)  # as sentence-transformers' trainer does
             return train_on_ranks(loss, model, columns, embeddings, wrapper)
 
     def _baseline_error(self, model: SentenceTransformer, kind: str) -> float:

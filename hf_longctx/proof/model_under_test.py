@@ -27,7 +27,7 @@ KINDS = ("dense", "even", "padded", "packed")
 EMBEDDING_KINDS = ("packed", "shared")
 WRAPPERS = ("none", "ddp", "fsdp2")
 DTYPES = ("float32", "float64")
-_UNREADABLE = (OSError, ValueError, KeyError)  # what the host raises for a configuration
+_UNREADABLE = (OSError, ValueError, KeyError)  # what transformers raises for a configuration
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class ModelUnderTest:
         chosen = task or task_of(config)
         config = copy.deepcopy(config)
         if chosen == "causal-lm" and getattr(config, "is_decoder", None) is False:
-            config.is_decoder = True  # as the host tells who builds one of these encoders to predict the next token
+            config.is_decoder = True  # as transformers requires for such an encoder that predicts the next token
         original = copy.deepcopy(config)
         if weights is not None:
             return cls(name, chosen, without_dropout(config), original, weights)
@@ -118,7 +118,7 @@ class ModelUnderTest:
 
 
 def validate_task(task: str | None, bidirectional: bool = False) -> None:
-    """Raise `ValueError` for a task that is none, or `ImportError` for one whose host is not installed."""
+    """Raise `ValueError` for a task that is none, or `ImportError` for one whose library is not installed."""
     if task is not None and task not in TASKS:
         raise ValueError(f"`task` ({task!r}) must be one of {', '.join(TASKS)}, or unset.")
     if bidirectional and task != "embedding":
@@ -134,7 +134,7 @@ def task_of(config: PretrainedConfig) -> str:
     """What the model is for: as its `architectures` say, else masked before causal language model before encoder.
 
     Raises:
-        ValueError: the host has no text model of this type.
+        ValueError: transformers has no text model of this type.
     """
     from transformers.models.auto import modeling_auto
 

@@ -1,6 +1,6 @@
 """Loss, outputs and every gradient: of one process on whole rows, and of the ranks that share them.
 
-One process runs the host's own attention on its own rows, packed documents one by one. It knows nothing of shards.
+One process runs transformers' own attention on its own rows, packed documents one by one. It knows nothing of shards.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Numbers:
 
 
 def of_one_process(model: torch.nn.Module, task: str, rows: Rows) -> Numbers:
-    """The oracle: the model as the host runs it, on one process."""
+    """The reference implementation: the model as transformers runs it, on one process."""
     model.zero_grad()
     outputs, loss, scale = _whole_rows(model.train(), task, rows)
     loss.backward()
@@ -248,7 +248,7 @@ def mean_gradients(model: torch.nn.Module, wrapper: str) -> dict[str, torch.Tens
 
 
 def wrap(model: torch.nn.Module, wrapper: str) -> torch.nn.Module:
-    """The model under whoever averages its gradients."""
+    """The model in the wrapper that averages its gradients."""
     if wrapper == "ddp":
         return torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     if wrapper == "fsdp2":

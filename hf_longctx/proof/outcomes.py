@@ -32,7 +32,7 @@ def attempt(step: Callable, attention: str = "", remedy: str = "set `sequence_pa
     """Run a step of ours. What we say in a message is a refusal; any other error is a defect.
 
     Args:
-        attention (`str`): the host loads a model on this attention of ours; whatever it raises is its refusal.
+        attention (`str`): transformers loads a model on this attention of ours; what it raises is its refusal.
         remedy (`str`): what to do then.
     """
     try:
@@ -84,5 +84,5 @@ def first_line(error: BaseException) -> str:
     if isinstance(error, CannotShrink):
         return str(error)
     text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    text = re.sub(r"/\S*/site-packages/", "", text)  # what is said here may be published
+    text = re.sub(r"/\S*/site-packages/", "", text)  # this text may be published
     return re.sub(rf"{re.escape(tempfile.gettempdir())}/\w+", "the folder", text)[:300]

@@ -30,7 +30,7 @@ class Rows:
             `position_ids` (packed).
         documents (`tuple`): `(row, start, stop)` of every document, for packed rows.
         shifts (`bool`): labels are the next tokens.
-        counts_itself (`bool`): one process counts positions itself, as users of the host let it.
+        counts_itself (`bool`): one process counts positions itself, as users of transformers let it.
     """
 
     kind: str
@@ -60,7 +60,7 @@ class Rows:
         """The same rows with `position_ids`, for a model that cannot count them on a share.
 
         Args:
-            start (`int`, *optional*): position that the host gives to a first token. It then counts for itself, save
+            start (`int`, *optional*): position that the model gives to a first token. It then counts for itself, save
                 in padded rows, where models differ and the batch decides. `None`: the batch always does.
         """
         ids = self.batch["input_ids"]

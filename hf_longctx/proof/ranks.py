@@ -39,7 +39,7 @@ _TICK = 0.2
 
 
 class RanksError(RuntimeError):
-    """A rank raised, ended or fell silent; `answers` holds what others said, in rank order, else `None`."""
+    """A rank raised, ended or stopped responding; `answers` holds the others' results, in rank order, else `None`."""
 
     def __init__(self, message: str, answers: list) -> None:
         super().__init__(message)
@@ -146,7 +146,7 @@ class Ranks:
             self._collect(self.limits.start)
             self._ready = True
         for pipe in self._pipes:
-            with contextlib.suppress(ConnectionError):  # a rank that has ended meanwhile is told below
+            with contextlib.suppress(ConnectionError):  # a rank that has ended meanwhile is reported below
                 pipe.send_bytes(message)
         return self._collect(self.limits.call if seconds is None else seconds)
 

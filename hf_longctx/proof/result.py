@@ -47,7 +47,7 @@ def tolerance(num_tokens: int) -> float:
     """What rounding may leave, relative to the largest entry.
 
     A gradient is a sum over all tokens that several ranks take in another order: a sum of `n` terms moves by at most
-    `n` units of rounding. In float64 the same is allowed, since hosts cast norms, softmax and the loss to float32
+    `n` units of rounding. In float64 the same is allowed, since models cast norms, softmax and the loss to float32
     inside; but there it is hardly ever used, and what rounding made of near ties is gone.
     """
     return num_tokens * _EPSILON
@@ -63,8 +63,8 @@ class RowsResult:
         errors ([`Errors`], *optional*): `None` where nothing was compared.
         tolerance (`float`, *optional*): what was allowed.
         dtype (`str`): in which the outcome was reached: float64 where float32 exceeded its tolerance.
-        blind (`float`, *optional*): error of the outputs without the exchange, or of embeddings of texts that see each
-            other, which shows that the proof could see one.
+        baseline (`float`, *optional*): error of the outputs without communication, or of embeddings of texts that see
+            each other, which shows that the proof could see one.
         message (`str`): why, for an outcome other than exact; else empty.
         seconds (`float`): of this kind.
     """
@@ -165,7 +165,7 @@ def judge(
     """The outcome on numbers of one precision.
 
     Args:
-        measured (`float`): how far one process in float32 is from itself in float64. A host that casts inside float64
+        measured (`float`): how far one process in float32 is from itself in float64. A model that casts inside float64
             leaves as much on either side, so twice that is allowed where it is more, but never over a thousandth.
     """
     allowed = max(tolerance(num_tokens), min(2 * measured, _MOST))

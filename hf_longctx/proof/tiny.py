@@ -63,13 +63,13 @@ def shrink(config: PretrainedConfig, sequence_parallel_size: int = 2) -> Pretrai
         sequence_parallel_size (`int`): ranks that will share the heads.
 
     Raises:
-        CannotShrink: the host does not take the small sizes, or some size stays large; the field is named.
+        CannotShrink: transformers rejects the small sizes, or some size stays large; the field is named.
     """
     values = shrink_values(config.to_dict(), sequence_parallel_size)
     _merge(values, HINTS.get(config.model_type, {}))
     try:
         return type(config).from_dict(values)
-    except Exception as error:  # the host validates in its own ways
+    except Exception as error:  # transformers validates in its own ways
         reason = (str(error).strip().splitlines() or [type(error).__name__])[-1]
         field = next((name for name in values if re.search(rf"\b{re.escape(name)}\b", str(error))), None)
         if field is None:

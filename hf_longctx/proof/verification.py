@@ -2,7 +2,7 @@
 a GPU.
 
 A tiny random model of the same architecture is compared with itself: loss, outputs and every gradient, on real
-processes. The other side is one process, whole rows and the host's own attention.
+processes. The other side is one process, whole rows and transformers' own attention.
 Price: that of importing torch in each process, then seconds.
 """
 
@@ -85,7 +85,7 @@ def verify(
 
 
 def run_proof(ranks: Ranks, tested: ModelUnderTest, setting: Setting, seconds: float) -> tuple[RowsResult, ...]:
-    """The outcome on every kind of rows, from ranks that live on. A rank that fell silent is a defect, told as one."""
+    """The outcome on every kind of rows, from ranks that live on. A rank that stops responding is a defect."""
     from .compare import prove
 
     try:

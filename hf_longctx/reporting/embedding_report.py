@@ -49,7 +49,7 @@ class EmbeddingReport(RunReport):
 
     def _write_card(self, folder: Path, picture: str | None) -> None:
         path = folder / "README.md"
-        if not path.is_file():  # the host writes its card with the model
+        if not path.is_file():  # sentence-transformers writes its card with the model
             return
         card = ModelCard.load(path, ignore_metadata_errors=True)
         card.data.tags = sorted({*(card.data.tags or []), *_TAGS})

@@ -200,7 +200,7 @@ def count_products(model: torch.nn.Module, config: PreTrainedConfig, trained_onl
                 )
             if weight.dim() == 3:
                 total += 2 * weight.numel() // weight.shape[0] * _experts_of_a_token(config)
-            elif not stacked:  # beside a stack, a matrix is its biases
+            elif not stacked:  # next to a stack, a matrix is its biases
                 total += 2 * weight.numel()
     return total
 

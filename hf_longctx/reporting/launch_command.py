@@ -43,7 +43,7 @@ def launch_command(arguments: Sequence[str] | None = None, environment: Mapping[
 
 def _launcher(environment: Mapping[str, str]) -> list[str]:
     num_nodes = environment.get("GROUP_WORLD_SIZE", "1")
-    if "ACCELERATE_DYNAMO_USE_FULLGRAPH" in environment:  # set by `accelerate launch` and nobody else
+    if "ACCELERATE_DYNAMO_USE_FULLGRAPH" in environment:  # set by `accelerate launch` only
         launcher = ["accelerate", "launch", "--num_processes", environment.get("WORLD_SIZE", "1")]
         if num_nodes != "1":
             launcher += ["--num_machines", num_nodes]

@@ -1,9 +1,9 @@
-"""`ThroughputMeter`: how fast a run is, in tokens and in arithmetic, and what memory it takes, in the host's own logs.
+"""`ThroughputMeter`: tokens a second, FLOPs and memory of a run, in the trainer's own logs.
 
 It looks at the batches as they enter the model, so that padding is left out and documents of a packed row count by
 themselves, and takes the time between optimizer steps, without evaluation and saving.
 Price: one gather of a few integers an optimizer step. Where documents must be read from a mask or from positions, the
-host waits for the device once a micro-batch; a sharded batch brings them along.
+CPU waits for the device once a micro-batch; a sharded batch brings them along.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class ThroughputMeter(TrainerCallback):
         self._learn_flops(inside or model, is_main=state.is_world_process_zero)
         if inside is None:
             self._hook = model.register_forward_pre_hook(self._see_batch, with_kwargs=True)
-        else:  # its host calls `forward` past the hooks of the inner model, and rows are cut on the way to it
+        else:  # sentence-transformers calls `forward` past the inner model's hooks, and rows are cut on the way to it
             self._hook = unwrap(model)[0].register_forward_hook(self._see_features)
         self._clock, self._seconds = time.perf_counter(), 0.0
 
@@ -177,7 +177,7 @@ class ThroughputMeter(TrainerCallback):
     @torch.compiler.disable
     def _see_batch(self, model: torch.nn.Module, args: tuple, batch: dict[str, object]) -> tuple | None:
         if not model.training or not torch.is_grad_enabled():
-            return None  # evaluation, probes and generation
+            return None  # evaluation, sanity checks and generation
         lengths, shard = document_lengths(batch), batch.get("sequence_shard")
         if lengths is not None:
             pairs = self.flops.count_pairs(lengths) if self.flops is not None else []
@@ -234,7 +234,7 @@ def _segments(batch: dict[str, object], rows: int, num_tokens: int, device: torc
         facts["position_ids"] = positions
     try:
         return segment_rows(facts, rows, num_tokens, device)[0]
-    except ValueError:  # bounds beside a mask or beside several rows: not for a meter to refuse
+    except ValueError:  # bounds with a mask or with several rows: not for a meter to refuse
         return segment_rows({"attention_mask": facts.get("attention_mask")}, rows, num_tokens, device)[0]
 
 

@@ -61,7 +61,7 @@ def _metadata(text: str) -> dict:
 
 
 def _merge(metadata: dict, metrics: dict) -> dict:
-    """What others said about the model, our tags, and no path of this machine."""
+    """Existing metadata of the model, our tags, and no path of this machine."""
     kept = [tag for tag in metadata.get("tags") or [] if _is_public(tag)]
     merged = {**metadata, "tags": sorted({*kept, *TAGS})}
     if not is_hub_name(merged.get("base_model")):

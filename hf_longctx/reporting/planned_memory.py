@@ -1,4 +1,4 @@
-"""`PlannedMemory`: what the planner says of the longest batch of a run, beside what the run really took.
+"""`PlannedMemory`: what the planner says of the longest batch of a run, next to what the run really took.
 
 The plan is made when training is over, for the longest micro-batch that came, so it costs nothing before the first
 step and needs no guess at the length of rows. Measured is what one process took: on a GPU what tensors took at most,
@@ -88,13 +88,13 @@ class PlannedMemory(TrainerCallback):
     @torch.compiler.disable
     def _see_batch(self, model: torch.nn.Module, args: tuple, batch: dict[str, object]) -> None:
         if not model.training or not torch.is_grad_enabled():
-            return  # evaluation, probes and generation
+            return  # evaluation, sanity checks and generation
         tokens = batch.get("input_ids")
         if isinstance(tokens, torch.Tensor) and tokens.numel() > self.rows * self.tokens:
             self.rows, self.tokens = tokens.shape
 
     def _measured(self) -> int:
-        """Bytes that training took at most on this rank; 0 if nobody knows."""
+        """Bytes that training took at most on this rank; 0 if unknown."""
         if peak_memory() <= self._before:
             return 0
         if device_memory() is not None:
@@ -124,11 +124,11 @@ class PlannedMemory(TrainerCallback):
 
 
 def settings_of(config: LongContextConfig, args, model: torch.nn.Module, tokens: int, rows: int) -> Settings:
-    """The run of a trainer as the planner sees it, without any rung.
+    """The run of a trainer as the planner sees it, without any preset.
 
     Args:
         config ([`LongContextConfig`]): of the run.
-        args (`TrainingArguments`): of the host.
+        args (`TrainingArguments`): of the run.
         model (`torch.nn.Module`): what is trained; adapters included.
         tokens (`int`): of a whole row.
         rows (`int`): of a micro-batch.
@@ -152,7 +152,7 @@ def settings_of(config: LongContextConfig, args, model: torch.nn.Module, tokens:
 
 
 def _bytes_beside(model: torch.nn.Module) -> int | None:
-    """What this process holds in memory beside `model`; `None` where the system does not tell."""
+    """What this process holds in memory in addition to `model`; `None` where the system does not tell."""
     resident = resident_bytes()
     if resident is None:
         return None

@@ -1,6 +1,6 @@
-"""`RunReport`: what a run leaves behind beside the model - numbers, a picture and a model card.
+"""`RunReport`: what a run leaves behind in addition to the model - numbers, a picture and a model card.
 
-It reads the host's own logs and counters, and what [`ThroughputMeter`] adds to them. At the end it writes
+It reads the trainer's own logs and counters, and what [`ThroughputMeter`] adds to them. At the end it writes
 `metrics.json`, `loss_and_throughput.png` and `README.md` into `output_dir`, on rank 0. It changes no number of the
 run.
 """
@@ -94,7 +94,7 @@ class RunReport(TrainerCallback):
     def write(self, folder: str | Path) -> None:
         """Write everything into `folder`; does nothing but on rank 0 and after training.
 
-        Saving a model may put a host's card in the place of ours, so call this again after `trainer.save_model()`.
+        Saving a model may replace our card with the trainer's, so call this again after `trainer.save_model()`.
         """
         if self.metrics is None:
             return
@@ -190,7 +190,7 @@ def _settings(args, data_parallel_size: int, dtype: torch.dtype | None) -> dict[
         "optimizer": str(getattr(args.optim, "value", args.optim)),
         "weights": str(dtype).removeprefix("torch."),
         "mixed_precision": "bf16" if args.bf16 else "fp16" if args.fp16 else "no",
-        "activation_checkpointing": bool(args.gradient_checkpointing),  # the name that older hosts know too
+        "activation_checkpointing": bool(args.gradient_checkpointing),  # the name that older transformers know too
         "seed": args.seed,
     }
 

@@ -1,6 +1,6 @@
 """Checkpoints that are whole or are not taken for one.
 
-A checkpoint carries the host's mark of an unfinished one until every rank has written its part, so whatever ends the
+A checkpoint carries transformers' mark of an unfinished one until every rank has written its part, so what ends the
 run in between leaves nothing that a later run could mistake. Before a run is resumed, its files are looked at, without
 reading the numbers in them: are they there, whole, of this model, and of a run that drew the same rows?
 """
@@ -25,14 +25,14 @@ from .replicas import has_dropout
 
 logger = logging.getLogger(__name__)
 
-UNFINISHED = "checkpoint-is-incomplete.txt"  # the host's own name for it
+UNFINISHED = "checkpoint-is-incomplete.txt"  # transformers' own name for it
 RUN_FILE = "hf_longctx.json"
 _NOT_COMPARED = ("world_size", "sequence_parallel_size", "split", "epoch_rows", "draws_rows")
 _TORCH_FILES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "pytorch_model*.bin")
 
 
 def write_checkpoint(trainer, folder: Path, write: Callable[[], None]) -> None:
-    """Call the host's `write` so that `folder` counts as a checkpoint only once all of it is there, on all ranks.
+    """Call transformers' `write` so that `folder` counts as a checkpoint only once all of it is there, on all ranks.
 
     Raises:
         RuntimeError: a file could not be written; what was written is removed, and the last whole checkpoint named.
@@ -75,7 +75,7 @@ def _is_written(folder: Path, mark: Path) -> bool:
 
 
 def run_facts(trainer) -> dict[str, object]:
-    """What decides which rows a step draws, beside the step's number; and how many processes ran."""
+    """What decides which rows a step draws, in addition to the step's number; and how many processes ran."""
     args, groups = trainer.args, trainer.mesh.data_parallel_size
     rows = args.train_batch_size * groups
     strategy = getattr(args, "train_sampling_strategy", "random")
@@ -120,13 +120,13 @@ def choose_checkpoint(trainer, wanted: str | bool | None) -> str | None:
 
     Args:
         trainer: built, not yet training.
-        wanted (`str` or `bool`, *optional*): as for the host's `train`. True: the newest that is whole in
+        wanted (`str` or `bool`, *optional*): as for transformers' `train`. True: the newest that is whole in
             `output_dir`; newer ones that are not are named in a warning.
 
     Raises:
         ValueError: on all ranks alike, with the file and what is wrong with it.
 
-    Communication: two gathers of a few words.
+    Communication: two gathers of a short message.
     """
     if not wanted:
         return None
@@ -232,8 +232,8 @@ def _check_rows(trainer, folder: Path) -> None:
     if saved.get("draws_rows") and trainer.args.process_index == 0:
         logger.warning(
             f"the collator or data set of the run that saved `{folder}` draws random numbers: training goes on with "
-            "the same rows, but the draws are not those of the uninterrupted run, because the host fetches ahead of "
-            "the random state it saves."
+            "the same rows, but the draws are not those of the uninterrupted run, because the trainer fetches ahead "
+            "of the random state it saves."
         )
     facts, had = run_facts(trainer), saved.get("rows_per_optimizer_step")
     if saved.get("epoch_rows") and had and saved["epoch_rows"] % had and saved["split"] != facts["split"]:

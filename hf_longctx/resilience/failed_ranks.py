@@ -1,8 +1,8 @@
 """Which rank failed, and why: every rank says it, also those that only lost the others.
 
 A rank that raises leaves its cause in the process group's store, where ranks whose connection breaks look for it. A
-rank that stops making progress leaves where it is, so that a hung collective is told by rank and call before torch's
-own timeout (`ddp_timeout`) ends the run without saying either.
+rank that stops making progress leaves where it is, so that a hung collective is reported by rank and call before
+torch's own timeout (`ddp_timeout`) ends the run without either.
 Price: nothing until a quarter of `ddp_timeout` has gone by without progress; a sleeping thread.
 """
 
@@ -31,7 +31,7 @@ _WAITING_FILES = ("distributed_c10d.py",)
 
 
 def clear_fault() -> None:
-    """Forget what this rank said about an earlier run."""
+    """Clear what this rank reported about an earlier run."""
     if dist.is_available() and dist.is_initialized():
         _store().set(_key("fault", dist.get_rank()), "")
 
@@ -61,7 +61,7 @@ def _tell_fault(error: BaseException, step: int) -> None:
             others = []
         else:
             others = [(other, _read("fault", other)) for other in range(size) if other != rank]
-    except Exception as broken:  # whoever kept the store is gone as well
+    except Exception as broken:  # the process that kept the store is gone as well
         others = []
         cause += f" (and the process group's store does not answer: {type(broken).__name__})"
     told = [f"rank {other} failed with {words}" for other, words in others if words]
@@ -69,9 +69,9 @@ def _tell_fault(error: BaseException, step: int) -> None:
         logger.error(f"rank {rank} of {size} stops after step {step} because {'; '.join(told)}")
     elif lost_others:
         logger.error(
-            f"rank {rank} of {size} stops after step {step}: it lost another rank, and none has said why ({cause}). A "
-            "process was killed (by the system for its memory, by the scheduler, with its machine) or hangs: the "
-            "launcher's report names the first that ended."
+            f"rank {rank} of {size} stops after step {step}: it lost another rank, and none has reported why "
+            f"({cause}). A process was killed (by the system for its memory, by the scheduler, with its machine) or hangs: "
+            "the launcher's report names the first that ended."
         )
     else:
         logger.error(f"rank {rank} of {size} stops after step {step}: {cause}")
@@ -151,7 +151,7 @@ def describe_hang(places: dict[int, dict], size: int, idle: float) -> str:
     for rank in sorted(range(size), key=lambda rank: (rank not in suspects, rank)):
         place = places.get(rank)
         if place is None:
-            lines.append(f"rank {rank} gives no sign: its process is stopped, has ended, or never gave Python a turn")
+            lines.append(f"rank {rank} did not respond: its process is stopped, has ended, or holds the GIL")
         else:
             kind = "waits for the others" if place["waits"] else "is in no collective, so the others wait for it"
             lines.append(f"rank {rank}, after step {place['step']}, {kind}: {place['words']}")

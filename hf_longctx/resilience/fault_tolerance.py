@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 class FaultToleranceMixin:
-    """Watches each optimizer step; has `long_context` and everything of a host trainer."""
+    """Watches each optimizer step; has `long_context` and everything of a transformers trainer."""
 
     _num_skipped_steps = 0
     _draws_rows, _iterator = False, None
@@ -36,7 +36,7 @@ class FaultToleranceMixin:
         self._termination = take_over_sigterm(self)
 
     def train(self, resume_from_checkpoint=None, *args, **kwargs):
-        """The host's, from a checkpoint that was looked at first; see [`choose_checkpoint`].
+        """transformers' own, from a checkpoint that was validated first; see [`choose_checkpoint`].
 
         Raises:
             SystemExit: with 143, after a SIGTERM under `enable_jit_checkpoint`, once the checkpoint is written.
@@ -68,7 +68,7 @@ class FaultToleranceMixin:
         write_checkpoint(self, folder, lambda: super(FaultToleranceMixin, self)._save_checkpoint(model, trial))
 
     def get_batch_samples(self, epoch_iterator, *args, **kwargs):
-        """The host's; notes whether a collator or data set draws random numbers in this process."""
+        """transformers' own; notes whether a collator or data set draws random numbers in this process."""
         began = epoch_iterator is self._iterator  # an epoch's first fetch draws a seed for workers
         before = random_state_hash(torch.device("cpu"), everyones=True)
         batches = super().get_batch_samples(epoch_iterator, *args, **kwargs)
@@ -77,8 +77,8 @@ class FaultToleranceMixin:
         return batches
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        """The host's, then a look at the numbers before the optimizer takes them."""
-        batch = dict(inputs)  # the host holds it for the whole step anyway
+        """transformers' own, then a look at the numbers before the optimizer takes them."""
+        batch = dict(inputs)  # transformers holds it for the whole step anyway
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._watches_numbers:
             self._micro_batches.append((batch, loss))

@@ -1,6 +1,6 @@
-"""A step whose loss or gradient is not finite: seen before the optimizer takes it, and told by layer, rank and row.
+"""A step whose loss or gradient is not finite: found before the optimizer step, and reported by layer, rank and row.
 
-One such step ruins all weights, and the host's log shows an average in place of the loss. Whether a step is taken is
+One such step ruins all weights, and transformers' log shows an average instead of the loss. Whether a step is taken is
 therefore decided once for all ranks, by the loss and by the norm of the gradient before it is clipped.
 Price: one pass over the gradients a step and one all-reduce of two integers; if it strikes, the step's forward and
 backward once more, to find out where.
@@ -48,7 +48,7 @@ def explain_step(trainer, model: torch.nn.Module, batches: list[dict], losses: l
     Returns:
         `dict`: `message`, equal on all ranks, and `ruined`, the name of a weight that is itself not finite, if any.
 
-    Communication: that of the forwards and backwards, and a gather of a few words; every rank must call it.
+    Communication: that of the forwards and backwards, and a gather of a short message; every rank must call it.
     """
     found = {
         "losses": [float(loss) for loss in losses],
@@ -99,9 +99,9 @@ def _message(everywhere: list[dict]) -> str:
     if places:
         parts.append("it begins " + "; ".join(places))
     elif any(found["unseen"] for found in everywhere):
-        parts.append("every forward is finite, and FSDP or re-entrant checkpointing lets nobody look at its backward")
+        parts.append("every forward is finite, and FSDP or re-entrant checkpointing hides its backward")
     else:
-        parts.append("run once more, the same batches gave finite numbers, so it comes and goes")
+        parts.append("not reproduced by running the same batches again (intermittent)")
     return "; ".join(parts)
 
 

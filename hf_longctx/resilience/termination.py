@@ -1,6 +1,6 @@
 """SIGTERM: a checkpoint after the running step, on all ranks alike, then an exit that a scheduler understands.
 
-The host has this too (`enable_jit_checkpoint`), but each of its ranks acts when its own signal arrives: one saves and
+transformers has this too (`enable_jit_checkpoint`), but each rank acts when its own signal arrives: one saves and
 leaves while the others begin the next step and wait for it. Here its argument is the switch, and the decision is
 reduced over the ranks together with that about finite numbers.
 """
@@ -18,7 +18,7 @@ EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Termination(TrainerCallback):
-    """Remembers a SIGTERM, and once all ranks know of it has the host save and stop.
+    """Remembers a SIGTERM, and once all ranks know of it makes the trainer save and stop.
 
     Args:
         is_on (`bool`): otherwise signals are left alone.
@@ -54,11 +54,11 @@ class Termination(TrainerCallback):
 
 
 def take_over_sigterm(trainer) -> Termination:
-    """Put ours in the place of the host's callback, which has already set its handler."""
+    """Replace transformers' callback with ours, which has already set its handler."""
     for callback in list(trainer.callback_handler.callbacks):
         if isinstance(callback, JITCheckpointCallback):
             callback.on_train_end(trainer.args, trainer.state, trainer.control)  # gives the signal back
             trainer.remove_callback(callback)
     termination = Termination(trainer.args.enable_jit_checkpoint)
-    trainer.add_callback(termination)  # last, so that nobody asks for an evaluation after it
+    trainer.add_callback(termination)  # last, so that no callback asks for an evaluation after it
     return termination

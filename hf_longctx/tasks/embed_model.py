@@ -1,4 +1,4 @@
-"""The sentence-transformer of a recipe: loaded as it is, or built from a transformer, and told what it has to be."""
+"""The sentence-transformer of a recipe: loaded as it is, or built from a transformer, and configured."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def load_embedder(args: EmbeddingModelArguments, size: int, seed: int) -> Senten
         module = Transformer(source, **options)
         pooling = Pooling(module.get_embedding_dimension(), args.pooling_mode)
         model = SentenceTransformer(modules=[module, pooling, *([Normalize()] if args.normalize else [])])
-    if model.tokenizer.pad_token is None:  # nothing is padded, but hosts ask for one
+    if model.tokenizer.pad_token is None:  # nothing is padded, but sentence-transformers asks for one
         model.tokenizer.pad_token = model.tokenizer.eos_token
     if args.stretch_positions is not None:
         stretch_positions(model, args.stretch_positions)

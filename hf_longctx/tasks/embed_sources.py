@@ -2,7 +2,7 @@
 
 A source is a data set on the Hub (`org/name`, `org/name:config`), one file of a data set there
 (`hf://datasets/org/name/file.jsonl.gz`), a jsonl, parquet or csv file or a folder of them, or pairs from installed
-packages (`docstrings:`, `modules:`, see `docstrings.py`). A source that cannot be had is said and left out.
+packages (`docstrings:`, `modules:`, see `docstrings.py`). An unavailable source is logged and left out.
 
 Files of JSON lines may hold objects with a key a column, or what the training data of sentence-transformers hold:
 `[anchor, positive]`, triplets, `{"set": [...]}`, `{"query": ..., "pos": [...], "neg": [...]}`. Of several positives or

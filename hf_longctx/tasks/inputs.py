@@ -40,7 +40,7 @@ LONG_SOURCE = 80_000  # characters; about 18,000 tokens
 
 @dataclass
 class RecipeArguments:
-    """Arguments of our own, beside those of the trainer, the model and our configs."""
+    """Arguments of our own, in addition to those of the trainer, the model and our configs."""
 
     dataset_name: str | None = field(
         default=None,
@@ -194,7 +194,7 @@ def train_and_save(trainer, report: RunReport, args) -> None:
     trainer.save_model()
     report.write(args.output_dir)
     if trainer.is_world_process_zero():
-        if args.push_to_hub:  # the host uploaded the folder with its own card
+        if args.push_to_hub:  # transformers uploaded the folder with its own card
             card = Path(args.output_dir, "README.md")
             HfApi(token=args.hub_token).upload_file(
                 path_or_fileobj=card, path_in_repo=card.name, repo_id=trainer.hub_model_id

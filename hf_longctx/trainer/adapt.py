@@ -1,4 +1,4 @@
-"""What a few decoders of the host need before they train on shares of rows, or on packed ones."""
+"""What a few decoders of transformers need before they train on shares of rows, or on packed ones."""
 
 from __future__ import annotations
 
@@ -18,5 +18,5 @@ def adapt_model(trainer) -> bool:
     follow_positions(trainer.model)
     own_loss = trainer.uses_model_loss and trainer.compute_loss_func is None and trainer.label_smoother is None
     if own_loss and expects_unshifted_labels(unwrap(trainer.model).config):
-        trainer._loss_shifts_labels = False  # the host goes by the name of the loss, which these models do not call
+        trainer._loss_shifts_labels = False  # transformers looks at the loss's name, which these models do not call
     return True

@@ -1,4 +1,4 @@
-"""What a sharded run cannot do, said before it starts. Every refusal names the value seen, the rule and the remedy."""
+"""Refusals of a sharded run, before it starts. Each names the value seen, the rule and the remedy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_arguments(args, config: LongContextConfig) -> None:
-    """Refuse `TrainingArguments` that would make a sharded run inexact. Without sharding everything is the host's."""
+    """Refuse `TrainingArguments` that would make a sharded run inexact. Without sharding nothing is refused."""
     if args is None or config.sequence_parallel_size == 1:
         return
     size = config.sequence_parallel_size
@@ -38,7 +38,7 @@ def check_arguments(args, config: LongContextConfig) -> None:
             )
     if getattr(args, "train_sampling_strategy", None) == "batch_rebalance":
         raise NotImplementedError(
-            "`train_sampling_strategy` ('batch_rebalance') deals rows to single processes, but the ranks of a group "
+            "`train_sampling_strategy` ('batch_rebalance') assigns rows to single processes, but the ranks of a group "
             "must read the same rows: use 'random', 'sequential' or 'group_by_length'."
         )
     refuse_dispatcher(args, "the ranks of a group must read the same rows")
@@ -66,13 +66,13 @@ def check_trainer(trainer) -> None:
         return
     if trainer.is_deepspeed_enabled:
         raise NotImplementedError(
-            f"DeepSpeed is configured beside `sequence_parallel_size` ({size}): its engine scales and partitions "
+            f"DeepSpeed is configured next to `sequence_parallel_size` ({size}): its engine scales and partitions "
             "gradients by its own rules; use DDP or FSDP2."
         )
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
         raise NotImplementedError(
-            f"FSDP version {plugin.fsdp_version} is configured beside `sequence_parallel_size` ({size}): use FSDP2, "
+            f"FSDP version {plugin.fsdp_version} is configured next to `sequence_parallel_size` ({size}): use FSDP2, "
             "with "
             '`fsdp_config={"fsdp_version": 2}`.'
         )
@@ -95,13 +95,13 @@ def _refuse_host_axes(parallelism, size: int) -> None:
         value = getattr(parallelism, name, None) or 1
         if value > 1:
             raise ValueError(
-                f"`ParallelismConfig({name}={value})` stands beside `sequence_parallel_size` ({size}): both would cut "
-                f"the batch; leave `{name}` at 1."
+                f"`ParallelismConfig({name}={value})` is set next to `sequence_parallel_size` ({size}): both would "
+                f"cut the batch; leave `{name}` at 1."
             )
 
 
 def check_model(model, config: LongContextConfig) -> None:
-    """Refuse a model that cannot be sharded, by what its configuration says. See `probe` for what it does."""
+    """Refuse a model that cannot be sharded, by its configuration. The sanity check looks at what it does."""
     size = config.sequence_parallel_size
     validate_kernel_available(config.inner_attention)
     if size == 1:

@@ -14,7 +14,7 @@ def end_training(trained: object) -> None:
 
     DDP's reducer owns the process group. Destroyed before it, the group stays alive until the interpreter takes the
     reducer down; the group then waits for its gloo threads and does not release the interpreter's lock, which such a
-    thread may need to free the tensors of the last all-reduce. The process hangs for ever or aborts. Here the reducer
+    thread may need to free the tensors of the last all-reduce. The process hangs forever or aborts. Here the reducer
     goes first, so the group ends at once, without the lock, and its threads with it. What else holds a group, such as
     a mesh in a variable of the script, keeps those threads to the end of the interpreter, but then releases the lock.
 

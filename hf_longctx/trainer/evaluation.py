@@ -33,18 +33,18 @@ class ShardedEvaluationMixin:
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            # A batch of filler alone has no token on any rank; its loss is then zero.
+            # A batch of dummy rows alone has no token on any rank; its loss is then zero.
             count = torch.as_tensor(self._get_num_items_in_batch([inputs], self.args.device)).clamp(min=1)
             loss = self.compute_loss(model, inputs, num_items_in_batch=count).detach()
         share = loss * count
         if self.args.average_tokens_across_devices:
-            share = share / self.mesh.world_size  # the host multiplied by it
+            share = share / self.mesh.world_size  # `compute_loss` multiplied by it
         targets = inputs["shift_labels"] if self.shifts_labels else inputs["labels"]
         self._eval_sums += torch.stack([share, (targets != IGNORE_INDEX).sum()]).to(self._eval_sums)
         return loss, None, None
 
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
-        """The host's loop, with the loss as the mean over all tokens of the set."""
+        """The trainer's loop, with the loss as the mean over all tokens of the set."""
         self._num_eval_steps = 0
         self._eval_sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)
         output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -54,7 +54,7 @@ class ShardedEvaluationMixin:
         return output
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """The host's log, with evaluation steps counted: the host derives them as if every process read other rows."""
+        """The trainer's log, with evaluation steps counted: it derives them as if every process read other rows."""
         for key in [key for key in logs if key.endswith("_runtime") and not key.startswith("train")]:
             speed = key.removesuffix("_runtime") + "_steps_per_second"
             if speed in logs and logs[key]:

@@ -1,4 +1,4 @@
-"""Data loaders of a sharded run, on accelerate's own machinery told the data-parallel size, not the process count.
+"""Data loaders of a sharded run, by accelerate, with the data-parallel size in place of the process count.
 
 Training streams come through here whether the run is sharded or not.
 """
@@ -28,9 +28,9 @@ logger = logging.getLogger(__name__)
 
 
 def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn, is_training: bool) -> DataLoader:
-    """The host's `_get_dataloader` for batches that are cut by the collator, and for training streams.
+    """transformers' `_get_dataloader` for batches that are cut by the collator, and for training streams.
 
-    Differences from the host: rows are dealt to groups, not to processes; random collators in workers are seeded by
+    Differences: rows are assigned to groups, not to processes; random collators in workers are seeded by
     group; streams are read by every group itself, and training does not stop where they end; evaluation counts every
     row once.
     """
@@ -75,7 +75,7 @@ def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn
         )
     if is_endless:
         warn_about_workers(args.dataloader_num_workers, trainer.train_dataset)
-        # Each pass is dealt by itself, and draws its workers' seed without moving the random numbers of the run.
+        # Each pass is distributed by itself, and draws its workers' seed without moving the random numbers of the run.
         generator = torch.Generator().manual_seed(trainer.data_seed + mesh.data_parallel_rank)
         loader = endless_loader(DataLoader(dataset, generator=generator, **arguments))
         return assign_to_groups(trainer, loader, 1)
@@ -88,7 +88,7 @@ def never_ends(trainer, dataset) -> bool:
 
 
 def check_streams(trainer) -> None:
-    """Refuse to wait for the end of a training stream, which has none, and to deal it in another way."""
+    """Refuse to wait for the end of a training stream, which has none, or to distribute it in another way."""
     dataset = trainer.train_dataset
     if not any(
         never_ends(trainer, each) for each in (dataset.values() if isinstance(dataset, Mapping) else [dataset])

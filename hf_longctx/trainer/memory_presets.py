@@ -1,7 +1,7 @@
 """What a run does to fit: tiled loss, tiled MLPs, checkpoints and their offload, as `MemoryConfig` says.
 
-Checkpointing is the host's own and is asked for in its arguments, before the host builds its trainer. MLPs are tiled
-when the model is there, and the loss once the probe has seen the model's own.
+Checkpointing is that of transformers, set in its arguments before its trainer is built. MLPs are tiled when the model
+is there, and the loss once the sanity check has seen the model's own.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 def prepare_memory(memory: MemoryConfig, long_context: LongContextConfig, args, model, collator) -> Preset:
-    """Choose the preset of a run, and switch on the host's checkpointing where it asks for that.
+    """Choose the preset of a run, and enable transformers' activation checkpointing where it asks for that.
 
     Args:
-        memory ([`MemoryConfig`]): `"auto"` takes the first rung of the ladder on which the run fits.
+        memory ([`MemoryConfig`]): `"auto"` takes the first preset with which the run fits.
         long_context ([`LongContextConfig`]): how many processes share a row.
         args (`TrainingArguments`, *optional*): changed in place.
         model: what the trainer was given.
@@ -39,7 +39,7 @@ def prepare_memory(memory: MemoryConfig, long_context: LongContextConfig, args, 
 
     Raises:
         ValueError: there are no `args` to change; `memory="auto"` does not know the model or how long rows are, or no
-            rung is enough for them; the host has not enough memory for the checkpoints that the rung offloads.
+            preset is enough for them; the node does not have enough CPU memory for the checkpoints that are offloaded.
     """
     if args is None and (memory.memory == "auto" or PRESETS[memory.memory].checkpointing):
         raise ValueError(
@@ -53,10 +53,10 @@ def prepare_memory(memory: MemoryConfig, long_context: LongContextConfig, args, 
     if args is not None and preset.offload and args.device.type != "cpu" and isinstance(model, torch.nn.Module):
         _validate_host_memory(memory, long_context, args, model, collator, preset)
     if args is not None and preset.checkpointing:
-        for name in ("activation_checkpointing", "gradient_checkpointing"):  # older hosts know the second only
+        for name in ("activation_checkpointing", "gradient_checkpointing"):  # older transformers know the second only
             if hasattr(args, name):
                 setattr(args, name, True)
-                # On a CPU the checkpoints are in host memory already, and the host would pin a copy and fail.
+                # On a CPU the checkpoints are in CPU memory already, and transformers would pin a copy and fail.
                 kwargs = {"use_reentrant": False, "offload": preset.offload and args.device.type != "cpu"}
                 setattr(args, f"{name}_kwargs", kwargs | (getattr(args, f"{name}_kwargs") or {}))
     return preset
@@ -133,7 +133,7 @@ def _plan(memory: MemoryConfig, long_context: LongContextConfig, args, model, co
     if not isinstance(model, torch.nn.Module):
         raise ValueError(
             f"`memory` ('auto') plans a model that is loaded, and `model` is {model!r}: load it with "
-            "`from_pretrained` and pass the object, or set `memory` to one of its rungs."
+            "`from_pretrained` and pass the object, or set `memory` to one of its presets."
         )
     settings = settings_of(long_context, args, model, tokens, args.per_device_train_batch_size)
     device_bytes = _device_bytes(args)
@@ -146,8 +146,8 @@ def _plan(memory: MemoryConfig, long_context: LongContextConfig, args, model, co
     if chosen is None:
         longest = planner.longest_tokens(planner.preset("max", settings), device_bytes)
         raise ValueError(
-            f"rows of {tokens:,} tokens need more than the {device_bytes / GIB:.1f} GiB of a device on every rung of "
-            f"`memory`; the longest that the plan has room for are {longest:,}: shorten rows, raise "
+            f"rows of {tokens:,} tokens need more than the {device_bytes / GIB:.1f} GiB of a device with every preset "
+            f"of `memory`; the longest that the plan has room for are {longest:,}: shorten rows, raise "
             f"`sequence_parallel_size` ({long_context.sequence_parallel_size}), or set `memory` to 'max' and try."
         )
     preset, settings = chosen
@@ -162,9 +162,9 @@ def _plan(memory: MemoryConfig, long_context: LongContextConfig, args, model, co
 def _validate_host_memory(
     memory: MemoryConfig, long_context: LongContextConfig, args, model, collator, preset: Preset
 ) -> None:
-    """Raise `ValueError` if the checkpoints of the longest row, of all ranks of this host, are more than it has free.
+    """Raise `ValueError` if the longest row's checkpoints, of all ranks of this node, exceed its free memory.
 
-    Where nobody tells how long rows are, or the model cannot be planned, nothing can be said.
+    Where the length of rows is unknown, or the model cannot be planned, nothing is checked.
     """
     from ..planner.memory_plan import Planner
 
@@ -180,9 +180,9 @@ def _validate_host_memory(
         return
     if needed > cpu_bytes:
         raise ValueError(
-            f"`memory` ({memory.memory!r}) keeps {needed / GIB:.2f} GiB of checkpoints in the memory of this host "
+            f"`memory` ({memory.memory!r}) keeps {needed / GIB:.2f} GiB of checkpoints in the CPU memory of this node "
             f"for rows of {tokens:,} tokens, and {cpu_bytes / GIB:.2f} GiB are free: shorten rows, start fewer "
-            "processes on a host, or set `memory` to 'checkpoint'."
+            "processes on a node, or set `memory` to 'checkpoint'."
         )
 
 

@@ -1,6 +1,6 @@
 """What a trainer adds to [`TrainerBase`] where its loss is a mean over tokens. No arithmetic beyond counting.
 
-Batches arrive from the data loader already cut, with their labels shifted over whole rows. The host then counts every
+Batches arrive from the data loader already cut, their labels shifted over whole rows. transformers then counts every
 token once over all ranks and accumulation steps and scales its loss by the world size, which is the gradient law; so
 `compute_loss` is not touched, and `training_step` only to look at what it gave.
 """
@@ -45,7 +45,7 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
         check_collator(self)
         self._wrap_losses()
         apply_memory(self, self._preset)
-        # FSDP places parameters when training starts; the probe then runs on the first batch.
+        # FSDP places parameters when training starts; the sanity check then runs on the first batch.
         if self.shards_batches and next(self.model.parameters()).device.type == self.args.device.type:
             self._sanity = self._check_sanity()
         elif not self.shards_batches:
@@ -78,12 +78,12 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
     def shifts_labels(self) -> bool:
         """Whether the model predicts the next token, so that labels are shifted before they are cut."""
         loss_type = getattr(unwrap(self.model), "loss_type", None)
-        # The host falls back to this loss for a class whose name it does not know, such as GPT-2's.
+        # transformers falls back to this loss for a class whose name it does not know, such as GPT-2's.
         return self._loss_shifts_labels or loss_type not in LOSS_MAPPING
 
     @property
     def uses_model_loss(self) -> bool:
-        """Whether the host takes the loss from the model, not from its own head."""
+        """Whether the trainer takes the loss from the model, not from its own head."""
         return True
 
     @property

@@ -1,4 +1,4 @@
-"""Packed rows in a trainer: rows built by token budget, dealt evenly to the groups, and checked for leaks once.
+"""Packed rows in a trainer: rows built by token budget, assigned evenly to the groups, and checked for leaks once.
 
 The overridden methods of [`TrainerBase`] call these; nothing here is arithmetic of the model.
 """
@@ -36,14 +36,14 @@ def check_collator(trainer) -> None:
 def pack_dataset(trainer, dataset, description: str, group_size: int, sampler_fn, is_training: bool):
     """The data set's documents as packed rows, and who orders them.
 
-    Columns that the model does not know are dropped first, where the host would. In training, where the host would
+    Columns that the model does not know are dropped first, where the trainer would. In training, where it would
     shuffle, the `group_size` rows of one step have nearly the same cost; those of a stream are chosen within a buffer.
 
     Returns:
-        tuple of the packed rows and the function that makes their sampler, as the host's `sampler_fn`.
+        tuple of the packed rows and the function that makes their sampler, as transformers' `sampler_fn`.
 
     Raises:
-        ValueError: the host is told to sort rows by length.
+        ValueError: the arguments ask to sort rows by length.
     """
     strategy = getattr(trainer.args, "train_sampling_strategy", "random")
     if is_training and strategy in ("group_by_length", "batch_rebalance"):
@@ -71,7 +71,7 @@ def check_packed_batch(trainer, inputs: dict[str, object]) -> bool:
     """Prove on a miniature of the first packed batch that this model keeps its documents apart.
 
     Returns:
-        `bool`: whether that is settled. `False`: no row has two documents yet, so look again; where the host runs its
+        `bool`: whether that is settled. `False`: no row has two documents yet, so look again; where the model runs its
         own attention, or weights are sharded over all ranks, only the first batch is looked at.
 
     Raises:
@@ -90,10 +90,10 @@ def check_packed_batch(trainer, inputs: dict[str, object]) -> bool:
             return True
         lengths = lengths if packed else [_CHECKED_TOKENS] * 3
     elif not packed:
-        return shard is None  # reading the documents of every batch again would cost the host's run
+        return shard is None  # reading the documents of every batch again would slow an unsharded run
     model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.accelerator.unwrap_model(trainer.model)
     batch = _miniature(trainer, inputs, lengths, unwrap(model).config.get_text_config().vocab_size)
-    settings = {"check_gradients": not sharded_weights}  # whoever shards the weights owns their backward
+    settings = {"check_gradients": not sharded_weights}  # the wrapper that shards the weights owns their backward
     if shard is not None:
         settings |= {"mesh": trainer.mesh, "inner_attention": trainer.long_context.inner_attention}
     try:
@@ -106,7 +106,7 @@ def check_packed_batch(trainer, inputs: dict[str, object]) -> bool:
 
 
 def _segments_of_batch(inputs: dict[str, object]) -> torch.Tensor | None:
-    """Documents of a batch that goes to the host's own attention."""
+    """Documents of a batch that goes to the model's own attention."""
     ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
     if not isinstance(ids, torch.Tensor) or (isinstance(positions, torch.Tensor) and positions.dim() != 2):
         return None

@@ -1,9 +1,9 @@
 """Prove on a tiny batch, before training, that this model under sharding is this model.
 
 What a configuration says can be wrong; what a model does cannot. Two short rows (one padded on the left) go through
-the model unsharded, sharded, and cut without telling it. Sharded must equal unsharded; if it equals the blind run
-instead, some layer never saw the shard. The loss is checked the same way: it must be a token mean that obeys
-`num_items_in_batch`.
+the model unsharded, sharded, and cut without communication. Sharded must equal unsharded; if it equals the run
+without communication instead, some layer never saw the shard. The loss is checked the same way: it must be a token
+mean that obeys `num_items_in_batch`.
 Price: three forwards of `4 P - 1` tokens, and one exchange each.
 """
 
@@ -122,7 +122,7 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityRe
         last_padding = ~valid & torch.nn.functional.pad(valid, (0, 1))[:, 1:]
         if shift_labels:
             padding = _whole_rows(local, mesh, last_padding), one_process[last_padding]
-            # Two kernels side by side are no one kernel of the host's, and kernels disagree about what padding sees.
+            # Two kernels do not equal one kernel of transformers, and kernels disagree about what padding sees.
             kernels = {kernel for _, kernel, *_ in share["sequence_shard"].kernel_plans}
             padding_predicts = len(kernels) > 1 or not _difference(*padding) <= _noise(explicit)
     ignores = check_loss and _loss_ignores_count(model, share, local.shape[-1], shift_labels)
@@ -130,7 +130,7 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityRe
 
 
 def _on_a_share(model, name: str, share: dict[str, object]) -> torch.Tensor:
-    """Outputs of a share; an error of the model's own code, which never saw one, is told as what it means."""
+    """Outputs of a share; an error of the model's own code, which never saw one, is reported as what it means."""
     try:
         return model(**share)[0]
     except Exception as error:
@@ -168,7 +168,7 @@ def _noise(output: torch.Tensor) -> float:
 
 
 def _validate_outputs(name: str, sharded, unaware, error: float, baseline_error: float) -> None:
-    # In half precision a router may choose another expert for a near tie; such an error stays far below the blind one.
+    # In half precision a router may choose another expert for a near tie; such an error stays far below the baseline.
     near = sharded.dtype not in (torch.float64, torch.float32) and error < baseline_error / 5
     if error <= _noise(sharded) or near:
         return

@@ -64,7 +64,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=384, help="size of an embedding, D")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cores", type=int, default=os.cpu_count())
-    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written beside it")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written next to it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 

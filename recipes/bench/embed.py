@@ -5,13 +5,13 @@ What: MiniLM, docstring and function, `MultipleNegativesRankingLoss` and its cac
 `LongContextSentenceTransformerTrainer` with `TiledMultipleNegativesRankingLoss`. All get the same rows.
 
 How: every measurement is a fresh process. Its first step gives the memory, and its loss and gradients must equal those
-of the padded host; the steps behind it give the seconds. Contenders take turns within a round. *Step memory* is the
+of padded ST; the steps behind it give the seconds. Contenders take turns within a round. *Step memory* is the
 high-water mark less what was held before: weights are out, gradients are in.
 Price: on 2 cores, some 10 minutes and 6 GB at the defaults.
 
     python recipes/bench/embed.py --output docs/benchmarks/embed_cpu.md
 
-With `--stsb FILE` (message, message, score from 0 to 5 a line) the model is scored there too: padded, packed, and
+With `--stsb FILE` (sentence, sentence, score from 0 to 5 a line) the model is scored there too: padded, packed, and
 packed with every row shared by two processes.
 """
 
@@ -60,7 +60,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2, help="rounds; the table shows the median of all steps")
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--stsb", type=Path, help="a csv file of the STS benchmark, to be scored")
-    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written beside it")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written next to it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -73,7 +73,7 @@ def run_once(contender: str, max_length: int, args: argparse.Namespace, folder: 
 
 
 def summarize(rows: list[dict], cores: int) -> None:
-    """Add medians, and ratios to the padded host of the same kind and length."""
+    """Add medians, and ratios to padded ST of the same kind and length."""
     for row in rows:
         steps = [step for run in row["runs"] for step in run["runs_of_steps"]]
         for key in ("seconds", "cpu_seconds"):
@@ -86,10 +86,10 @@ def summarize(rows: list[dict], cores: int) -> None:
     for row in rows:
         cached = row["contender"].endswith(CACHED)
         same = [r for r in rows if r["max_length"] == row["max_length"] and r["contender"].endswith(CACHED) == cached]
-        host = next(other for other in same if other["contender"].startswith(STOCK))
+        stock = next(other for other in same if other["contender"].startswith(STOCK))
         for name, key in (("speed_up", "seconds"), ("cpu_speed_up", "cpu_seconds")):
-            row[name] = host[key] / row[key]
-        row["memory"] = row["step_bytes"] / host["step_bytes"]
+            row[name] = stock[key] / row[key]
+        row["memory"] = row["step_bytes"] / stock["step_bytes"]
 
 
 def cells(row: dict) -> list[str]:
@@ -128,14 +128,14 @@ def score_stsb(args: argparse.Namespace) -> dict[str, float] | None:
 
 
 def _padding(rows: list[dict]) -> str:
-    """The share of padding in the padded host's tokens, for every length."""
+    """The share of padding in padded ST's tokens, for every length."""
     tokens = {(row["max_length"], row["contender"]): row["tokens"] for row in rows}
     lengths = dict.fromkeys(row["max_length"] for row in rows)
     return ", ".join(f"{1 - tokens[n, PACKED] / tokens[n, STOCK]:.0%} at {n}" for n in lengths)
 
 
 def write_report(result: dict, path: Path) -> None:
-    """Write `path` (Markdown) and the raw JSON beside it."""
+    """Write `path` (Markdown) and the raw JSON next to it."""
     settings, rows = result["settings"], result["rows"]
     busiest = max(row["other_load"] for row in rows)
     lines = [
@@ -154,10 +154,10 @@ def write_report(result: dict, path: Path) -> None:
             "",
         ]
     lines += [
-        "- *speed-up*: to the padded host of the same kind, by the clock, and by CPU seconds in brackets.",
+        "- *speed-up*: to padded ST of the same kind, by the clock, and by CPU seconds in brackets.",
         "- *step MB*: the most memory of the first step beyond what was held before it (weights, batch), gradients",
-        "  included; *memory*: its ratio to the padded host of the same kind.",
-        "- *gradient error*: all gradients against the padded host's (uncached), relative to their norm; no dropout.",
+        "  included; *memory*: its ratio to padded ST of the same kind.",
+        "- *gradient error*: all gradients against padded ST's (uncached), relative to their norm; no dropout.",
         f"- *tokens in the step*: what the model computes, padding included, which is {_padding(rows)}. Gains follow",
         "  that share, and it differs from batch to batch.",
         "",

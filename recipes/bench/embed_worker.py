@@ -77,7 +77,7 @@ def build_step(settings: dict, rows: list[dict], folder: str) -> tuple[SentenceT
 
 
 def measure(settings: dict) -> dict:
-    """A first step for memory and gradients, which are compared with the padded host's, then `steps` for the clock."""
+    """A first step for memory and gradients, which are compared with padded ST's, then `steps` for the clock."""
     torch.manual_seed(0)
     torch.set_num_threads(settings["cores"])
     rows = read_pairs(settings["pairs"], settings["batch_size"])

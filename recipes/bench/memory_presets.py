@@ -1,10 +1,10 @@
-"""Memory and seconds of one training step on every rung of `MemoryConfig(memory=...)`, alone and sharded.
+"""Memory and seconds of one training step with every preset of `MemoryConfig(memory=...)`, alone and sharded.
 
 What: whole steps of `LongContextTrainer` on a Llama with random weights, one row a step, in rows of several lengths.
 From the lines through them follows the longest row that a given memory holds. On a CPU `"max"` is left out, since
-checkpoints are in the host's memory already.
+checkpoints are in CPU memory already.
 
-How: every measurement is a run of its own (`memory_presets_worker.py`); of all rungs the loss and the gradient's norm
+How: every measurement is a run of its own (`memory_presets_worker.py`); of all presets the loss and gradient norm
 must be those of the first. Memory is the high-water mark of the step less what the process held before it, with
 weights, optimizer state and libraries: gradients, activations, logits and temporaries. Price: on 2 cores, some 15
 minutes and 10 GB at the defaults.
@@ -57,10 +57,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vocab", type=int, default=65536)
     parser.add_argument("--head_size", type=int, default=64)
     parser.add_argument("--budget", type=float, default=4, help="GB of a step, for the longest row")
-    parser.add_argument("--ranks", type=int, default=2, help="processes that share a row on the sharded rungs")
+    parser.add_argument("--ranks", type=int, default=2, help="processes that share a row in the sharded runs")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="cores that every rung shares out")
-    parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written beside it")
+    parser.add_argument("--cores", type=int, default=os.cpu_count(), help="cores that every run shares out")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written next to it")
     args = parser.parse_args(arguments)
     args.intermediate = args.intermediate or 4 * args.hidden
     args.dtype = "float32" if args.device == "cpu" else "bfloat16"
@@ -107,7 +107,7 @@ def run_once(rung: Rung, tokens: int, args: argparse.Namespace, folder: Path) ->
 
 
 def measure_all(args: argparse.Namespace, folder: Path) -> list[dict]:
-    """One row per length and rung."""
+    """One row per length and preset."""
     rows = []
     for tokens in sorted(set(args.tokens)):
         expected = None

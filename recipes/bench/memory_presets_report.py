@@ -16,15 +16,15 @@ READING = """\
 - *KB a token*: by how much it grows with each token of the row, from the two longest rows.
 - *longest row*: where that line meets {budget:g} GB. It is calculated, not run; far beyond the rows that were run it
   is an order of magnitude.
-- *CPU time*: processor seconds of all ranks together, relative to the first rung at the same length: what a rung
+- *CPU time*: processor seconds of all ranks together, relative to the first preset at the same length: what a preset
   costs in work.
 - *others*: the share of the cores that other programs used during the step.
-- Loss and gradient norm of every rung equal those of the first, or the run stops.
+- Loss and gradient norm of every preset equal those of the first, or the run stops.
 """
 
 
 def summarize(result: dict) -> None:
-    """Add ratios to each row, and to `result` what follows for each rung."""
+    """Add ratios to each row, and to `result` what follows for each preset."""
     rows, settings = result["rows"], result["settings"]
     first = {}
     for row in rows:
@@ -47,7 +47,7 @@ def summarize(result: dict) -> None:
 
 def headers(result: dict) -> list[str]:
     return [
-        "rung",
+        "preset",
         *(f"step GB, {tokens:,}" for tokens in _lengths(result)),
         "KB a token",
         f"longest row in {result['settings']['budget']:g} GB",
@@ -70,15 +70,15 @@ def cells(result: dict, rung: dict) -> list[str]:
 
 
 def write_report(result: dict, path: Path) -> None:
-    """Write `path` (Markdown), and the raw JSON and the picture beside it."""
+    """Write `path` (Markdown), and the raw JSON and the picture next to it."""
     draw_chart(result, path.with_suffix(".png"))
     settings = result["settings"]
     lines = [
-        f"# The memory ladder on {device_of(result)}",
+        f"# Memory presets on {device_of(result)}",
         "",
         f"A Llama with random weights: {settings['layers']} layers, hidden size {settings['hidden']}, MLP "
         f"{settings['intermediate']}, {settings['vocab']:,} words, {settings['dtype']}, AdamW, one row a step, on the "
-        "rungs of `MemoryConfig(memory=...)`.",
+        "presets of `MemoryConfig(memory=...)`.",
         "",
         markdown_table(headers(result), (cells(result, rung) for rung in result["rungs"])),
         "",
@@ -104,7 +104,7 @@ def busy_note(result: dict) -> list[str]:
 
 
 def draw_chart(result: dict, path: Path) -> None:
-    """Memory of a step over the length of the row, a line for each rung, and the longest row of each."""
+    """Memory of a step over the length of the row, a line for each preset, and the longest row of each."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""One rung of the ladder in processes of its own: `LongContextTrainer` takes a short step, then the measured one.
+"""One memory preset in processes of its own: `LongContextTrainer` takes a short step, then the measured one.
 
 Started by `memory_presets.py`, alone or once per rank by torchrun. It reads its settings from one JSON argument, and
 rank 0 writes its numbers to `result`. The short step warms up and makes the optimizer's state; the measured one is a

@@ -4,7 +4,7 @@ What: forward with the causal loss and backward of a Llama with random weights o
 random batches with the stock `sdpa`, (b) in rows of TRL's best-fit packing with the stock `sdpa`, which masks a row
 with `T x T` entries, (c) in rows of `PackedDataset` with `attn_implementation="packed"`. Lengths are spread like those
 of FLAN (very ragged) and OrcaMath (less so); one more case is a row of 16 equal documents, where (b) and (c) differ in
-the mask only. On CUDA everything is bfloat16, and (b) runs `flash_attention_2` too where it is installed; nobody has
+the mask only. On CUDA everything is bfloat16, and (b) runs `flash_attention_2` too where it is installed; no one has
 measured that mode yet.
 
 How: every variant of a case is a process of its own (`packing_worker.py`), so its peak memory is its own; they take
@@ -118,7 +118,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="threads of each process, one at work at a time"
     )
-    parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written beside it")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written next to it")
     args = parser.parse_args(arguments)
     on_cpu = args.device == "cpu"
     args.row_tokens = args.row_tokens or (2048 if on_cpu else 16384)

@@ -46,7 +46,7 @@ def from_mean(label: str, mean: float, deviation: float) -> Mix:
     return Mix(label, np.log(mean) - variance_log / 2, np.sqrt(variance_log))
 
 
-# FLAN puts one-line questions beside whole articles: short on average, and very uneven. A median of 150 tokens and a
+# FLAN puts one-line questions next to whole articles: short on average, and very uneven. A median of 150 tokens and a
 # deviation of 1 in the logarithm give a mean of 243, one document in twenty under 29 tokens and one in a hundred over
 # 1,500. OrcaMath is word problems with worked solutions: longer and more alike, 400 tokens on average, 200 up or down.
 # What counts here is the padding they cause. In random batches of 4 it is 54 % and 35 %, so leaving it out can make

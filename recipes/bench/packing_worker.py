@@ -5,7 +5,7 @@ Started by `packing.py` with its settings as one JSON argument. It reads command
 
 A measurement is forward and backward of all batches of the variant, one after another; gradients add up, as they do
 over accumulation steps. Peak memory is the process's largest resident set since the measurement began (on CUDA: the
-allocator's peak); what the process held with the model built is reported beside it.
+allocator's peak); what the process held with the model built is reported next to it.
 """
 
 from __future__ import annotations

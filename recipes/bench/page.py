@@ -70,7 +70,7 @@ def markdown_table(headers: Sequence[str], rows: Iterable[list[str]]) -> str:
 
 
 def write_page(path: Path, result: dict, lines: list[str], raw: str = "every run") -> None:
-    """Write `lines` to `path` with how they were measured below them, and `result` as JSON beside it.
+    """Write `lines` to `path` with how they were measured below them, and `result` as JSON next to it.
 
     Args:
         raw (`str`): what the JSON holds.

@@ -1,8 +1,8 @@
-"""How good the memory planner is: the planned peak of a training step beside the one that a process really had.
+"""How good the memory planner is: the planned peak of a training step next to the one that a process really had.
 
 What: three shapes of models (Llama; Qwen3 with grouped heads and a large tied vocabulary; GPT-2 with biases, dropout
-and fused projections), each at two lengths and on every rung of `memory` that a CPU has, with AdamW in fp32. The plan
-is made from the configuration alone, before anything runs.
+and fused projections), each at two lengths and with every preset of `memory` that a CPU has, with AdamW in fp32. The
+plan is made from the configuration alone, before anything runs.
 
 How: each measurement is a process of its own (`hf_longctx/planner/measure.py`) that loads its libraries, warms up,
 builds the model and takes two steps; measured is the largest resident set during the second less what the process held
@@ -36,7 +36,7 @@ from hf_longctx.planner.settings import Settings
 
 console = Console(width=max(Console().width, 120))
 RUNGS = [name for name, preset in PRESETS.items() if not preset.offload]
-# Of the loss and of the MLPs: short beside a row, so that tiles are what is measured.
+# Of the loss and of the MLPs: short next to a row, so that tiles are what is measured.
 TILE_TOKENS = 128
 _SMALL = {"hidden_size": 512, "num_attention_heads": 8, "max_position_embeddings": 8192}
 SHAPES: dict[str, tuple[PretrainedConfig, tuple[int, ...]]] = {
@@ -71,7 +71,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", nargs="+", type=int, help="lengths of a row; two for each shape unless given")
     parser.add_argument("--optimizer", choices=("adamw", "adafactor", "sgd"), default="adamw")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds until a measurement is given up")
-    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written beside it")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written next to it")
     args = parser.parse_args(arguments)
     if not can_measure("cpu"):
         raise RuntimeError("this system does not tell what a process held at most: run this under Linux.")

@@ -1,4 +1,4 @@
-"""How `planner.py` shows its numbers: a table in the terminal, and a Markdown page with the raw JSON beside it."""
+"""How `planner.py` shows its numbers: a table in the terminal, and a Markdown page with the raw JSON next to it."""
 
 from __future__ import annotations
 
@@ -67,12 +67,12 @@ def summary(result: dict) -> str:
 
 
 def write_report(result: dict, path: Path) -> None:
-    """Write `path` (Markdown), and the raw JSON beside it."""
+    """Write `path` (Markdown), and the raw JSON next to it."""
     settings = result["settings"]
     lines = [
         "# The memory planner on a CPU: planned and measured peak of a training step",
         "",
-        f"One row a step, fp32, {settings['optimizer']}; tiles of {settings['tile_tokens']} tokens where a rung has "
+        f"One row a step, fp32, {settings['optimizer']}; tiles of {settings['tile_tokens']} tokens where a preset has "
         "any.",
         "",
         *(f"- *{name}*: {words}" for name, words in result["shapes"].items()),

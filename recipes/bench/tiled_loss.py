@@ -68,7 +68,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the table shows their median")
     parser.add_argument("--repeat_up_to", type=int, default=4096, help="longer rows are measured once, last")
     parser.add_argument("--minutes", type=float, default=120, help="start no further round after this time")
-    parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written beside it")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written next to it")
     args = parser.parse_args(arguments)
     args.dtype = "float32" if args.device == "cpu" else "bfloat16"
     if not 0 <= args.ignored < 1:

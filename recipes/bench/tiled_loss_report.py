@@ -101,7 +101,7 @@ def checks(result: dict) -> list[str]:
 
 
 def write_report(result: dict, path: Path) -> None:
-    """Write `path` (Markdown), and the raw JSON and the chart beside it."""
+    """Write `path` (Markdown), and the raw JSON and the chart next to it."""
     draw_chart(result, path.with_suffix(".png"))
     settings = result["settings"]
     rounds = sorted({(row["tokens"], len(row["runs"])) for row in result["rows"] if not row["failed"]})

@@ -45,7 +45,7 @@ def ours(settings: dict) -> Loss:
 
 
 def ours_metrics(settings: dict) -> Loss:
-    """With entropy and top-1 hits of every token, which nobody differentiates."""
+    """With entropy and top-1 hits of every token, which are not differentiated."""
     from hf_longctx.losses.tiled_scores import tiled_token_scores
 
     def loss(hidden, weight, labels):

@@ -52,7 +52,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the table shows their median")
-    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written beside it")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written next to it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -148,7 +148,7 @@ def cells(row: dict) -> list[str]:
 
 
 def write_report(result: dict, path: Path) -> None:
-    """Write `path` (Markdown) and the raw JSON beside it."""
+    """Write `path` (Markdown) and the raw JSON next to it."""
     settings, rows = result["settings"], result["rows"]
     busy = settings["device"] == "cpu" and max(row["other_load"] for row in rows) > QUIET
     lines = [

@@ -87,7 +87,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the table shows their median")
     parser.add_argument("--minutes", type=float, default=120, help="start no further round after this time")
     parser.add_argument("--peer_python", help=f"the Python of an environment with {PEER}; omitted: no such row")
-    parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written beside it")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written next to it")
     args = parser.parse_args(arguments)
     on_cpu = args.device == "cpu"
     args.tokens = args.tokens or ([4096, 8192] if on_cpu else [8192, 32768, 131072])

@@ -133,7 +133,7 @@ def quietness(result: dict) -> str:
 
 
 def write_report(result: dict, path: Path) -> None:
-    """Write `path` (Markdown), and the raw JSON and the chart beside it."""
+    """Write `path` (Markdown), and the raw JSON and the chart next to it."""
     draw_chart(result, path.with_suffix(".png"))
     settings = result["settings"]
     measured = [row for row in result["rows"] if not row["failed"]]

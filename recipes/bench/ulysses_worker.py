@@ -6,7 +6,7 @@ writes its numbers to `result`.
 
 A step is what a training loop does with one full row: cut it, forward with the causal loss, backward. Gradients are
 then averaged over ranks, as a wrapper would, outside the timed part. Peak memory is the process's largest resident set
-during the step (on CUDA: the allocator's peak); what it held before, with the model built, is reported beside it.
+during the step (on CUDA: the allocator's peak); what it held before, with the model built, is reported next to it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def make_batch(settings: dict, tokens: int) -> dict[str, torch.Tensor]:
 
 
 def stock_loss(model, settings: dict) -> Callable:
-    """One process, the host's own kernel."""
+    """One process, transformers' own kernel."""
     model.set_attn_implementation(settings["kernel"])
     return lambda batch: model(**batch).loss
 

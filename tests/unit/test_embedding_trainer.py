@@ -161,7 +161,7 @@ def test_texts_that_would_be_cut_off_are_counted_before_training(caplog):
 def test_an_empty_text_is_refused_by_row_and_column():
     rows = [{"a": "w1", "b": "w2"}, {"a": "w3 w4", "b": "  "}]
     with pytest.raises(
-        ValueError, match="the text of column `b` in row 1 of a batch of 2 is empty .beside it: 'w3 w4'"
+        ValueError, match="the text of column `b` in row 1 of a batch of 2 is empty .next to it: 'w3 w4'"
     ):
         refuse_empty_texts(rows)
 

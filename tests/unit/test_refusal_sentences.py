@@ -229,8 +229,8 @@ SENTENCES = [
         V,
         "one process sees 4 GPUs and would use `DataParallel`",
     ),
-    (lambda: checks.check_trainer(trainer_with(is_deepspeed_enabled=True)), N, "DeepSpeed is configured beside"),
-    (lambda: checks.check_trainer(fsdp_of_version(1)), N, "FSDP version 1 is configured beside"),
+    (lambda: checks.check_trainer(trainer_with(is_deepspeed_enabled=True)), N, "DeepSpeed is configured next to"),
+    (lambda: checks.check_trainer(fsdp_of_version(1)), N, "FSDP version 1 is configured next to"),
     (
         lambda: checks.check_model(build("llama", "sdpa"), TWO),
         V,

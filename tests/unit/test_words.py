@@ -27,7 +27,9 @@ FILES = sorted(
     )
     for path in ROOT.glob(pattern)
     # made from the code and its tests; benchmarks
-    if path != THIS and "bench" not in path.parts and path.name not in ("refusals.md", "conformance.md", "conformance_embeddings.md")
+    if path != THIS
+    and "bench" not in path.parts
+    and path.name not in ("refusals.md", "conformance.md", "conformance_embeddings.md")
 )
 
 RETIRED = {

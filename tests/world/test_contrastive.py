@@ -304,5 +304,5 @@ def unbound() -> None:
 
 
 def test_a_loss_without_a_mesh_is_refused_on_several_processes(world2):
-    with pytest.raises(RanksError, match=r"runs on 2 processes and was not told which of them hold different rows"):
+    with pytest.raises(RanksError, match=r"runs on 2 processes and does not know which of them hold different rows"):
         world2.run(unbound)

@@ -177,7 +177,7 @@ def test_offload_that_the_host_has_no_memory_for_is_refused(one_planner, monkeyp
     assert memory_presets.prepare_memory(config, LongContextConfig(), args, model, None).name == "max"
     assert args.gradient_checkpointing_kwargs["offload"]
     monkeypatch.setattr(memory_presets, "free_bytes", lambda _: needed - 1)
-    with pytest.raises(ValueError, match="0.06 GiB of checkpoints in the memory of this host for rows of 65,536"):
+    with pytest.raises(ValueError, match="0.06 GiB of checkpoints in the CPU memory of this node for rows of 65,536"):
         memory_presets.prepare_memory(config, LongContextConfig(), args, model, None)
 
 

@@ -155,7 +155,7 @@ def test_checkpointed_layers_are_told_too(reentrant):
     assert "forward, what comes out of `model.layers.0.mlp`" in poison(1, "forward", "raise", rank=0, **how)[0]
     backward = poison(1, "backward", "raise", rank=0, **how)[0]
     seen = "on rank 0: micro-batch 0, backward, the gradient of what comes out of `model.layers.0.mlp"
-    assert ("re-entrant checkpointing lets nobody look" if reentrant else seen) in backward
+    assert ("re-entrant checkpointing hides its backward" if reentrant else seen) in backward
 
 
 def train_on_nothing(size, attention):
