@@ -95,11 +95,11 @@ def print_facts(
 ) -> None:
     """What the plan is for, and what it takes for granted."""
     numel = sum(p.numel() for p in planner.model.parameters())
-    host = "" if options.cpu_memory is None else f", {options.cpu_memory:g} GiB of CPU memory a node"
+    node = "" if options.cpu_memory is None else f", {options.cpu_memory:g} GiB of CPU memory a node"
     facts = Table.grid(padding=(0, 2))
     facts.add_row("model", f"{escape(options.model)}, {numel / 1e9:.2f}B parameters")
     planned = f"{USABLE_SHARE:.0%} of it planned with"
-    facts.add_row("machine", f"{options.gpus} x {options.gpu_memory:g} GiB, {planned}{host}")
+    facts.add_row("machine", f"{options.gpus} x {options.gpu_memory:g} GiB, {planned}{node}")
     kind = str(settings.weights_dtype).removeprefix("torch.")
     facts.add_row("training", f"{settings.optimizer}, weights in {kind}, bf16 compute, wrapper {settings.wrapper}")
     facts.add_row("attention", "a flash kernel; without one, sliding windows and softcap take more")

@@ -58,11 +58,11 @@ def parse_tokens(text: str) -> int:
 
 def recommend(cells: list[Cell], target: int | None) -> Cell | None:
     """The cheapest preset on which the target fits, with the fewest ranks a row; without a target the longest row."""
-    rungs = list(PRESETS)
+    names = list(PRESETS)
     if target is None:
         return max((cell for cell in cells if cell.longest), key=lambda cell: cell.longest, default=None)
     fitting = [cell for cell in cells if cell.longest >= target]
-    return min(fitting, key=lambda cell: (rungs.index(cell.preset.name), cell.size), default=None)
+    return min(fitting, key=lambda cell: (names.index(cell.preset.name), cell.size), default=None)
 
 
 def _report(

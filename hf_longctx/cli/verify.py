@@ -92,10 +92,10 @@ def _print(console: Console, options: argparse.Namespace, result: VerifyResult) 
     groups = result.world_size // result.sequence_parallel_size
     size = "its own weights" if options.full else "tiny random weights"
     embeds = result.task == "embedding"
-    oracle = "padded rows" if embeds else "whole rows"
+    reference = "padded rows" if embeds else "whole rows"
     console.print(
         f"{result.model} ({result.task}, {size}): {groups} x {result.sequence_parallel_size} processes share rows, "
-        f"against 1 process on {oracle}; wrapper {options.wrapper}",
+        f"against 1 process on {reference}; wrapper {options.wrapper}",
         markup=False,
     )
     plain = not console.is_terminal

@@ -17,7 +17,7 @@ from ..attention.registry import AttentionEntry, name_that_packs, name_that_shar
 from ..parallel.heads import HeadSplit, split_heads
 
 
-PLANNED = "planned"
+SHAPE_ONLY = "planned"
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class PlannedRows:
     is_flash: bool = True
 
 
-def planned_attention(
+def shape_only_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -61,7 +61,7 @@ def planned_attention(
     """
     if not isinstance(query, FakeTensor):
         raise RuntimeError(
-            f"`attn_implementation` ('{PLANNED}') computes nothing, it only plans memory: load the model with "
+            f"`attn_implementation` ('{SHAPE_ONLY}') computes nothing, it only plans memory: load the model with "
             f"{name_that_shards()!r} or {name_that_packs()!r} to train it."
         )
     rows = sequence_shard or PlannedRows()
@@ -80,7 +80,7 @@ def planned_attention(
 
 
 # Not in the registry, by which trainers ask whether an attention is ours.
-PLANNED_ATTENTION = AttentionEntry(PLANNED, planned_attention, deferred_mask)
+SHAPE_ONLY_ATTENTION = AttentionEntry(SHAPE_ONLY, shape_only_attention, deferred_mask)
 
 
 def _attend(rows: PlannedRows, *tensors: torch.Tensor) -> torch.Tensor:

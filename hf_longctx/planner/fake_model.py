@@ -19,7 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..attention.registry import known_to_transformers
-from .fake_attention import PLANNED, PLANNED_ATTENTION
+from .fake_attention import SHAPE_ONLY, SHAPE_ONLY_ATTENTION
 
 
 # Differ between layers that hold the same memory: numbers, and masks and positions, which attention does not keep.
@@ -56,8 +56,8 @@ class Stack:
 
 def model_on_meta(config: PretrainedConfig) -> torch.nn.Module:
     """The model of a configuration, without memory, on the attention that plans."""
-    with known_to_transformers(PLANNED_ATTENTION), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=PLANNED).train()
+    with known_to_transformers(SHAPE_ONLY_ATTENTION), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=SHAPE_ONLY).train()
 
 
 def find_stack(model: torch.nn.Module) -> Stack | None:

@@ -1,7 +1,7 @@
 """Tell a tracker, while a model runs, which layer it is in and what for: forward, recomputation or backward.
 
-Layers and their children are told apart by name and shape: what has "attn" or "attention" in its name, any other child
-with matrices is the MLP, and the rest (norms, residual stream) is `hidden`.
+Layers and their children are distinguished by name and shape: what has "attn" or "attention" in its name is attention,
+any other child with matrices is the MLP, and the rest (norms, residual stream) is `hidden`.
 """
 
 from __future__ import annotations

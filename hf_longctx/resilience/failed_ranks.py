@@ -70,8 +70,8 @@ def _tell_fault(error: BaseException, step: int) -> None:
     elif lost_others:
         logger.error(
             f"rank {rank} of {size} stops after step {step}: it lost another rank, and none has reported why "
-            f"({cause}). A process was killed (by the system for its memory, by the scheduler, with its machine) or hangs: "
-            "the launcher's report names the first that ended."
+            f"({cause}). A process was killed (by the system for its memory, by the scheduler, with its machine) or "
+            "hangs: the launcher's report names the first that ended."
         )
     else:
         logger.error(f"rank {rank} of {size} stops after step {step}: {cause}")

@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from hf_longctx import LongContextConfig
 from hf_longctx.adapters.wrapped import runs_our_attention
 from hf_longctx.attention.registry import find_attention, known_to_transformers
-from hf_longctx.planner.fake_attention import PLANNED, PLANNED_ATTENTION, _Kernel
+from hf_longctx.planner.fake_attention import SHAPE_ONLY, SHAPE_ONLY_ATTENTION, _Kernel
 from hf_longctx.planner.fake_model import Adapter, add_adapters, fake_mode, find_stack, model_on_meta
 from hf_longctx.planner.layer_watch import watch_layers
 from hf_longctx.planner.measure import can_measure, measure_in_process, shorten
@@ -378,8 +378,8 @@ def test_models_that_cannot_be_planned_are_named():
 
 
 def test_attention_of_plans_refuses_to_train():
-    with known_to_transformers(PLANNED_ATTENTION):
-        model = AutoModelForCausalLM.from_config(tiny(), attn_implementation=PLANNED)
+    with known_to_transformers(SHAPE_ONLY_ATTENTION):
+        model = AutoModelForCausalLM.from_config(tiny(), attn_implementation=SHAPE_ONLY)
         with pytest.raises(RuntimeError, match="computes nothing, it only plans memory"):
             model(input_ids=torch.ones(1, 4, dtype=torch.int64))
 
@@ -391,16 +391,16 @@ def registered() -> list[dict]:
 def test_a_plan_leaves_its_attention_in_no_registry():
     before = registered()
     assert Planner(tiny()).breakdown(Settings(**PLAIN)).device
-    assert registered() == before and find_attention(PLANNED) is None
-    assert all(PLANNED not in mapping for mapping in before)
+    assert registered() == before and find_attention(SHAPE_ONLY) is None
+    assert all(SHAPE_ONLY not in mapping for mapping in before)
 
 
 def test_a_simulation_that_fails_leaves_it_neither_and_nested_ones_keep_it_to_their_end():
     before = registered()
-    with pytest.raises(ZeroDivisionError), known_to_transformers(PLANNED_ATTENTION):
-        with known_to_transformers(PLANNED_ATTENTION):
+    with pytest.raises(ZeroDivisionError), known_to_transformers(SHAPE_ONLY_ATTENTION):
+        with known_to_transformers(SHAPE_ONLY_ATTENTION):
             pass
-        assert all(PLANNED in mapping for mapping in registered()) and find_attention(PLANNED) is None
+        assert all(SHAPE_ONLY in mapping for mapping in registered()) and find_attention(SHAPE_ONLY) is None
         1 / 0  # noqa: B018
     assert registered() == before
 
@@ -408,10 +408,10 @@ def test_a_simulation_that_fails_leaves_it_neither_and_nested_ones_keep_it_to_th
 def test_a_real_model_on_the_attention_of_plans_is_refused():
     """By transformers when it is built, and by our trainers, which take it for an attention like any other."""
     Planner(tiny())
-    with pytest.raises(ValueError, match=f'attn_implementation="{PLANNED}"` is not supported'):
-        AutoModelForCausalLM.from_config(tiny(), attn_implementation=PLANNED)
+    with pytest.raises(ValueError, match=f'attn_implementation="{SHAPE_ONLY}"` is not supported'):
+        AutoModelForCausalLM.from_config(tiny(), attn_implementation=SHAPE_ONLY)
     model = AutoModelForCausalLM.from_config(tiny())
-    model.config._attn_implementation = PLANNED
+    model.config._attn_implementation = SHAPE_ONLY
     assert not runs_our_attention(model)
     with pytest.raises(ValueError, match="runs attn_implementation='planned', which would see only this rank's"):
         check_model(model, LongContextConfig(sequence_parallel_size=2))

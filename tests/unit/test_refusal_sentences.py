@@ -33,7 +33,7 @@ from hf_longctx.losses.tiled_scores import tiled_token_scores
 from hf_longctx.losses.tiles import TokenLoss, validate_tile_size
 from hf_longctx.parallel.shard import SequenceShard, cut_batch
 from hf_longctx.planner import fake_model, measure, simulate
-from hf_longctx.planner.fake_attention import planned_attention
+from hf_longctx.planner.fake_attention import shape_only_attention
 from hf_longctx.planner.memory_plan import Planner
 from hf_longctx.planner.settings import Settings
 from hf_longctx.reporting import flops
@@ -136,7 +136,7 @@ SENTENCES = [
         V,
         "`sequence_shard` is the share of one of 2 processes, but the model runs attn_implementation='packed'",
     ),
-    (lambda: planned_attention(None, ROWS, ROWS, ROWS, None), R, "computes nothing, it only plans memory"),
+    (lambda: shape_only_attention(None, ROWS, ROWS, ROWS, None), R, "computes nothing, it only plans memory"),
     (
         lambda: cut_batch({"input_ids": torch.zeros(1, 4), "pixel_values": ROWS}, 1, 0),
         N,
