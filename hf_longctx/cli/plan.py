@@ -19,9 +19,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("model", help="hub id, folder or config.json; only the configuration is read")
     parser.add_argument("--gpus", type=int, default=1, help="all GPUs of the run; nodes have 8")
     parser.add_argument("--gpu_memory", type=float, default=80, help="GiB of one GPU")
-    parser.add_argument(
-        "--cpu_memory", type=float, help="GiB of CPU memory of one node, for checkpoints that are offloaded"
-    )
+    parser.add_argument("--cpu_memory", type=float, help="GiB of CPU memory of one node, for offloaded checkpoints")
     parser.add_argument("--target_tokens", help="tokens of a row that must fit, such as 131072, 128K or 1M")
     parser.add_argument("--optimizer", default="adamw", help="adamw, adafactor, sgd, or lora: AdamW on adapters")
     parser.add_argument("--wrapper", help="fsdp2 (default for several GPUs), ddp, or none (default for one)")
