@@ -22,7 +22,7 @@ from ..adapters.tiled_loss import tile_loss
 from ..adapters.tiled_mlp import tile_mlp
 from ..attention.registry import known_to_transformers
 from ..losses.tiles import choose_tile_size
-from .fake_attention import PLANNED_ATTENTION, PlannedRows
+from .fake_attention import SHAPE_ONLY_ATTENTION, PlannedRows
 from .fake_model import FakeAnswers, Stack, add_adapters, fake_copy, fake_mode
 from .layer_watch import watch_layers
 from .settings import Settings
@@ -71,7 +71,7 @@ def simulate(model: torch.nn.Module, settings: Settings, stack: Stack | None, nu
     """
     tile = choose_tile_size(settings.loss_tile_size, model.config.get_text_config().vocab_size)
     quiet = _unheard(FakeTensorMode.__module__), _unheard(tile_mlp.__module__)
-    with known_to_transformers(PLANNED_ATTENTION), quiet[0], quiet[1], fake_mode(), FakeAnswers(tile):
+    with known_to_transformers(SHAPE_ONLY_ATTENTION), quiet[0], quiet[1], fake_mode(), FakeAnswers(tile):
         fake = fake_copy(model, partial(_dtype_in_compute, settings), stack, num_layers)
         if settings.optimizer == "lora":
             add_adapters(fake, stack, settings.lora_rank)
