@@ -43,7 +43,6 @@ def begin_worker(name: str) -> None:
 def begin_test(name: str) -> None:
     """What this process and those that it started record belongs to the test `name` from here on."""
     if os.environ.get(FOLDER):
-        Path(os.environ[FOLDER], "test").write_text(name, encoding="utf-8")
         with open(Path(os.environ[FOLDER], "ran"), "a", encoding="utf-8") as file:
             file.write(name + "\n")
 
@@ -53,7 +52,7 @@ def write_record(module: str, function: str, line: int, error: BaseException) ->
     folder = Path(os.environ[FOLDER])
     message = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
     with contextlib.suppress(OSError):  # before the first test; in a test that fills the disk
-        test = (folder / "test").read_text(encoding="utf-8")
+        test = (folder / "ran").read_text(encoding="utf-8").splitlines()[-1]
         with open(folder / f"{os.getpid()}.jsonl", "a", encoding="utf-8") as file:
             where = {"module": module, "function": function, "line": line}
             file.write(json.dumps({**where, "test": test, "message": message}) + "\n")
