@@ -141,7 +141,7 @@ def test_a_folder_of_only_binary_files_is_refused(tmp_path):
 
 def test_documents_beside_data_are_refused(folder):
     (folder / "rows.jsonl").write_text('{"text": "a row"}\n')
-    with pytest.raises(ValueError, match=r"1 data files \(such as `rows.jsonl`\).*beside 3 documents: give a glob"):
+    with pytest.raises(ValueError, match=r"1 data files \(such as `rows.jsonl`\).*next to 3 documents: give a glob"):
         load_documents(str(folder))
 
 
