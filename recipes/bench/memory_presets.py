@@ -22,11 +22,10 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-from memory_presets_report import cells, headers, summarize, write_report
-from page import describe_machine, print_table
+from memory_presets_report import page_of, summarize
+from page import describe_run, finish
 from rich.console import Console
 
 
@@ -129,18 +128,10 @@ def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure_all(args, Path(folder))
-    words = " ".join(sys.argv[1:] if arguments is None else arguments)
-    result = {
-        "command": f"python recipes/bench/memory_presets.py {words}".strip(),
-        "versions": {name: version(name) for name in ("hf-longctx", "torch", "transformers", "accelerate")},
-        "machine": describe_machine(rows),
-        "settings": {key: value for key, value in vars(args).items() if key != "output"},
-        "rows": rows,
-    }
+    packages = ("hf-longctx", "torch", "transformers", "accelerate")
+    result = describe_run("memory_presets", arguments, args, packages, rows)
     summarize(result)
-    print_table(result, headers(result), (cells(result, rung) for rung in result["rungs"]), console)
-    if args.output:
-        write_report(result, args.output)
+    finish(page_of(result), result, args.output, console)
 
 
 if __name__ == "__main__":

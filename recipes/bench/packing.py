@@ -30,14 +30,13 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
 from packing_batches import CHECKED_LENGTHS, COLLATORS, MIXES, count_tokens, draw_lengths, make_documents
-from packing_report import HEADERS, cells, failures, quietness, summarize, write_report
+from packing_report import page_of, summarize
 from packing_worker import ANSWER
-from page import describe_machine, print_table
+from page import describe_run, finish
 from rich.console import Console
 
 
@@ -298,19 +297,9 @@ def main(arguments: list[str] | None = None) -> None:
             cases.append(facts)
             rows += measured
     summarize(rows, os.cpu_count())
-    words = " ".join(sys.argv[1:] if arguments is None else arguments)
-    result = {
-        "command": f"python recipes/bench/packing.py {words}".strip(),
-        "versions": {name: version(name) for name in ("hf-longctx", "torch", "transformers", "trl")},
-        "machine": describe_machine(rows),
-        "settings": {key: value for key, value in vars(args).items() if key != "output"},
-        "checked": len(CHECKED_LENGTHS),
-        "cases": cases,
-        "rows": rows,
-    }
-    print_table(result, HEADERS, map(cells, result["rows"]), console, [*failures(result), quietness(result)])
-    if args.output:
-        write_report(result, args.output)
+    result = describe_run("packing", arguments, args, ("hf-longctx", "torch", "transformers", "trl"), rows)
+    result |= {"checked": len(CHECKED_LENGTHS), "cases": cases}
+    finish(page_of(result), result, args.output, console)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,30 @@
-"""How `packing.py` shows its numbers: a table in the terminal, and a Markdown page with a chart and the raw JSON.
-
-Every number on the page comes from the run; the prose around it states only what holds for any run. Price: the chart
-needs matplotlib.
-"""
+"""The columns and sentences of `packing.py`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
 
-from page import QUIET, device_of, markdown_table, write_page
+from page import Page, add_medians, bullets, device_of, fail, fill, is_busy, measured, quietness, two_panels
 
 
-HEADERS = (
-    "case",
-    "variant",
-    "tokens/s",
-    "spread",
-    "vs padded",
-    "vs TRL",
-    "CPU vs padded",
-    "CPU vs TRL",
-    "padding",
-    "batches",
-    "peak GB",
-    "step GB",
-    "loss error",
-    "gradient error",
-    "others",
-)
+COLUMNS = {
+    "case": "{case}",
+    "variant": "{label}",
+    "tokens/s": "{tokens_per_second:,.0f}",
+    "spread": "{spread:.0%}",
+    "vs padded": "{vs_padded:.2f}",
+    "vs TRL": "{vs_trl:.2f}",
+    "CPU vs padded": "{cpu_vs_padded:.2f}",
+    "CPU vs TRL": "{cpu_vs_trl:.2f}",
+    "padding": "{padding:.0%}",
+    "batches": lambda row: _sizes(row["sizes"]),
+    "peak GB": "{peak_gb:.2f}",
+    "step GB": "{step_gb:.2f}",
+    "loss error": "{check[loss_error]:.0e}",
+    "gradient error": "{check[gradient_error]:.0e}",
+    "others": "{other_load:.0%}",
+}
 
 READING = """\
 - *tokens/s*: real tokens, padding not counted, of forward and backward over all documents of the case, median of
@@ -73,15 +69,12 @@ def summarize(rows: list[dict], cores: int) -> None:
         if row["failed"]:
             continue
         runs = row["runs"]
+        add_medians(row, runs, cores)
         seconds = [run["seconds"] for run in runs]
-        row["seconds"] = median(seconds)
         row["tokens_per_second"] = row["real_tokens"] / row["seconds"]
         row["spread"] = (max(seconds) - min(seconds)) / row["seconds"]
-        row["cpu_seconds"] = median(run["cpu_seconds"] for run in runs)
         row["peak_gb"] = median(run["peak_bytes"] for run in runs) / 1e9
         row["step_gb"] = median(run["peak_bytes"] - run["model_bytes"] for run in runs) / 1e9
-        others = [(run["machine_cpu_seconds"] - run["cpu_seconds"]) / (run["seconds"] * cores) for run in runs]
-        row["other_load"] = max(0.0, median(others))
         if row["attention"] == "sdpa":
             references[row["case"], row["collation"]] = row
     for row in rows:
@@ -93,29 +86,10 @@ def summarize(rows: list[dict], cores: int) -> None:
 
 
 def cells(row: dict) -> list[str]:
-    """One row of the table, in the order of `HEADERS`."""
+    """One row of the table."""
     if row["failed"]:
-        return [
-            row["case"],
-            row["label"],
-            "wrong" if "wrong" in row["failed"] else "fails",
-            *[""] * (len(HEADERS) - 3),
-        ]
-    ratios = [row.get(key) for key in ("vs_padded", "vs_trl", "cpu_vs_padded", "cpu_vs_trl")]
-    errors = [row["check"].get(key) for key in ("loss_error", "gradient_error")]
-    return [
-        row["case"],
-        row["label"],
-        f"{row['tokens_per_second']:,.0f}",
-        f"{row['spread']:.0%}",
-        *("" if ratio is None else f"{ratio:.2f}" for ratio in ratios),
-        f"{row['padding']:.0%}",
-        _sizes(row["sizes"]),
-        f"{row['peak_gb']:.2f}",
-        f"{row['step_gb']:.2f}",
-        *("" if error is None else f"{error:.0e}" for error in errors),
-        f"{row['other_load']:.0%}",
-    ]
+        return fail(COLUMNS, row["case"], row["label"], "wrong" if "wrong" in row["failed"] else "fails")
+    return fill(COLUMNS, row)
 
 
 def _sizes(sizes: list[tuple[int, int]]) -> str:
@@ -123,63 +97,35 @@ def _sizes(sizes: list[tuple[int, int]]) -> str:
     return ", ".join([*shown, "..."] if len(sizes) > 2 else shown)
 
 
-def failures(result: dict) -> list[str]:
-    """One message for each variant that was not timed."""
-    return [f"{row['case']}: {row['label']}: {row['failed']}" for row in result["rows"] if row["failed"]]
-
-
-def is_busy(result: dict) -> bool:
-    """Whether other programs took so much of the CPU that its clock says nothing."""
-    return result["settings"]["device"] == "cpu" and any(
-        row["other_load"] > QUIET for row in result["rows"] if not row["failed"]
-    )
-
-
-def quietness(result: dict) -> str:
-    """Whether the clock of this run can be believed."""
-    if result["settings"]["device"] != "cpu":
-        return "Seconds are those of the CUDA stream."
-    loads = [row["other_load"] for row in result["rows"] if not row["failed"]]
-    if not loads:
-        return "Nothing was timed."
-    used = f"other programs used {min(loads):.0%} to {max(loads):.0%} of the cores during the measurements (medians)"
-    if not is_busy(result):
-        return f"The machine was quiet: {used}."
-    return (
-        f"**The machine was busy**: {used}, so *tokens/s*, *vs padded* and *vs TRL* of this run are no result, "
-        "neither for nor against a variant. Memory and errors are, and ratios of CPU time roughly: threads of one "
-        "process that wait for each other also burn processor time. Run the command again on a quiet machine."
-    )
-
-
-def write_report(result: dict, path: Path) -> None:
-    """Write `path` (Markdown), and the raw JSON and the chart next to it."""
-    draw_chart(result, path.with_suffix(".png"))
+def page_of(result: dict) -> Page:
+    """The page of a run."""
     settings = result["settings"]
-    measured = [row for row in result["rows"] if not row["failed"]]
-    lines = [
-        f"# Packing on {device_of(result)}: real tokens per second",
-        "",
-        DOCUMENTS.format(longest=min(2048, settings["row_tokens"]), **settings),
-        "",
-        *describe_models(result),
-        "",
-        markdown_table(HEADERS, map(cells, result["rows"])),
-        "",
-        quietness(result),
-        "",
-        *(f"- Not timed: {line}" for line in failures(result)),
-        "",
-        f"![speed and memory]({path.with_suffix('.png').name})",
-        "",
-        "## How to read it",
-        "",
-        READING.format(repeats=max((len(row["runs"]) for row in measured), default=0), checked=result["checked"]),
-        "## When not to use it",
-        "",
-        WHEN_NOT,
-    ]
-    write_page(path, result, lines, raw="every run, and the length of every document")
+    failures = [f"{row['case']}: {row['label']}: {row['failed']}" for row in result["rows"] if row["failed"]]
+    repeats = max((len(row["runs"]) for row in measured(result)), default=0)
+    return Page(
+        title=f"Packing on {device_of(result)}: real tokens per second",
+        intro=[
+            DOCUMENTS.format(longest=min(2048, settings["row_tokens"]), **settings),
+            "\n".join(describe_models(result)),
+        ],
+        headers=list(COLUMNS),
+        cells=[cells(row) for row in result["rows"]],
+        notes=[
+            quietness(
+                result,
+                "*tokens/s*, *vs padded* and *vs TRL*",
+                " during the measurements (medians)",
+                "Memory and errors are, and ratios of CPU time roughly: threads of one process that wait for each "
+                "other also burn processor time.",
+            ),
+            bullets(f"Not timed: {failure}" for failure in failures),
+        ],
+        picture="speed and memory",
+        draw=draw_chart,
+        reading=READING.format(repeats=repeats, checked=result["checked"]),
+        sections={"When not to use it": WHEN_NOT},
+        raw="every run, and the length of every document",
+    )
 
 
 def describe_models(result: dict) -> list[str]:
@@ -203,36 +149,24 @@ def describe_models(result: dict) -> list[str]:
 
 def draw_chart(result: dict, path: Path) -> None:
     """Two panels of bars: real tokens/s relative to the first variant of the case, and memory of the step."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in result["rows"] if not row["failed"]]
+    rows = measured(result)
     cases = list(dict.fromkeys(row["case"] for row in rows))
     labels = list(dict.fromkeys(row["label"] for row in rows))
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 4.2))
     busy = is_busy(result)
     speed = "real tokens per CPU second (the machine was busy)" if busy else "real tokens/s"
     titles = (f"{speed}, padded = 1 (equal documents: TRL = 1)", "GB beyond the model")
-    for panel, title in zip(axes, titles):
-        for place, case in enumerate(cases):
-            mine = [row for row in rows if row["case"] == case]
-            width = 0.8 / len(mine)
-            for index, row in enumerate(mine):
-                value = row["step_gb"] if panel is axes[1] else _relative_speed(row, busy)
-                x = place + (index - (len(mine) - 1) / 2) * width
-                panel.bar(x, value, width, color=f"C{labels.index(row['label'])}")
-                panel.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=7)
-        panel.set_xticks(range(len(cases)), [case.replace(", ", "\n") for case in cases], fontsize=8)
-        panel.set_title(title, fontsize=10)
-        panel.spines[["top", "right"]].set_visible(False)
-    axes[0].axhline(1, color="black", linewidth=0.6)
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=f"C{index}") for index in range(len(labels))]
-    figure.legend(handles, labels, loc="upper center", ncol=len(labels) or 1, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with two_panels(path, titles, size=(13, 4.2), legend=len(labels)) as panels:
+        for panel in panels:
+            for place, case in enumerate(cases):
+                mine = [row for row in rows if row["case"] == case]
+                width = 0.8 / len(mine)
+                for index, row in enumerate(mine):
+                    value = row["step_gb"] if panel is panels[1] else _relative_speed(row, busy)
+                    x = place + (index - (len(mine) - 1) / 2) * width
+                    panel.bar(x, value, width, color=f"C{labels.index(row['label'])}", label=row["label"])
+                    panel.text(x, value, f"{value:.2f}", ha="center", va="bottom", fontsize=7)
+            panel.set_xticks(range(len(cases)), [case.replace(", ", "\n") for case in cases], fontsize=8)
+        panels[0].axhline(1, color="black", linewidth=0.6)
 
 
 def _relative_speed(row: dict, busy: bool) -> float:

@@ -17,14 +17,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from page import describe_machine, print_table
-from planner_report import HEADERS, cells, describe, summary, write_report
+from page import describe_run, finish
+from planner_report import describe, page_of
 from rich.console import Console
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
@@ -101,15 +99,9 @@ def measure_cell(name: str, tokens: int, preset: str, planner: Planner, args: ar
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
-    words = " ".join(sys.argv[1:] if arguments is None else arguments)
-    result = {
-        "command": f"python recipes/bench/planner.py {words}".strip(),
-        "versions": {name: version(name) for name in ("hf-longctx", "torch", "transformers")},
-        "machine": {**describe_machine([]), "threads": os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))},
-        "settings": {"optimizer": args.optimizer, "tile_tokens": TILE_TOKENS},
-        "shapes": {},
-        "rows": [],
-    }
+    result = describe_run("planner", arguments, args, ("hf-longctx", "torch", "transformers"), [])
+    result["machine"]["threads"] = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
+    result |= {"settings": {"optimizer": args.optimizer, "tile_tokens": TILE_TOKENS}, "shapes": {}}
     for name in args.shapes:
         config, lengths = SHAPES[name]
         planner = Planner(config)
@@ -123,8 +115,9 @@ def main(arguments: list[str] | None = None) -> None:
                     f"{row['measured'] / 2**20:,.0f} MiB, {row['error']:+.1%}"
                 )
         if args.output:
-            write_report(result, args.output)  # after every shape, so that a run that is stopped has something to show
-    print_table(result, HEADERS, map(cells, result["rows"]), console, [summary(result)])
+            # After every shape, so that a run that is stopped has something to show.
+            page_of(result).write(result, args.output)
+    finish(page_of(result), result, args.output, console)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,24 @@
-"""How `planner.py` shows its numbers: a table in the terminal, and a Markdown page with the raw JSON next to it."""
+"""The columns and sentences of `planner.py`."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from page import markdown_table, write_page
+from page import Page, bullets, fill
 from transformers import PretrainedConfig
 
 
-HEADERS = ("shape", "tokens", "memory", "fullest", "states MiB", "planned MiB", "measured MiB", "error", "step only")
+COLUMNS = {
+    "shape": "{shape}",
+    "tokens": "{tokens:,}",
+    "memory": "{preset}",
+    "fullest": "{phase}",
+    "states MiB": lambda row: f"{row['states'] / 2**20:,.0f}",
+    "planned MiB": lambda row: f"{row['planned'] / 2**20:,.0f}",
+    "measured MiB": lambda row: f"{row['measured'] / 2**20:,.0f}",
+    "error": "{error:+.1%}",
+    "step only": lambda row: f"{(row['planned'] - row['states']) / (row['measured'] - row['states']) - 1:+.1%}",
+}
 READING = """\
-- *states*: weights, gradients and AdamW's two peaks, which any formula gets right. *planned*, *measured*: the
+- *states*: weights, gradients and AdamW's two moments, which any formula gets right. *planned*, *measured*: the
   fullest moment of the step, states included. *error*: planned over measured, less one.
 - *step only*: the same error for what is left without the states, that is activations, logits and buffers. It is the
   harder figure, and large in percent where there is little left.
@@ -40,23 +48,8 @@ def describe(config: PretrainedConfig, parameters: int) -> str:
     )
 
 
-def cells(row: dict) -> list[str]:
-    """One row of the table, in the order of `HEADERS`."""
-    mib = [row[key] / 2**20 for key in ("states", "planned", "measured")]
-    step = (row["planned"] - row["states"]) / (row["measured"] - row["states"]) - 1
-    return [
-        row["shape"],
-        f"{row['tokens']:,}",
-        row["preset"],
-        row["phase"],
-        *(f"{number:,.0f}" for number in mib),
-        f"{row['error']:+.1%}",
-        f"{step:+.1%}",
-    ]
-
-
 def summary(result: dict) -> str:
-    """The worst of all cells, in one message."""
+    """The worst of all cells, in one sentence."""
     rows = result["rows"]
     at = max(rows, key=lambda row: abs(row["error"]))
     within = sum(abs(row["error"]) <= 0.1 for row in rows)
@@ -66,26 +59,20 @@ def summary(result: dict) -> str:
     )
 
 
-def write_report(result: dict, path: Path) -> None:
-    """Write `path` (Markdown), and the raw JSON next to it."""
+def page_of(result: dict) -> Page:
+    """The page of a run."""
     settings = result["settings"]
-    lines = [
-        "# The memory planner on a CPU: planned and measured peak of a training step",
-        "",
-        f"One row a step, fp32, {settings['optimizer']}; tiles of {settings['tile_tokens']} tokens where a preset has "
-        "any.",
-        "",
-        *(f"- *{name}*: {words}" for name, words in result["shapes"].items()),
-        "",
-        markdown_table(HEADERS, map(cells, result["rows"])),
-        "",
-        summary(result),
-        "",
-        "## How to read it",
-        "",
-        READING,
-        "## When not to trust a plan",
-        "",
-        WHEN_NOT,
-    ]
-    write_page(path, result, lines, raw="numbers")
+    return Page(
+        title="The memory planner on a CPU: planned and measured peak of a training step",
+        intro=[
+            f"One row a step, fp32, {settings['optimizer']}; tiles of {settings['tile_tokens']} tokens where a rung "
+            "has any.",
+            bullets(f"*{name}*: {words}" for name, words in result["shapes"].items()),
+        ],
+        headers=list(COLUMNS),
+        cells=[fill(COLUMNS, row) for row in result["rows"]],
+        notes=[summary(result)],
+        reading=READING,
+        sections={"When not to trust a plan": WHEN_NOT},
+        raw="numbers",
+    )

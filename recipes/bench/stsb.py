@@ -2,7 +2,7 @@
 
     torchrun --standalone --nproc_per_node 2 recipes/bench/stsb.py --way shared --file stsb-en-dev.csv --model MODEL
 
-The benchmark is not part of this repository (its texts have terms of their own): message, message and a score from
+The benchmark is not part of this repository (its texts have terms of their own): sentence, sentence and a score from
 0 to 5 a line, without a header. Prints the Spearman correlation of cosines with scores as JSON.
 """
 

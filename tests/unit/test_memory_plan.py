@@ -145,7 +145,7 @@ def test_weights_gradients_and_states_are_those_counted_by_hand():
     buffers = sum(buffer.numel() * 4 for buffer in model.buffers())
     assert kinds["weights"] == 4 * numel + buffers
     assert kinds["gradients"] == 4 * numel
-    assert kinds["optimizer"] == 8 * numel + 4 * num_tensors  # two peaks, and a step count for each tensor
+    assert kinds["optimizer"] == 8 * numel + 4 * num_tensors  # two moments, and a step count for each tensor
     # Fullest in backward: log-probabilities, their gradient, and the gradient of the logits; beside them what the last
     # norm made, in and out of it, a count of its squares, and two scalars.
     logits = peaks.device["loss", "logits"]["logits"]
