@@ -5,7 +5,7 @@ What: MiniLM, docstring and function, `MultipleNegativesRankingLoss` and its cac
 `LongContextSentenceTransformerTrainer` with `TiledMultipleNegativesRankingLoss`. All get the same rows.
 
 How: every measurement is a fresh process. Its first step gives the memory, and its loss and gradients must equal those
-of the padded host; the steps behind it give the seconds. Contenders take turns within a round. *Step memory* is the
+of the padded run; the steps behind it give the seconds. Contenders take turns within a round. *Step memory* is the
 high-water mark less what was held before: weights are out, gradients are in.
 Price: on 2 cores, some 10 minutes and 6 GB at the defaults.
 
@@ -45,10 +45,10 @@ COLUMNS = {
     "gradient error": "{error:.0e}",
 }
 READING = """\
-- *speed-up*: to the padded host of the same kind, by the clock, and by CPU seconds in brackets.
+- *speed-up*: to the padded run of the same kind, by the clock, and by CPU seconds in brackets.
 - *step MB*: the most memory of the first step beyond what was held before it (weights, batch), gradients
-  included; *memory*: its ratio to the padded host of the same kind.
-- *gradient error*: all gradients against the padded host's (uncached), relative to their norm; no dropout.
+  included; *memory*: its ratio to the padded run of the same kind.
+- *gradient error*: all gradients against the padded run's (uncached), relative to their norm; no dropout.
 - *tokens in the step*: what the model computes, padding included, which is {padding}. Gains follow
   that share, and it differs from batch to batch.
 """
@@ -86,7 +86,7 @@ def run_once(contender: str, max_length: int, args: argparse.Namespace, folder: 
 
 
 def summarize(rows: list[dict], cores: int) -> None:
-    """Add medians, and ratios to the padded host of the same kind and length."""
+    """Add medians, and ratios to the padded run of the same kind and length."""
     for row in rows:
         steps = [step for run in row["runs"] for step in run["runs_of_steps"]]
         add_medians(row, steps, cores)
@@ -96,10 +96,10 @@ def summarize(rows: list[dict], cores: int) -> None:
     for row in rows:
         cached = row["contender"].endswith(CACHED)
         same = [r for r in rows if r["max_length"] == row["max_length"] and r["contender"].endswith(CACHED) == cached]
-        host = next(other for other in same if other["contender"].startswith(STOCK))
+        stock = next(other for other in same if other["contender"].startswith(STOCK))
         for name, key in (("speed_up", "seconds"), ("cpu_speed_up", "cpu_seconds")):
-            row[name] = host[key] / row[key]
-        row["memory"] = row["step_bytes"] / host["step_bytes"]
+            row[name] = stock[key] / row[key]
+        row["memory"] = row["step_bytes"] / stock["step_bytes"]
 
 
 def score_stsb(args: argparse.Namespace) -> dict[str, float] | None:
@@ -124,7 +124,7 @@ def score_stsb(args: argparse.Namespace) -> dict[str, float] | None:
 
 
 def _padding(rows: list[dict]) -> str:
-    """The share of padding in the padded host's tokens, for every length."""
+    """The share of padding in the padded run's tokens, for every length."""
     tokens = {(row["max_length"], row["contender"]): row["tokens"] for row in rows}
     lengths = dict.fromkeys(row["max_length"] for row in rows)
     return ", ".join(f"{1 - tokens[n, PACKED] / tokens[n, STOCK]:.0%} at {n}" for n in lengths)

@@ -36,7 +36,7 @@ console = Console(width=max(Console().width, 120))
 
 
 @dataclass(frozen=True)
-class Rung:
+class Case:
     """One line of the picture."""
 
     memory: str
@@ -68,19 +68,19 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def list_rungs(args: argparse.Namespace) -> list[Rung]:
+def list_cases(args: argparse.Namespace) -> list[Case]:
     """From the first to the last; the first is what the others must equal."""
     names = ["off", "loss", "mlp", "checkpoint", *(["max"] if args.device == "cuda" else [])]
-    sharded = [Rung("off", args.ranks), Rung(names[-1], args.ranks)] if args.ranks > 1 else []
-    return [Rung(name, 1) for name in names] + sharded
+    sharded = [Case("off", args.ranks), Case(names[-1], args.ranks)] if args.ranks > 1 else []
+    return [Case(name, 1) for name in names] + sharded
 
 
-def run_once(rung: Rung, tokens: int, args: argparse.Namespace, folder: Path) -> dict:
+def run_once(preset: Case, tokens: int, args: argparse.Namespace, folder: Path) -> dict:
     result = folder / "result.json"
     result.unlink(missing_ok=True)
-    threads = max(1, args.cores // rung.ranks)
+    threads = max(1, args.cores // preset.ranks)
     settings = {
-        **asdict(rung),
+        **asdict(preset),
         "tokens": tokens,
         "threads": threads,
         "device": args.device,
@@ -95,13 +95,13 @@ def run_once(rung: Rung, tokens: int, args: argparse.Namespace, folder: Path) ->
             "num_key_value_heads": max(1, args.hidden // args.head_size // 2),
         },
     }
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(rung.ranks)]
-    command = [sys.executable, *(launcher if rung.ranks > 1 else []), str(WORKER), json.dumps(settings)]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(preset.ranks)]
+    command = [sys.executable, *(launcher if preset.ranks > 1 else []), str(WORKER), json.dumps(settings)]
     # Blocks of 64 KiB and more are given back as soon as they are freed, so that the high-water mark is the step's.
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode or not result.exists():
-        raise RuntimeError(f"{rung.label} failed at {tokens:,} tokens: {done.stderr.strip().splitlines()[-1:]}")
+        raise RuntimeError(f"{preset.label} failed at {tokens:,} tokens: {done.stderr.strip().splitlines()[-1:]}")
     return json.loads(result.read_text())
 
 
@@ -110,15 +110,15 @@ def measure_all(args: argparse.Namespace, folder: Path) -> list[dict]:
     rows = []
     for tokens in sorted(set(args.tokens)):
         expected = None
-        for rung in list_rungs(args):
-            run = run_once(rung, tokens, args, folder)
+        for preset in list_cases(args):
+            run = run_once(preset, tokens, args, folder)
             expected = expected or run
             errors = {key: abs(run[key] / expected[key] - 1) for key in ("loss", "gradient_norm")}
             if not max(errors.values()) <= TOLERANCE[args.dtype]:
-                raise RuntimeError(f"{rung.label} is wrong at {tokens:,} tokens: {errors}")
-            rows.append({"label": rung.label, **asdict(rung), "tokens": tokens, "runs": [run], "errors": errors})
+                raise RuntimeError(f"{preset.label} is wrong at {tokens:,} tokens: {errors}")
+            rows.append({"label": preset.label, **asdict(preset), "tokens": tokens, "runs": [run], "errors": errors})
             console.print(
-                f"{tokens:,} tokens, {rung.label}: {run['step_bytes'] / 1e9:.2f} GB, {run['seconds']:.1f} s",
+                f"{tokens:,} tokens, {preset.label}: {run['step_bytes'] / 1e9:.2f} GB, {run['seconds']:.1f} s",
                 highlight=False,
             )
     return rows

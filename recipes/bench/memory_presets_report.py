@@ -13,15 +13,15 @@ READING = """\
 - *KB a token*: by how much it grows with each token of the row, from the two longest rows.
 - *longest row*: where that line meets {budget:g} GB. It is calculated, not run; far beyond the rows that were run it
   is an order of magnitude.
-- *CPU time*: processor seconds of all ranks together, relative to the first rung at the same length: what a rung
+- *CPU time*: processor seconds of all ranks together, relative to the first preset at the same length: what a preset
   costs in work.
 - *others*: the share of the cores that other programs used during the step.
-- Loss and gradient norm of every rung equal those of the first, or the run stops.
+- Loss and gradient norm of every preset equal those of the first, or the run stops.
 """
 
 
 def summarize(result: dict) -> None:
-    """Add ratios to each row, and to `result` what follows for each rung."""
+    """Add ratios to each row, and to `result` what follows for each preset."""
     rows, settings = result["rows"], result["settings"]
     first = {}
     for row in rows:
@@ -30,28 +30,28 @@ def summarize(result: dict) -> None:
         reference = first.setdefault(row["tokens"], row)
         row["cpu_time"] = row["cpu_seconds"] / reference["cpu_seconds"]
         row["time"] = row["seconds"] / reference["seconds"]
-    result["rungs"] = []
+    result["presets"] = []
     for label in dict.fromkeys(row["label"] for row in rows):
         short, long = [row for row in rows if row["label"] == label][-2:]
         slope = (long["step_gb"] - short["step_gb"]) / (long["tokens"] - short["tokens"])
         start = long["step_gb"] - slope * long["tokens"]
         longest = max(0, int((settings["budget"] - start) / slope)) if slope > 0 else None
-        result["rungs"].append({"label": label, "kilobytes_a_token": slope * 1e6, "longest": longest})
+        result["presets"].append({"label": label, "kilobytes_a_token": slope * 1e6, "longest": longest})
 
 
 def columns_of(result: dict) -> Columns:
-    """Of one rung, whose rows are under `"rows"`: one column a length between the others."""
+    """Of one preset, whose rows are under `"rows"`: one column a length between the others."""
     lengths = enumerate(_lengths(result))
     steps = {f"step GB, {tokens:,}": f"{{rows[{index}][step_gb]:.2f}}" for index, tokens in lengths}
     return {
-        "rung": "{label}",
+        "preset": "{label}",
         **steps,
         "KB a token": "{kilobytes_a_token:,.0f}",
-        f"longest row in {result['settings']['budget']:g} GB": lambda rung: (
-            "no limit seen" if rung["longest"] is None else f"{rung['longest']:,}"
+        f"longest row in {result['settings']['budget']:g} GB": lambda preset: (
+            "no limit seen" if preset["longest"] is None else f"{preset['longest']:,}"
         ),
-        "CPU time": lambda rung: f"{rung['rows'][-1]['cpu_time']:.2f}",
-        "others": lambda rung: f"{max(row['other_load'] for row in rung['rows']):.0%}",
+        "CPU time": lambda preset: f"{preset['rows'][-1]['cpu_time']:.2f}",
+        "others": lambda preset: f"{max(row['other_load'] for row in preset['rows']):.0%}",
     }
 
 
@@ -59,14 +59,14 @@ def page_of(result: dict) -> Page:
     """The page of a run."""
     settings, columns = result["settings"], columns_of(result)
     return Page(
-        title=f"The memory ladder on {device_of(result)}",
+        title=f"The memory presets on {device_of(result)}",
         intro=[
             f"A Llama with random weights: {settings['layers']} layers, hidden size {settings['hidden']}, MLP "
             f"{settings['intermediate']}, {settings['vocab']:,} words, {settings['dtype']}, AdamW, one row a step, on "
-            "the rungs of `MemoryConfig(memory=...)`."
+            "the presets of `MemoryConfig(memory=...)`."
         ],
         headers=list(columns),
-        cells=[fill(columns, {**rung, "rows": _rows_of(result, rung)}) for rung in result["rungs"]],
+        cells=[fill(columns, {**preset, "rows": _rows_of(result, preset)}) for preset in result["presets"]],
         notes=[quietness(result, rest="Memory is not touched by that, *CPU time* is a rough figure.")],
         picture="memory of a step over the length of the row",
         draw=draw_chart,
@@ -75,28 +75,28 @@ def page_of(result: dict) -> Page:
 
 
 def draw_chart(result: dict, path: Path) -> None:
-    """Memory of a step over the length of the row, a line for each rung, and the longest row of each."""
+    """Memory of a step over the length of the row, a line for each preset, and the longest row of each."""
     budget = result["settings"]["budget"]
     from_lines = f"longest row in {budget:g} GB, from the lines on the left"
     titles = ("GB that a step takes in the fullest process", from_lines)
     with two_panels(path, titles, size=(12, 4.4)) as (left, right):
-        for index, rung in enumerate(result["rungs"]):
-            rows = _rows_of(result, rung)
+        for index, preset in enumerate(result["presets"]):
+            rows = _rows_of(result, preset)
             left.plot([r["tokens"] for r in rows], [r["step_gb"] for r in rows], "o-", color=f"C{index}")
-            longest = rung["longest"] or 0
+            longest = preset["longest"] or 0
             right.barh(index, longest, color=f"C{index}")
             right.text(longest, index, f" {longest:,}", va="center", fontsize=8)
         left.axhline(budget, color="black", linewidth=0.8, linestyle="--")
         left.text(_lengths(result)[0], budget, f"{budget:g} GB", va="bottom", fontsize=8)
         left.set_xlabel("tokens of the row")
-        right.set_yticks(range(len(result["rungs"])), [rung["label"] for rung in result["rungs"]])
+        right.set_yticks(range(len(result["presets"])), [preset["label"] for preset in result["presets"]])
         right.invert_yaxis()
         right.set_xticks([])
         right.margins(x=0.2)
 
 
-def _rows_of(result: dict, rung: dict) -> list[dict]:
-    return [row for row in result["rows"] if row["label"] == rung["label"]]
+def _rows_of(result: dict, preset: dict) -> list[dict]:
+    return [row for row in result["rows"] if row["label"] == preset["label"]]
 
 
 def _lengths(result: dict) -> list[int]:

@@ -33,7 +33,7 @@ from hf_longctx.planner.settings import Settings
 
 
 console = Console(width=max(Console().width, 120))
-RUNGS = [name for name, preset in PRESETS.items() if not preset.offload]
+KEPT_ON_DEVICE = [name for name, preset in PRESETS.items() if not preset.offload]
 # Of the loss and of the MLPs: short next to a row, so that tiles are what is measured.
 TILE_TOKENS = 128
 _SMALL = {"hidden_size": 512, "num_attention_heads": 8, "max_position_embeddings": 8192}
@@ -65,7 +65,7 @@ SHAPES: dict[str, tuple[PretrainedConfig, tuple[int, ...]]] = {
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE")
-    parser.add_argument("--presets", nargs="+", choices=RUNGS, default=RUNGS, metavar="PRESET")
+    parser.add_argument("--presets", nargs="+", choices=KEPT_ON_DEVICE, default=KEPT_ON_DEVICE, metavar="PRESET")
     parser.add_argument("--tokens", nargs="+", type=int, help="lengths of a row; two for each shape unless given")
     parser.add_argument("--optimizer", choices=("adamw", "adafactor", "sgd"), default="adamw")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds until a measurement is given up")

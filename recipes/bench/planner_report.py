@@ -65,7 +65,7 @@ def page_of(result: dict) -> Page:
     return Page(
         title="The memory planner on a CPU: planned and measured peak of a training step",
         intro=[
-            f"One row a step, fp32, {settings['optimizer']}; tiles of {settings['tile_tokens']} tokens where a rung "
+            f"One row a step, fp32, {settings['optimizer']}; tiles of {settings['tile_tokens']} tokens where a preset "
             "has any.",
             bullets(f"*{name}*: {words}" for name, words in result["shapes"].items()),
         ],

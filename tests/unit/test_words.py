@@ -26,10 +26,8 @@ FILES = sorted(
         "*.md",
     )
     for path in ROOT.glob(pattern)
-    # made from the code and its tests; benchmarks
-    if path != THIS
-    and "bench" not in path.parts
-    and path.name not in ("refusals.md", "conformance.md", "conformance_embeddings.md")
+    # made from the code and its tests
+    if path != THIS and path.name not in ("refusals.md", "conformance.md", "conformance_embeddings.md")
 )
 
 RETIRED = {
