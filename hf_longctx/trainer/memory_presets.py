@@ -51,7 +51,7 @@ def prepare_memory(memory: MemoryConfig, long_context: LongContextConfig, args, 
     else:
         preset = PRESETS[memory.memory]
     if args is not None and preset.offload and args.device.type != "cpu" and isinstance(model, torch.nn.Module):
-        _validate_host_memory(memory, long_context, args, model, collator, preset)
+        _validate_cpu_memory(memory, long_context, args, model, collator, preset)
     if args is not None and preset.checkpointing:
         for name in ("activation_checkpointing", "gradient_checkpointing"):  # older transformers know the second only
             if hasattr(args, name):
@@ -159,7 +159,7 @@ def _plan(memory: MemoryConfig, long_context: LongContextConfig, args, model, co
     return preset
 
 
-def _validate_host_memory(
+def _validate_cpu_memory(
     memory: MemoryConfig, long_context: LongContextConfig, args, model, collator, preset: Preset
 ) -> None:
     """Raise `ValueError` if the longest row's checkpoints, of all ranks of this node, exceed its free memory.
