@@ -14,6 +14,7 @@ import importlib.machinery
 import json
 import os
 import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,9 +52,10 @@ def write_record(module: str, function: str, line: int, error: BaseException) ->
     """One line of JSON: where, in which test, and what it says."""
     folder = Path(os.environ[FOLDER])
     message = error.args[0] if error.args and isinstance(error.args[0], str) else str(error)
-    with contextlib.suppress(OSError):  # before the first test; in a test that fills the disk
+    with contextlib.suppress(OSError):  # before the first test
         test = (folder / "ran").read_text(encoding="utf-8").splitlines()[-1]
-        with open(folder / f"{os.getpid()}.jsonl", "a", encoding="utf-8") as file:
+        # A file a test: one of them limits how long a file may grow, which earlier records must not have used up.
+        with open(folder / f"{os.getpid()}_{zlib.crc32(test.encode())}.jsonl", "a", encoding="utf-8") as file:
             where = {"module": module, "function": function, "line": line}
             file.write(json.dumps({**where, "test": test, "message": message}) + "\n")
 
