@@ -129,10 +129,13 @@ def patch_on(module: torch.nn.Module, name: str, method: str = "forward") -> Ins
 def own_method(module: torch.nn.Module, name: str, method: str = "forward") -> Callable:
     """What the patch of this name wraps: the instance's callable below it, or the method of its class."""
     layer = vars(module).get(_LAYERS, {}).get((method, name))
-    if layer is None:
-        return getattr(module, method)
-    # The class is looked up now: FSDP2 gives a module a class of its own.
-    return layer.below if layer.below is not None else MethodType(getattr(type(module), method), module)
+    return getattr(module, method) if layer is None else _below(module, method, layer)
+
+
+def named_arguments(module: torch.nn.Module, args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
+    """The arguments of a call of `module.forward` by name, also those that were given by position."""
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return {**dict(zip(names, args)), **kwargs}
 
 
 class PatchHandle:
@@ -168,8 +171,13 @@ def _run(module: torch.nn.Module, method: str, name: str, *args: object, **kwarg
     layer = vars(module).get(_LAYERS, {}).get((method, name))
     if layer is None:  # taken off while somebody kept the callable
         return getattr(type(module), method)(module, *args, **kwargs)
-    own = layer.below if layer.below is not None else MethodType(getattr(type(module), method), module)
+    own = _below(module, method, layer)
     return layer.patch.call(module, own, *args, **kwargs) if layer.active else own(*args, **kwargs)
+
+
+def _below(module: torch.nn.Module, method: str, layer: _Layer) -> Callable:
+    # The class is looked up now: FSDP2 gives a module a class of its own.
+    return layer.below if layer.below is not None else MethodType(getattr(type(module), method), module)
 
 
 def _is_patch(found: object, method: str, name: str) -> bool:

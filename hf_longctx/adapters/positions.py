@@ -22,7 +22,7 @@ from ..attention.implicit_positions import FOLLOWED, local_positions, longest_do
 from ..attention.registry import find_attention
 from ..families import counts_positions
 from ..parallel.shard import SequenceShard
-from .instance_forward import InstancePatch, PatchHandle, patch_on, put_on
+from .instance_forward import InstancePatch, PatchHandle, named_arguments, patch_on, put_on
 
 
 _DECODER, _TABLE = "positions of the decoder", "positions of the table"
@@ -73,8 +73,7 @@ class _DecoderPatch(InstancePatch):
     name = _DECODER
 
     def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
-        names = inspect.signature(type(module).forward).parameters
-        given = {**dict(zip(list(names)[1:], args)), **kwargs}
+        given = named_arguments(module, args, kwargs)
         shard = given.get("sequence_shard") or _documents_of_batch(module, given)
         if shard is None:
             return own(*args, **kwargs)

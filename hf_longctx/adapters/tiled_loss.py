@@ -13,7 +13,6 @@ backbone are looked up at every call, since adapters and wrappers replace them l
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator
 
 import torch
@@ -30,7 +29,7 @@ from ..losses.tiled_head import forward_loss, is_linear
 from ..losses.tiled_logits import tiled_cross_entropy
 from ..losses.tiles import validate_tile_size
 from ..parallel.shard import IGNORE_INDEX
-from .instance_forward import InstancePatch, PatchHandle, patch_on, put_on
+from .instance_forward import InstancePatch, PatchHandle, named_arguments, patch_on, put_on
 
 
 TILED_LOSS, _HEAD = "tiled loss", "head of a tiled loss"
@@ -128,7 +127,7 @@ class LossPatch(InstancePatch):
         self.scale, self.softcap = read_logits_transform(model.config)
 
     def call(self, module: PreTrainedModel, own: Callable, *args, **kwargs):
-        named = {**dict(zip(list(inspect.signature(type(module).forward).parameters)[1:], args)), **kwargs}
+        named = named_arguments(module, args, kwargs)
         kept = named.get("logits_to_keep")
         keeps_all = kept is None or (isinstance(kept, int) and kept == 0)
         if self.paused or named.get("labels") is None or not keeps_all:
