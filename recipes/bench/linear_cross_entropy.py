@@ -15,16 +15,13 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
 import tempfile
 import warnings
-from importlib.metadata import version
 from pathlib import Path
-from statistics import median
 
 import torch
 import torch.nn.functional as F
-from page import QUIET, describe_machine, markdown_table, print_table, write_page
+from page import Page, add_medians, describe_run, fill, finish, markdown_table, quietness
 from rich.console import Console
 from tiled_loss import Contender, run_once
 
@@ -42,9 +39,26 @@ ROWS = (
 )
 CHECK_TOKENS, CHECK_WORDS, CHECK_WIDTH, CHECK_TILE = 700, 20011, 128, 64
 PRECISIONS = ("float64", "float32", "float32, autocast", "bfloat16", "float16")
-HEADERS = ("precision", "tokens", "words", "ignored", "loss", "s", "CPU s", "CPU time", "step GB", "above GB")
-HEADERS += ("others",)
-NUMBER_HEADERS = ("precision", "loss", "returned in", "error of the loss", "error of the worst gradient")
+COLUMNS = {
+    "precision": "{dtype}",
+    "tokens": "{tokens:,}",
+    "words": "{vocab:,}",
+    "ignored": "{ignored:.0%}",
+    "loss": "{label}",
+    "s": "{seconds:.2f}",
+    "CPU s": "{cpu_seconds:.2f}",
+    "CPU time": "{cpu_ratio:.2f}",
+    "step GB": lambda row: f"{row['step_bytes'] / 1e9:.2f}",
+    "above GB": lambda row: f"{row['above_bytes'] / 1e9:.2f}",
+    "others": "{other_load:.0%}",
+}
+NUMBER_COLUMNS = {
+    "precision": "{precision}",
+    "loss": "{label}",
+    "returned in": "{dtype}",
+    "error of the loss": "{loss_error:.1e}",
+    "error of the worst gradient": "{gradient_error:.1e}",
+}
 console = Console(width=max(Console().width, 150))
 
 READING = """\
@@ -151,11 +165,6 @@ def compare_numbers() -> list[dict]:
     return found
 
 
-def number_cells(row: dict) -> list[str]:
-    errors = [f"{row[key]:.1e}" for key in ("loss_error", "gradient_error")]
-    return [row["precision"], row["label"], row["dtype"], *errors]
-
-
 # Behaviour
 
 
@@ -222,73 +231,33 @@ def measure_all(args: argparse.Namespace, folder: Path) -> list[dict]:
 def summarize(rows: list[dict], cores: int) -> None:
     """Add medians to each entry, and its ratio to ours on the same row."""
     for row in rows:
-        runs = row["runs"]
-        for key in ("seconds", "cpu_seconds", "step_bytes", "above_bytes"):
-            row[key] = median(run[key] for run in runs)
-        others = [(run["machine_cpu_seconds"] - run["cpu_seconds"]) / (run["seconds"] * cores) for run in runs]
-        row["other_load"] = max(0.0, median(others))
+        add_medians(row, row["runs"], cores, ("step_bytes", "above_bytes"))
         if row["label"] == "ours":
             reference = row
         row["cpu_ratio"] = row["cpu_seconds"] / reference["cpu_seconds"]
 
 
-def cells(row: dict) -> list[str]:
-    return [
-        row["dtype"],
-        f"{row['tokens']:,}",
-        f"{row['vocab']:,}",
-        f"{row['ignored']:.0%}",
-        row["label"],
-        f"{row['seconds']:.2f}",
-        f"{row['cpu_seconds']:.2f}",
-        f"{row['cpu_ratio']:.2f}",
-        f"{row['step_bytes'] / 1e9:.2f}",
-        f"{row['above_bytes'] / 1e9:.2f}",
-        f"{row['other_load']:.0%}",
-    ]
-
-
-def quietness(rows: list[dict]) -> str:
-    loads = [row["other_load"] for row in rows]
-    used = f"other programs used {min(loads):.0%} to {max(loads):.0%} of the cores (medians)"
-    if max(loads) <= QUIET:
-        return f"The machine was quiet: {used}."
-    return f"**The machine was busy**: {used}, so *s* is no result. Memory is, and *CPU time* roughly."
-
-
-def write_report(result: dict, path: Path) -> None:
-    """Write `path` (Markdown) and the raw JSON beside it."""
-    lines = [
-        "# Torch's `linear_cross_entropy` and ours on a CPU",
-        "",
-        "Torch 2.13 has a chunked cross entropy that makes its gradients in the forward, as `tiled_cross_entropy` "
-        "does. This page compares the two and says why ours stays.",
-        "",
-        "## Numbers",
-        "",
-        f"{CHECK_TOKENS} tokens of size {CHECK_WIDTH}, {CHECK_WORDS:,} words, a bias, 30% of the labels ignored.",
-        "",
-        markdown_table(NUMBER_HEADERS, map(number_cells, result["numbers"])),
-        "",
-        markdown_table(("asked for", "ours", "torch's"), map(list, result["behaviour"])),
-        "",
-        "## Bytes and time",
-        "",
-        f"One row of random hidden states of size {result['settings']['width']}, {result['settings']['cores']} "
-        "thread; hidden states and weights are trained.",
-        "",
-        markdown_table(HEADERS, map(cells, result["rows"])),
-        "",
-        quietness(result["rows"]),
-        "",
-        "## How to read it",
-        "",
-        READING.format(rounds=result["settings"]["repeats"]),
-        "## Why ours stays",
-        "",
-        WHY,
-    ]
-    write_page(path, result, lines)
+def page_of(result: dict) -> Page:
+    """The page of a run."""
+    return Page(
+        title="Torch's `linear_cross_entropy` and ours on a CPU",
+        intro=[
+            "Torch 2.13 has a chunked cross entropy that makes its gradients in the forward, as `tiled_cross_entropy` "
+            "does. This page compares the two and says why ours stays.",
+            "## Numbers",
+            f"{CHECK_TOKENS} tokens of size {CHECK_WIDTH}, {CHECK_WORDS:,} words, a bias, 30% of the labels ignored.",
+            markdown_table(NUMBER_COLUMNS, (fill(NUMBER_COLUMNS, row) for row in result["numbers"])),
+            markdown_table(("asked for", "ours", "torch's"), map(list, result["behaviour"])),
+            "## Bytes and time",
+            f"One row of random hidden states of size {result['settings']['width']}, {result['settings']['cores']} "
+            "thread; hidden states and weights are trained.",
+        ],
+        headers=list(COLUMNS),
+        cells=[fill(COLUMNS, row) for row in result["rows"]],
+        notes=[quietness(result, "*s*", " (medians)")],
+        reading=READING.format(rounds=result["settings"]["repeats"]),
+        sections={"Why ours stays": WHY},
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -296,22 +265,13 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.cores)
     numbers, behaviour = compare_numbers(), compare_behaviour()
     for row in numbers:
-        console.print(" · ".join(number_cells(row)), highlight=False)
+        console.print(" · ".join(fill(NUMBER_COLUMNS, row)), highlight=False)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure_all(args, Path(folder))
     summarize(rows, os.cpu_count())
-    result = {
-        "command": f"python recipes/bench/linear_cross_entropy.py {' '.join(arguments or sys.argv[1:])}".strip(),
-        "versions": {name: version(name) for name in ("hf-longctx", "torch", "transformers")},
-        "machine": describe_machine(rows),
-        "settings": {key: value for key, value in vars(args).items() if key != "output"},
-        "numbers": numbers,
-        "behaviour": behaviour,
-        "rows": rows,
-    }
-    print_table(result, HEADERS, map(cells, rows), console, [quietness(rows)])
-    if args.output:
-        write_report(result, args.output)
+    result = describe_run("linear_cross_entropy", arguments, args, ("hf-longctx", "torch", "transformers"), rows)
+    result |= {"numbers": numbers, "behaviour": behaviour}
+    finish(page_of(result), result, args.output, console)
 
 
 if __name__ == "__main__":

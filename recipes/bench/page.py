@@ -140,8 +140,9 @@ def quietness(
         return f"The machine was quiet: {used}."
     if not clock:
         return f"**The machine was busy**: {used}. {rest}"
+    verb = "are" if " and " in clock else "is"
     return (
-        f"**The machine was busy**: {used}, so {clock} of this run are no result, neither for nor against a "
+        f"**The machine was busy**: {used}, so {clock} of this run {verb} no result, neither for nor against a "
         f"contender. {rest} Run the command again on a quiet machine."
     )
 
