@@ -11,28 +11,28 @@ from . import raises
 
 
 raises.install()  # before anything of the package is imported
-from hf_longctx.proof.ranks import Imports, Ranks  # noqa: E402
+from hf_longctx.proof.ranks import Imports  # noqa: E402
 
-from .harness import make_world  # noqa: E402
+from .harness import World  # noqa: E402
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-_WORLDS: dict[int, Ranks] = {}
+_WORLDS: dict[int, World] = {}
 _IMPORTS = Imports()
 
 
-def world_of(size: int) -> Ranks:
-    return _WORLDS.setdefault(size, make_world(size))
+def world_of(size: int) -> World:
+    return _WORLDS.setdefault(size, World(size))
 
 
 @pytest.fixture
-def world2() -> Ranks:
+def world2() -> World:
     return world_of(2)
 
 
 @pytest.fixture
-def world4() -> Ranks:
+def world4() -> World:
     return world_of(4)
 
 

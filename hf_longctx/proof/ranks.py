@@ -13,7 +13,6 @@ import gc
 import itertools
 import json
 import os
-import pickle
 import shutil
 import subprocess
 import sys
@@ -129,7 +128,7 @@ class Ranks:
 
         Args:
             function (`Callable`): importable where the ranks run.
-            args: and what it returns: anything that can be pickled.
+            args: and what it returns: anything that a pipe of `multiprocessing` carries, but no tensors.
             seconds (`float`, *optional*): time limit, instead of `limits.call`. Time in which this process itself was
                 stopped does not count.
 
@@ -140,14 +139,13 @@ class Ranks:
             RanksError: a rank raised, ended or took too long. Unless every rank raised, as all do on bad input, the
                 processes are gone then, and the next call starts anew.
         """
-        message = pickle.dumps((function, args))
         self.start()
         if not self._ready:
             self._collect(self.limits.start)
             self._ready = True
         for pipe in self._pipes:
             with contextlib.suppress(ConnectionError):  # a rank that has ended meanwhile is reported below
-                pipe.send_bytes(message)
+                pipe.send((function, args))
         return self._collect(self.limits.call if seconds is None else seconds)
 
     def close(self) -> None:
@@ -172,7 +170,7 @@ class Ranks:
                     rank = self._pipes.index(pipe)
                     del waiting[rank]
                     try:
-                        ok, value = pickle.loads(pipe.recv_bytes())
+                        ok, value = pipe.recv()
                     except (EOFError, ConnectionError):
                         ok, value = False, f"the process ended (exit code {self._processes[rank].wait()})"
                         one_ended = True
@@ -218,28 +216,27 @@ def serve(pipe: Connection, rank: int, size: int, threads: int, folder: str, col
     os.environ.update({name: str(number) for name, number in (numbers | {"OMP_NUM_THREADS": threads}).items()})
     imports = Imports()
 
-    def run(call: int, message: bytes):
+    def run(call: int, function: Callable, *args):
         if size > 1 and call % _CALLS_A_MEETING == 0:
             _meet(f"file://{folder}/{call}", rank, size, collective_seconds)
-        function, args = pickle.loads(message)
         imports.freeze()
         return function(*args)
 
-    pipe.send_bytes(_answer(_load, threads))
+    _answer(pipe, _load, threads)
     for call in itertools.count():
         try:
-            message = pipe.recv_bytes()
+            function, args = pipe.recv()
         except (EOFError, ConnectionError):
             return
-        pipe.send_bytes(_answer(run, call, message))
+        _answer(pipe, run, call, function, *args)
 
 
-def _answer(function: Callable, *args) -> bytes:
-    """What a call returned, or its traceback."""
+def _answer(pipe: Connection, function: Callable, *args) -> None:
+    """Send what a call returned, or its traceback."""
     try:
-        return pickle.dumps((True, function(*args)))
+        pipe.send((True, function(*args)))
     except BaseException:
-        return pickle.dumps((False, traceback.format_exc()))
+        pipe.send((False, traceback.format_exc()))
 
 
 def _load(threads: int) -> None:

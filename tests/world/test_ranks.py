@@ -13,16 +13,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from hf_longctx.proof.ranks import Limits, Ranks, RanksError
+from hf_longctx.proof.ranks import Limits, RanksError
 
-from ..harness import start_fork
+from ..harness import World
 
 
 def me(*_) -> tuple[int, int]:
     return dist.get_rank(), os.getpid()
 
 
-def pids(world: Ranks) -> list[int]:
+def pids(world: World) -> list[int]:
     return [pid for _, pid in world.run(me)]
 
 
@@ -72,7 +72,7 @@ def groups_after_one_more(ranks: list[int]) -> int:
 @pytest.fixture
 def impatient():
     """Two ranks that get a second where others get minutes."""
-    with Ranks(2, start=start_fork, limits=Limits(grace=1)) as world:
+    with World(2, Limits(grace=1)) as world:
         yield world
 
 
