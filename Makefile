@@ -1,4 +1,4 @@
-# `make demo`, `make demo-embed` and `make test` do all their own set-up in .venv. `make lint` checks style, `make floor`
+# `make demo`, `make demo-embed` and `make test` do all their own set-up in .venv. `make lint` checks style and types, `make floor`
 # the oldest libraries, `make newest` the newest ones, `make conformance` every model type of the installed transformers,
 # `make conformance_embeddings` those that embed. `make constraints` renews the tested versions, `make docs` builds the
 # pages as a site.
@@ -86,6 +86,7 @@ constraints: newest
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The page of all refusals, from the code and what the last `make test` recorded. It fails if a message has no test.
 refusals:

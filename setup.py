@@ -35,7 +35,7 @@ setup(
         "embedding": EMBEDDING,
         "demo": DEMO,
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
-        "dev": [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.130", "ruff>=0.14"],
+        "dev": [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.130", "ruff>=0.14", "mypy>=1.18"],
     },
     entry_points={"console_scripts": ["hf-longctx = hf_longctx.cli:main"]},
     classifiers=[
