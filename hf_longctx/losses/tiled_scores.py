@@ -131,6 +131,8 @@ class _TokenScores(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, for_log_probs, for_entropy, _):
+        if for_log_probs is None and for_entropy is None:  # what followed gave no gradient to either
+            return None, None, None, None
         job, (hidden, weight, bias, log_totals, entropy) = ctx.job, ctx.saved_tensors
         wide, needs = wide_dtype(job.dtype), ctx.needs_input_grad[1:]
         gradients = [torch.zeros_like(hidden) if needs[0] else None]
@@ -164,9 +166,9 @@ def _overwrite_with_gradient(z: torch.Tensor, targets: torch.Tensor, per_token: 
     """From a tile of the head's logits to the gradient of what `per_token` weighs: the slopes of the two outputs."""
     for_log_probs, for_entropy, log_totals, entropy = (None if x is None else x[:, None] for x in per_token)
     target, slope = targets[:, None], rule.transform(z, with_slope=True)
-    if for_entropy is None:
+    if for_entropy is None and for_log_probs is not None:
         z.sub_(log_totals).exp_().mul_(-for_log_probs)
-    else:
+    elif for_entropy is not None:
         likelihood = z.sub_(log_totals).clamp_(min=_NEVER).exp()
         weight = for_entropy * entropy if for_log_probs is None else for_entropy * entropy + for_log_probs
         # d log p / d z is target minus likelihood, d entropy / d z is -likelihood * (log likelihood + entropy).

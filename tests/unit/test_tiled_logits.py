@@ -433,6 +433,25 @@ def test_token_scores_give_what_is_asked():
     assert_same([loss, *gradients(loss, inputs)], [other, *gradients(other, inputs)], 1e-6)
 
 
+class WithoutGradient(torch.autograd.Function):
+    """The same values; what comes before gets no gradient from here, not even zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None
+
+
+def test_token_scores_that_get_no_gradient_give_none():
+    hidden, weight, _, labels = tensors()
+    scores = tiled_token_scores(hidden, weight, labels)
+    (WithoutGradient.apply(scores.log_probs).sum() + hidden.sum()).backward()
+    assert hidden.grad.eq(1).all() and weight.grad is None
+
+
 def test_token_scores_under_autocast():
     hidden, weight, bias, labels = tensors()
     with torch.autocast("cpu", torch.bfloat16):
