@@ -26,7 +26,7 @@ MULTIMODAL_INPUTS = ("pixel_values", "image_grid", "video_grid", "input_features
 
 # Fields by which a model multiplies its logits, and the beginnings of the model types that do. One field may mean two
 # things: `logits_scaling` divides in Granite and multiplies in HyperCLOVA X.
-LOGITS_MULTIPLIERS = {
+LOGITS_MULTIPLIERS: dict[str, tuple[str, ...]] = {
     "logit_scale": ("cohere",),
     "output_multiplier": ("muse_",),
     "lm_head_multiplier": ("falcon_h1",),

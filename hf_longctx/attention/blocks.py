@@ -158,8 +158,8 @@ def _split(tensor: torch.Tensor, lengths: tuple[int, ...]) -> tuple[torch.Tensor
 
 
 def _stack(blocks: Iterator[torch.Tensor]) -> torch.Tensor:
-    blocks = list(blocks)
-    return blocks[0][None] if len(blocks) == 1 else torch.stack(blocks)
+    stacked = list(blocks)
+    return stacked[0][None] if len(stacked) == 1 else torch.stack(stacked)
 
 
 def _join(blocks: list[torch.Tensor], dim: int = 1) -> torch.Tensor:

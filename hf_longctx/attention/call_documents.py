@@ -8,6 +8,7 @@ Price: the batch's bounds are read once a forward, not once a layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -50,11 +51,11 @@ def rows_of_call(call: AttentionCall) -> SequenceShard:
             "under transformers' own masks only: pass `use_cache=False`, or run this model on 'sdpa'."
         )
     rows = len(call.query)
-    facts = {"attention_mask": None if call.mask is None else call.mask.padding}
+    facts = {"attention_mask": call.mask.padding if isinstance(call.mask, DeferredMask) else None}
     return _once_a_forward(call, "rows", lambda: shard_of_rows(facts, rows, tokens, call.query.device))
 
 
-def _once_a_forward(call: AttentionCall, name: str, read: Callable) -> object:
+def _once_a_forward(call: AttentionCall, name: str, read: Callable) -> Any:
     """What `read()` returns; all layers of a forward share its mask, and so the result."""
     return call.mask.once(name, read) if isinstance(call.mask, DeferredMask) else read()
 

@@ -10,6 +10,7 @@ computed or changed.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ _LABELS = ("labels", "shift_labels", "num_items_in_batch")
 
 def assert_no_cross_document(
     model: torch.nn.Module,
-    batch: Mapping[str, object],
+    batch: Mapping[str, Any],
     mesh: SequenceMesh | None = None,
     *,
     inner_attention: str = "auto",
@@ -75,11 +76,11 @@ class _Run:
     def __init__(self, model: torch.nn.Module, mesh: SequenceMesh | None, inner_attention: str) -> None:
         self.model, self.mesh, self.inner_attention = model, mesh, inner_attention
 
-    def outputs(self, batch: Mapping[str, object]) -> torch.Tensor:
+    def outputs(self, batch: Mapping[str, Any]) -> torch.Tensor:
         """`(B, T, D)` of whole rows, on every rank."""
         return self._whole(self._forward(batch), batch)
 
-    def gradients(self, batch: Mapping[str, object], chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def gradients(self, batch: Mapping[str, Any], chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """How large a gradient every token's embedding, `(B, T)`, gets from a random sum of the chosen documents'
         outputs, and the largest among those documents."""
         seen: list[torch.Tensor] = []
@@ -105,12 +106,12 @@ class _Run:
         size = self._whole(gradient, batch).abs().amax(dim=-1)
         return size, size[chosen].amax()
 
-    def _whole(self, local: torch.Tensor, batch: Mapping[str, object]) -> torch.Tensor:
+    def _whole(self, local: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
         if self.mesh is None:
             return local
         return gather_sequence(local, self.mesh.sp_group)[:, : batch["input_ids"].shape[1]]
 
-    def _forward(self, batch: Mapping[str, object]) -> torch.Tensor:
+    def _forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
         if self.mesh is not None:
             batch = shard_batch(batch, self.mesh, inner_attention=self.inner_attention)
         tokens = batch["input_ids"].shape

@@ -9,6 +9,7 @@ then either builds the inner kernel's own mask from it (one document a row, no s
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 import torch
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -23,10 +24,10 @@ class DeferredMask:
     mask_function, attention_mask, dtype, device, ...`. One object serves all layers of a forward.
     """
 
-    def __init__(self, arguments: dict[str, object]) -> None:
+    def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = arguments
         self._built: dict[str, object] = {}
-        self._shared: dict[str, object] = {}
+        self._shared: dict[str, Any] = {}
 
     def build(self, kernel: str) -> object:
         """The mask that `kernel` itself would have got: a tensor, a block mask or `None`."""
@@ -52,7 +53,7 @@ class DeferredMask:
         """The 2-D mask of the batch, `(B, T)`, or `None`."""
         return self._arguments.get("attention_mask")
 
-    def once(self, name: str, read: Callable) -> object:
+    def once(self, name: str, read: Callable) -> Any:
         """What `read()` returns, computed once under this name for all layers of the forward."""
         if name not in self._shared:
             self._shared[name] = read()
@@ -100,7 +101,7 @@ class DeferredMask:
         cls._refuse(getattr(function, "__name__", str(function)))
 
     @staticmethod
-    def _refuse(name: str) -> None:
+    def _refuse(name: str) -> NoReturn:
         raise NotImplementedError(
             f"this model edits its attention mask itself (`{name}`), which attn_implementation='ulysses' or 'packed' "
             "cannot follow: use 'sdpa' or 'eager' for it, without sharding."

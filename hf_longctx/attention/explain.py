@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ class AttentionExplanation:
 
 
 @torch.no_grad()
-def explain_attention(model: torch.nn.Module, batch: Mapping[str, object]) -> AttentionExplanation:
+def explain_attention(model: torch.nn.Module, batch: Mapping[str, Any]) -> AttentionExplanation:
     """Say how `model` attends over `batch`.
 
     Args:

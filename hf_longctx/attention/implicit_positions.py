@@ -8,6 +8,8 @@ them; without it their attention refuses such rows.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from ..families import COUNTS_POSITIONS
@@ -25,8 +27,8 @@ def local_positions(shard: SequenceShard) -> torch.Tensor | None:
         `torch.Tensor` of shape `(t,)` if rows are one document each, else `(B, t)`; 0 for the tokens that make rows
         divisible. `None` if counting from 0 is right.
     """
-    if packs_documents(shard):
-        segments = shard.segment_ids
+    segments = shard.segment_ids
+    if segments is not None and packs_documents(shard):
         index = torch.arange(segments.shape[1], device=segments.device)
         begins = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
         positions = index - torch.where(begins, index, 0).cummax(dim=1).values
@@ -41,12 +43,12 @@ def local_positions(shard: SequenceShard) -> torch.Tensor | None:
 
 def longest_document(shard: SequenceShard) -> int:
     """Tokens of the longest document of the whole rows; padding counts as one."""
-    if not packs_documents(shard):
+    if shard.segment_ids is None or not packs_documents(shard):
         return shard.num_tokens
     return max(int(row.unique_consecutive(return_counts=True)[1].max()) for row in shard.segment_ids)
 
 
-def validate_positions(module: torch.nn.Module, shard: SequenceShard, extras: dict[str, object]) -> None:
+def validate_positions(module: torch.nn.Module, shard: SequenceShard, extras: Mapping[str, object]) -> None:
     """Refuse an attention layer whose decoder counted from 0 where it may not.
 
     Raises:

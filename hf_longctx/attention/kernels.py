@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from transformers.integrations.flash_attention import flash_attention_forward
@@ -125,7 +126,7 @@ class ModuleView:
 
 def run_plain(kernel: str, call: AttentionCall, mask: object, is_causal: bool | None) -> tuple:
     """Run `kernel` exactly as transformers would have run it under its own name, on a mask that it built itself."""
-    kwargs = {**call.extras, **call.per_head, "dropout": call.dropout, "scaling": call.scaling}
+    kwargs: dict[str, Any] = {**call.extras, **call.per_head, "dropout": call.dropout, "scaling": call.scaling}
     if is_causal is not None:
         kwargs["is_causal"] = is_causal
     module, tensors = call.module, (call.query, call.key, call.value)
@@ -151,7 +152,7 @@ def run_planned(kernel: str, call: AttentionCall, plan: KernelPlan) -> torch.Ten
     rule, prepared = plan.rule, plan.prepared
     groups = query.shape[1] // key.shape[1]
     view = ModuleView(call.module, kernel, num_key_value_groups=groups, is_causal=rule.causal)
-    extras = {"dropout": call.dropout, "scaling": call.scaling}
+    extras: dict[str, Any] = {"dropout": call.dropout, "scaling": call.scaling}
     if isinstance(prepared, VarlenBounds):
         return _without_padding(run_varlen(rule, prepared, query, key, value, call.scaling), plan)
     if is_flash(kernel):
@@ -234,7 +235,10 @@ class _BlockMasks:
         square = offset == 0 and queries == keys
         if square and self.largest is not None and self.largest.shape[2] >= queries:
             return self.largest[..., :queries, :keys]
-        seen = visible(rule, queries, keys, offset, self.device)[None, None]
+        seen = visible(rule, queries, keys, offset, self.device)
+        if seen is None:
+            return None
+        seen = seen[None, None]
         if self.is_eager:
             lowest = torch.finfo(self.dtype).min
             seen = torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, lowest)

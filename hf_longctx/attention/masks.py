@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import masking_utils
@@ -67,7 +68,7 @@ def _collect_facts(mask_function: Callable, facts: dict[str, list[int]]) -> None
     """Add what `mask_function` and the functions inside it demand, all at once, to `facts`."""
     module, name = getattr(mask_function, "__module__", None), getattr(mask_function, "__qualname__", None)
     ours = module == masking_utils.__name__ and name is not None
-    maker = name.split(".")[0] if ours else ""
+    maker = name.split(".")[0] if ours and name is not None else ""
     inside = inspect.getclosurevars(mask_function).nonlocals if ours else {}
     if mask_function is masking_utils.causal_mask_function:
         facts["causal"].append(1)
@@ -127,7 +128,7 @@ class KernelPlan:
 
     rule: AttentionRule
     segments: torch.Tensor | None = None
-    prepared: object = None
+    prepared: Any = None
 
     @property
     def is_plain(self) -> bool:

@@ -135,7 +135,7 @@ def known_to_transformers(entry: AttentionEntry) -> Iterator[None]:
 
 def find_attention(name: str | None) -> AttentionEntry | None:
     """The entry of `attn_implementation`, or `None` for an attention that is not of this package."""
-    return _ENTRIES.get(name)
+    return None if name is None else _ENTRIES.get(name)
 
 
 def shards_rows(name: str | None) -> bool:

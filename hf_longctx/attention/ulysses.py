@@ -117,13 +117,13 @@ def _sharded_attention(call: AttentionCall, shard: SequenceShard, run: Callable)
             "`sequence_shard` is not bound to this process's group: call `batch['sequence_shard'].bind(mesh)` on "
             "a batch that a data worker cut, or use `hf_longctx.shard_batch`."
         )
-    tensors = sequence_to_heads(call.query, call.key, call.value, split, shard.group, shard.stopwatch)
+    query, key, value = sequence_to_heads(call.query, call.key, call.value, split, shard.group, shard.stopwatch)
     padding = shard.local_len * shard.size - shard.num_tokens
     if padding:
         # From here the row is the user's own again, so the kernel sees what one process would: the same lengths, the
         # same fast path without a mask, the same random numbers.
-        tensors = [tensor[:, :, : shard.num_tokens] for tensor in tensors]
-    output = run(call.holding(slice(*split.query[shard.rank]), *tensors), shard)
+        query, key, value = (tensor[:, :, : shard.num_tokens] for tensor in (query, key, value))
+    output = run(call.holding(slice(*split.query[shard.rank]), query, key, value), shard)
     if padding:
         output = torch.nn.functional.pad(output, (0, 0, 0, 0, 0, padding))
     return heads_to_sequence(output, split, shard.group, shard.stopwatch)

@@ -45,9 +45,9 @@ class ContrastiveRule:
     def softmaxes(self, num_columns: int) -> list[list[Interaction]]:
         """The interactions that share a softmax, one list for each softmax of a row."""
         strength = self.hardness_strength
-        others = {None: 0.0, "in_batch_negatives": strength, "hard_negatives": 0.0, "all_negatives": strength}
-        own = {None: 0.0, "in_batch_negatives": 0.0, "hard_negatives": strength, "all_negatives": strength}
-        others, own = others[self.hardness_mode], own[self.hardness_mode]
+        others_of = {None: 0.0, "in_batch_negatives": strength, "hard_negatives": 0.0, "all_negatives": strength}
+        own_of = {None: 0.0, "in_batch_negatives": 0.0, "hard_negatives": strength, "all_negatives": strength}
+        others, own = others_of[self.hardness_mode], own_of[self.hardness_mode]
         documents = range(POSITIVE, num_columns)
         known = {
             "query_to_doc": [Interaction(QUERY, k, others, own if k > POSITIVE else 0.0) for k in documents],

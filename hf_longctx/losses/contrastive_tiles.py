@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ class Block:
     """
 
     start: int
-    columns: Sequence[torch.Tensor | None]
+    columns: Sequence[Any]  # no interaction has a column that is `None`
     gradients: Sequence[torch.Tensor | None]
 
 
@@ -134,10 +135,11 @@ class RowTiles:
             `torch.Tensor`: the gradient of `factor * total()` to the scale.
         """
         place = slice(self.start - own.start, self.start - own.start + len(self.positive))
-        if self.gradients[QUERY] is not None:
-            self.gradients[QUERY].sub_(own.columns[POSITIVE][place])
-        if own.gradients[POSITIVE] is not None:
-            own.gradients[POSITIVE][place].sub_(self.rows[QUERY])
+        of_queries, of_positives = self.gradients[QUERY], own.gradients[POSITIVE]
+        if of_queries is not None:
+            of_queries.sub_(own.columns[POSITIVE][place])
+        if of_positives is not None:
+            of_positives[place].sub_(self.rows[QUERY])
         self.scale_gradient -= self.positive.double().sum() / self.scale
         return self.scale_gradient * factor
 
@@ -159,7 +161,8 @@ class RowTiles:
         torch.mm(torch.mul(x, others, out=self._scaled[: len(x)]), y.t(), out=tile)
         row_places = slice(self.start + rows.start, self.start + rows.stop)
         candidate_places = slice(block.start + candidates.start, block.start + candidates.stop)
-        mask = self.duplicates and self.duplicates.mask(interaction.column, row_places, candidate_places)
+        duplicates = self.duplicates
+        mask = None if duplicates is None else duplicates.mask(interaction.column, row_places, candidate_places)
         first = max(row_places.start, candidate_places.start)
         last = min(row_places.stop, candidate_places.stop)
         if first < last:  # the tile holds scores within a pair

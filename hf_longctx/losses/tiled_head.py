@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -67,8 +68,8 @@ def tiled_head_loss(
     Memory: what the head holds for one tile, one tile of logits in fp32, and the gradients.
     Communication: none.
     """
-    settings = {"tile_size": tile_size, "num_items": num_items, "ignore_index": ignore_index, "softcap": softcap}
-    settings |= {"label_smoothing": label_smoothing, "z_loss": z_loss, "scale": scale}
+    settings: dict[str, Any] = {"tile_size": tile_size, "num_items": num_items, "ignore_index": ignore_index}
+    settings |= {"label_smoothing": label_smoothing, "z_loss": z_loss, "scale": scale, "softcap": softcap}
     if finish is None and is_linear(head) and "forward" not in vars(head) and not has_hooks(head):
         return tiled_cross_entropy(hidden, head.weight, labels, bias=head.bias, **settings)
     return forward_loss(hidden, head, head, labels, finish=finish, **settings)
@@ -91,14 +92,14 @@ def forward_loss(
     Its hooks have run then, and must not run again with every tile.
     """
     validate_tile_size(tile_size)
-    rule = TokenLoss(**rule)
+    token_loss = TokenLoss(**rule)
     validate_hidden(hidden, labels)
     parameters = {name: p for name, p in head.named_parameters() if p.requires_grad}
     _validate_whole(head, parameters)
     run = _Rerouted(head, forward, finish)
     tokens = ValidTokens.of(labels, ignore_index, hidden.device)
     compute = functools.partial(
-        _sum_over_tiles, run=run, names=tuple(parameters), tokens=tokens, rule=rule, tile_size=tile_size
+        _sum_over_tiles, run=run, names=tuple(parameters), tokens=tokens, rule=token_loss, tile_size=tile_size
     )
     total = sum_with_gradient(compute, hidden.reshape(-1, hidden.shape[-1]), *parameters.values())
     return tokens.mean(total, num_items)

@@ -7,6 +7,7 @@ Documents and padding become one thing, segments: tokens attend within their seg
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -17,7 +18,7 @@ DOCUMENT_BOUND_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_le
 
 
 def segment_rows(
-    batch: Mapping[str, object], rows: int, num_tokens: int, device: torch.device
+    batch: Mapping[str, Any], rows: int, num_tokens: int, device: torch.device
 ) -> tuple[torch.Tensor | None, bool]:
     """The document of every token.
 
@@ -48,7 +49,7 @@ def segment_rows(
 
 
 def _documents_from_bounds(
-    batch: Mapping[str, object], rows: int, num_tokens: int, device: torch.device
+    batch: Mapping[str, Any], rows: int, num_tokens: int, device: torch.device
 ) -> torch.Tensor | None:
     given = [torch.as_tensor(batch[key]) for key in ("cu_seq_lens_q", "cu_seq_lens_k") if batch.get(key) is not None]
     if not given:

@@ -16,6 +16,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -85,13 +86,13 @@ class SequenceShard:
 
 
 def shard_batch(
-    batch: Mapping[str, object],
+    batch: Mapping[str, Any],
     mesh: SequenceMesh,
     *,
     inner_attention: str = "auto",
     shift_labels: bool = True,
     check_rows: bool = True,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Cut full rows to my share, ready for `model(**batch)`.
 
     Args:
@@ -132,8 +133,8 @@ def shard_batch(
 
 
 def cut_batch(
-    batch: Mapping[str, object], size: int, rank: int, *, inner_attention: str = "auto", shift_labels: bool = True
-) -> dict[str, object]:
+    batch: Mapping[str, Any], size: int, rank: int, *, inner_attention: str = "auto", shift_labels: bool = True
+) -> dict[str, Any]:
     """Rank `rank` of `size`'s share of full rows, as plain facts: no process group, safe in a data worker.
 
     See [`shard_batch`] for the arguments and errors. Communication: none.
@@ -150,7 +151,7 @@ def cut_batch(
     if full.get("labels") is not None and shift_labels and "shift_labels" not in full:
         full["shift_labels"] = torch.nn.functional.pad(full["labels"], (0, 1), value=IGNORE_INDEX)[:, 1:]
 
-    share: dict[str, object] = {}
+    share: dict[str, Any] = {}
     for key, value in full.items():
         if value is None:
             continue
@@ -184,7 +185,7 @@ def validate_same_rows(shard: SequenceShard) -> None:
         )
 
 
-def _validate_batch(batch: Mapping[str, object]) -> tuple[int, int, torch.device]:
+def _validate_batch(batch: Mapping[str, Any]) -> tuple[int, int, torch.device]:
     if "sequence_shard" in batch:
         raise ValueError("`batch` is already sharded (it has `sequence_shard`): shard full rows, once.")
     tokens = batch.get("input_ids") if batch.get("input_ids") is not None else batch.get("inputs_embeds")
@@ -228,7 +229,7 @@ def _cut(value: torch.Tensor, rank: int, local_len: int, fill: int) -> torch.Ten
     return piece.contiguous()
 
 
-def _hash(batch: Mapping[str, object]) -> int:
+def _hash(batch: Mapping[str, Any]) -> int:
     row_hash = 0
     for key in ("input_ids", "inputs_embeds", "labels", "attention_mask", "position_ids", "cu_seq_lens_q", "seq_idx"):
         value = batch.get(key)
