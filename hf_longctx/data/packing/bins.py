@@ -31,7 +31,9 @@ def place_best_fit(sizes: np.ndarray, max_tokens: int) -> np.ndarray:
     """
     bins_by_room: dict[int, list[int]] = {}
     rooms: list[int] = []  # the keys, sorted
-    num_bins, bins, taken = 0, [], []
+    num_bins = 0
+    bins: list[int] = []
+    taken: list[int] = []
     for size, count in _runs(sizes):
         while count:
             at = bisect_left(rooms, size)

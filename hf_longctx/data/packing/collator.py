@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -119,7 +119,7 @@ class PackingCollator:
             raise ValueError(
                 "`max_tokens` is not set, so there is no budget to pack for: give it to `PackingCollator`."
             )
-        options = {"strategy": self.strategy, "long_documents": self.long_documents, "seed": seed}
+        options: dict[str, Any] = {"strategy": self.strategy, "long_documents": self.long_documents, "seed": seed}
         if not is_stream(dataset):
             return PackedDataset(dataset, self.max_tokens, lengths=lengths, **options)
         if lengths is not None:

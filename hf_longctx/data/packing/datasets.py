@@ -169,7 +169,8 @@ class PackedStream(IterableDataset):
             self.dataset.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[PackedRow]:
-        stream, num_read, waiting = iter(self.dataset), 0, []
+        stream, num_read = iter(self.dataset), 0
+        waiting: list[Mapping] = []
         for turn in count():
             buffer = list(islice(stream, self.buffer_size))
             if not buffer and not waiting:
@@ -177,8 +178,8 @@ class PackedStream(IterableDataset):
             lengths = [_length_of_row(document) for document in buffer]
             pieces = cut_documents(lengths, self.max_tokens, self.long_documents, first_row=num_read)
             num_read += len(buffer)
-            pieces = zip(*(array.tolist() for array in pieces))
-            documents = waiting + [cut_document(buffer[row], start, stop) for row, start, stop in pieces]
+            cuts = zip(*(array.tolist() for array in pieces))
+            documents = waiting + [cut_document(buffer[row], start, stop) for row, start, stop in cuts]
             lengths = [len(document["input_ids"]) for document in documents]
             packing = pack_lengths(lengths, self.max_tokens, strategy=self.strategy, seed=self.seed)
             rows, held_back = self._deal(packing, turn, is_last=not buffer)

@@ -24,7 +24,8 @@ def assign_evenly(costs: Sequence[float], ranks: int) -> list[list[int]]:
         `list[list[int]]`: numbers of the rows of every rank, in their order in the batch.
     """
     assert len(costs) % ranks == 0, (len(costs), ranks)
-    most, shares = len(costs) // ranks, [[] for _ in range(ranks)]
+    most = len(costs) // ranks
+    shares: list[list[int]] = [[] for _ in range(ranks)]
     loads = [(0.0, rank) for rank in range(ranks)]
     for row in sorted(range(len(costs)), key=lambda row: -costs[row]):
         load, rank = heapq.heappop(loads)

@@ -6,7 +6,7 @@ Texts are cheap next to a training step, and they are read here only where texts
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ..packing.lengths import packing_cost
@@ -59,13 +59,13 @@ class GlobalBatches:
     def skip(self, draws: int) -> None:
         """Go on after `draws` batches of a new run: at once where nothing is read here, else by drawing them."""
         assert self.draws == 0
-        plain = all(isinstance(rows, IndexedRows) and rows.is_plain for rows in self.sources.values())
-        if not plain:
+        plain = {name: rows for name, rows in self.sources.items() if isinstance(rows, IndexedRows) and rows.is_plain}
+        if len(plain) < len(self.sources):
             for _ in range(draws):
                 next(self)
             return
         for name, shares in self.plan.shares_before(draws).items():
-            self.sources[name].skip(shares * self.share_size)
+            plain[name].skip(shares * self.share_size)
         self.draws = draws
 
     def __iter__(self) -> Iterator[GlobalBatch]:
@@ -75,15 +75,16 @@ class GlobalBatches:
         draw = self.plan.draw(self.draws)
         for name in draw.shares:
             self.sources[name].begin()
-        fill = self._take_rows if self.tokens_per_rank is None else self._take_tokens
-        shares = fill(draw.shares)
+        limit = self.tokens_per_rank
+        shares = self._take_rows(draw.shares) if limit is None else self._take_tokens(draw.shares, limit)
         for name in draw.shares:
             self.sources[name].end()
         self.draws += 1
         return GlobalBatch(shares, draw.swapped)
 
     def _take_rows(self, shares: dict[str, int]) -> list[list[Candidate]]:
-        rows, seen = [], set()
+        rows: list[Candidate] = []
+        seen: set[Hashable] = set()
         for name, parts in shares.items():
             wanted = parts * self.share_size
             taken = self.sources[name].take_many(wanted, seen)
@@ -99,8 +100,10 @@ class GlobalBatches:
         costs = [packing_cost(row.lengths, self.linear_tokens) for row in rows]
         return [[rows[place] for place in share] for share in assign_evenly(costs, self.ranks)]
 
-    def _take_tokens(self, shares: dict[str, int]) -> list[list[Candidate]]:
-        rows, seen, budgets = [], set(), RankBudgets(self.ranks, self.tokens_per_rank)
+    def _take_tokens(self, shares: dict[str, int], limit: int) -> list[list[Candidate]]:
+        rows: list[Candidate] = []
+        seen: set[Hashable] = set()
+        budgets = RankBudgets(self.ranks, limit)
         names = [name for name, parts in shares.items() for _ in range(parts)]
         while True:
             source = self.sources[names[len(rows) % len(names)]]
@@ -108,7 +111,7 @@ class GlobalBatches:
             if candidate is None:
                 break
             tokens = sum(candidate.lengths)
-            if tokens > self.tokens_per_rank:
+            if tokens > limit:
                 raise ValueError(
                     f"a row of source `{source.name}` has {tokens} tokens, over `tokens_per_rank` "
                     f"({self.tokens_per_rank}): raise it, or cut or leave out such rows. {_shown(candidate.row)}"

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, cast
 
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
@@ -39,7 +40,7 @@ from .validation import (
 
 
 def build_source_loader(
-    datasets: Mapping[str, object],
+    datasets: Mapping[str, Any],
     mesh: SequenceMesh,
     *,
     batch_size: int,
@@ -86,17 +87,17 @@ def build_source_loader(
     Communication: none.
     """
     config = SourcesConfig() if config is None else config
-    validate_names("source_caps", config.source_caps, tuple(datasets))
+    caps = cast("dict[str, int]", config.source_caps or {})  # the config has read the text of a command line
+    validate_names("source_caps", caps, tuple(datasets))
     columns = {name: columns_of(name, dataset, config.balance_by, measure) for name, dataset in datasets.items()}
     check_sources(datasets, columns, config, batch_size * mesh.data_parallel_size, has_measure=measure is not None)
-    caps = config.source_caps or {}
     rows = {
         name: None if not has_row_numbers(dataset) else min(len(dataset), caps.get(name, len(dataset)))
         for name, dataset in datasets.items()
     }
     plan = SourcePlan(
         rows,
-        weights=config.source_weights,
+        weights=cast("dict[str, float] | None", config.source_weights),
         temperature=config.source_temperature,
         sources_per_batch=config.sources_per_batch,
         swap_probability=config.swap_probability,
@@ -126,7 +127,7 @@ def build_source_loader(
 class SourceReader:
     """Everything that decides which rows a rank draws; workers get a copy. Made by [`build_source_loader`]."""
 
-    datasets: Mapping[str, object]
+    datasets: Mapping[str, Any]
     columns: Mapping[str, SourceColumns]
     rows: Mapping[str, int | None]
     plan: SourcePlan
@@ -179,14 +180,14 @@ class SourceReader:
             reads = self.config.deduplicate or self.measure is not None
             read = partial(self.fetch, name) if reads else None
             return IndexedRows(name, count, describe, total=len(dataset), read=read, seed=seed)
-        cap = (self.config.source_caps or {}).get(name)
+        cap = cast("dict[str, int]", self.config.source_caps or {}).get(name)
         if self.shuffle_buffer and hasattr(dataset, "shuffle"):
             dataset = dataset if cap is None else dataset.take(cap)
             order = number_of("stream", seed, name) % 2**32
             dataset = dataset.shuffle(seed=order, buffer_size=self.shuffle_buffer)
         return StreamedRows(name, describe, stream=dataset, cap=cap)
 
-    def _describe(self, name: str, rows: list[tuple[int, dict | None]]) -> list[Candidate]:
+    def _describe(self, name: str, rows: list[tuple[int, Any]]) -> list[Candidate]:
         if not rows or rows[0][1] is None:
             return [Candidate(name, number, ((name, number),)) for number, _ in rows]
         columns, described = self.columns[name], []
@@ -208,7 +209,7 @@ class SourceTable(Dataset):
         self.reader = reader
 
     def __len__(self) -> int:
-        return sum(self.reader.rows.values())
+        return sum(cast("Mapping[str, int]", self.reader.rows).values())
 
     def __getitem__(self, key: tuple[str, int, bool]) -> dict:
         return self.__getitems__([key])[0]
@@ -266,12 +267,10 @@ class SourceBatchSampler(Sampler):
 
     def _count(self) -> int:
         reader, ranks = self.reader, self.reader.mesh.data_parallel_size
+        rows = cast("Mapping[str, int]", reader.rows)  # no stream is among them
         if reader.config.tokens_per_rank is None:
-            return math.ceil(sum(reader.rows.values()) / (reader.batch_size * ranks))
-        tokens = [
-            reader.rows[name] * mean_length(name, dataset, reader.columns[name])
-            for name, dataset in reader.datasets.items()
-        ]
+            return math.ceil(sum(rows.values()) / (reader.batch_size * ranks))
+        tokens = [rows[name] * mean_length(name, data, reader.columns[name]) for name, data in reader.datasets.items()]
         return math.ceil(sum(tokens) / (reader.config.tokens_per_rank * ranks))
 
 

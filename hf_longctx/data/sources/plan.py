@@ -195,12 +195,14 @@ def _weigh(
         return [float(weights[name]) for name in names]
     if len(names) == 1:
         return [1.0]
+    counts: list[float] = []
     for name, count in rows.items():
         if count is None:
             raise ValueError(
                 f"source `{name}` is a stream of unknown length: say how often each source is drawn with "
                 "`source_weights`."
             )
+        counts.append(float(count))
     # As logarithms: a temperature near 0 would overflow.
-    logs = np.log([float(count) for count in rows.values()]) / (1.0 if temperature is None else temperature)
+    logs = np.log(counts) / (1.0 if temperature is None else temperature)
     return np.exp(logs - logs.max()).tolist()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ class Candidate(NamedTuple):
     lengths of its texts where they are needed."""
 
     source: str
-    row: object
+    row: Any
     keys: tuple[Hashable, ...]
     lengths: tuple[int, ...] = ()
 
@@ -110,17 +110,22 @@ class IndexedRows(SourceRows):
         seed (`int`): of the run.
     """
 
+    rows: int
+
     def __init__(self, name, rows, describe, *, total: int, read: Callable | None, seed: int) -> None:
         super().__init__(name, rows, describe)
         self._used = ShuffledRange(total, seed, name, "used") if rows < total else None
-        self._fetch, self._key, self._position, self._order = read, (seed, name), 0, (-1, None)
+        self._fetch, self._key, self._position = read, (seed, name), 0
+        self._order: tuple[int, ShuffledRange | None] = (-1, None)
 
     def _more(self) -> list:
         at, start = divmod(self._position, self.rows)
-        if self._order[0] != at:
-            self._order = (at, ShuffledRange(self.rows, *self._key, at))
+        ordered, order = self._order
+        if order is None or ordered != at:
+            order = ShuffledRange(self.rows, *self._key, at)
+            self._order = (at, order)
         ahead = _NUMBERS_AHEAD if self._fetch is None else _READ_AHEAD
-        numbers = self._order[1].at(np.arange(start, min(start + ahead, self.rows)))
+        numbers = order.at(np.arange(start, min(start + ahead, self.rows)))
         if self._used is not None:
             numbers = self._used.at(numbers)
         self._position += len(numbers)
@@ -146,7 +151,7 @@ class IndexedRows(SourceRows):
         """Whether rows are identified by their numbers alone."""
         return self._fetch is None
 
-    def skip(self, counts: Sequence[int]) -> None:
+    def skip(self, counts: Sequence[int] | np.ndarray) -> None:
         """Go where batches of `counts` rows leave a new source, without drawing them one by one.
 
         Only for rows that are identified by their numbers: rows are then deferred only by a batch that crosses the

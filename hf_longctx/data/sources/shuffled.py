@@ -33,7 +33,7 @@ class ShuffledRange:
     def __init__(self, size: int, *key: object) -> None:
         self.size = size
         seed = number_of("order", *key)
-        self._written = self._keys = None
+        self._written: np.ndarray | None = None
         if size <= WRITTEN_DOWN:
             self._written = np.random.default_rng(seed).permutation(size).astype(np.int32)
         else:
