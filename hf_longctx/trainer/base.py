@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 from ..config.audiences import take_configs
 from ..config.run import LongContextConfig
@@ -41,6 +42,8 @@ class TrainerBase(FaultToleranceMixin):
         reads_own_shards (`bool`): whether every group reads its own shards of a training stream; see [`split_stream`].
     """
 
+    args: Any  # of the library's trainer
+    long_context: LongContextConfig
     configs: Mapping[str, type] = {"long_context": LongContextConfig}
     shards_batches = False
     reads_own_shards = True
@@ -66,7 +69,7 @@ class TrainerBase(FaultToleranceMixin):
 
     # Hooks
 
-    def prepare_arguments(self, given: dict[str, object]) -> None:
+    def prepare_arguments(self, given: dict[str, Any]) -> None:
         """Check or change what the library's constructor gets, by name."""
 
     def check_model(self) -> None:
@@ -76,7 +79,7 @@ class TrainerBase(FaultToleranceMixin):
     def prepare_model(self) -> None:
         """Adapt, pack and prove the model on the mesh."""
 
-    def check_share(self, inputs: dict[str, object]) -> None:
+    def check_share(self, inputs: dict[str, Any]) -> None:
         """Look at, or change, a share of a batch that has just been bound to its group, before its forward."""
 
     @property
@@ -138,7 +141,8 @@ class TrainerBase(FaultToleranceMixin):
         return output
 
     def get_total_train_batch_size(self, args) -> int:
-        return super().get_total_train_batch_size(args) // self.mesh.sequence_parallel_size
+        library: Any = super()
+        return library.get_total_train_batch_size(args) // self.mesh.sequence_parallel_size
 
 
 def _by_name(trainer: type, args: tuple, kwargs: dict[str, object]) -> dict[str, object]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 
-def end_training(trained: object) -> None:
+def end_training(trained: Any) -> None:
     """Destroy the process groups after a run that has finished. Call it on every rank, as the script's last line.
 
     DDP's reducer owns the process group. Destroyed before it, the group stays alive until the interpreter takes the

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import IGNORE_INDEX
 
 
 class ShardedEvaluationMixin:
     """The evaluation half of [`SequenceParallelMixin`], which has `mesh`, `shards_batches` and `shifts_labels`."""
 
+    mesh: SequenceMesh
     _eval_sums: torch.Tensor | None = None
     _num_eval_steps = 0
 
@@ -59,4 +63,5 @@ class ShardedEvaluationMixin:
             speed = key.removesuffix("_runtime") + "_steps_per_second"
             if speed in logs and logs[key]:
                 logs[speed] = round(self._num_eval_steps / logs[key], 3)
-        super().log(logs, *args, **kwargs)
+        library: Any = super()  # of the trainer behind this mixin
+        library.log(logs, *args, **kwargs)

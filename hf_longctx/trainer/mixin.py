@@ -7,12 +7,15 @@ token once over all ranks and accumulation steps and scales its loss by the worl
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ..adapters.wrapped import unwrap
 from ..config.audiences import TRAINERS
+from ..config.memory import MemoryConfig
 from ..losses.token_mean import token_mean
 from .adapt import adapt_model
 from .base import TrainerBase
@@ -32,10 +35,15 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
         args, kwargs: the library's, unchanged.
     """
 
+    memory: MemoryConfig
+    accelerator: Any  # this and the next two of the library's trainer
+    compute_loss_func: Any
+    label_smoother: Any
+    _loss_shifts_labels: bool
     configs = TRAINERS["LongContextTrainer"]
     _sanity: SanityResult | None = None
 
-    def prepare_arguments(self, given: dict[str, object]) -> None:
+    def prepare_arguments(self, given: dict[str, Any]) -> None:
         self._preset = prepare_memory(
             self.memory, self.long_context, given.get("args"), given.get("model"), given.get("data_collator")
         )
@@ -51,7 +59,7 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
         elif not self.shards_batches:
             tile_trainer_loss(self, self._preset)
 
-    def check_share(self, inputs: dict[str, object]) -> None:
+    def check_share(self, inputs: dict[str, Any]) -> None:
         if self._sanity is None:
             self._sanity = self._check_sanity()
         self._sanity.validate_batch(self.model, inputs["sequence_shard"], inputs)

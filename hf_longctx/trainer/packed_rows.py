@@ -5,6 +5,8 @@ The overridden methods of [`TrainerBase`] call these; nothing here is arithmetic
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.utils.data import IterableDataset
 from transformers.utils import is_datasets_available
@@ -67,7 +69,7 @@ def pack_dataset(trainer, dataset, description: str, group_size: int, sampler_fn
     return packed, lambda _: BalancedSampler(costs, group_size, seed=trainer.data_seed)
 
 
-def check_packed_batch(trainer, inputs: dict[str, object]) -> bool:
+def check_packed_batch(trainer, inputs: dict[str, Any]) -> bool:
     """Prove on a miniature of the first packed batch that this model keeps its documents apart.
 
     Returns:
@@ -93,7 +95,8 @@ def check_packed_batch(trainer, inputs: dict[str, object]) -> bool:
         return shard is None  # reading the documents of every batch again would slow an unsharded run
     model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.accelerator.unwrap_model(trainer.model)
     batch = _miniature(trainer, inputs, lengths, unwrap(model).config.get_text_config().vocab_size)
-    settings = {"check_gradients": not sharded_weights}  # the wrapper that shards the weights owns their backward
+    # The wrapper that shards the weights owns their backward.
+    settings: dict[str, Any] = {"check_gradients": not sharded_weights}
     if shard is not None:
         settings |= {"mesh": trainer.mesh, "inner_attention": trainer.long_context.inner_attention}
     try:
@@ -105,12 +108,14 @@ def check_packed_batch(trainer, inputs: dict[str, object]) -> bool:
     return True
 
 
-def _segments_of_batch(inputs: dict[str, object]) -> torch.Tensor | None:
+def _segments_of_batch(inputs: dict[str, Any]) -> torch.Tensor | None:
     """Documents of a batch that goes to the model's own attention."""
-    ids, positions = inputs.get("input_ids"), inputs.get("position_ids")
-    if not isinstance(ids, torch.Tensor) or (isinstance(positions, torch.Tensor) and positions.dim() != 2):
-        return None
-    return segment_rows(inputs, *ids.shape, ids.device)[0]
+    ids, *others = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
+    given = [ids, *(x for x in others if x is not None)]
+    if ids is None or not all(isinstance(x, torch.Tensor) and x.dim() == 2 for x in given):
+        return None  # several choices a row, or a mask or positions of the model's own kind
+    rows, num_tokens = ids.shape
+    return segment_rows(inputs, rows, num_tokens, ids.device)[0]
 
 
 def _document_lengths(segments: torch.Tensor) -> list[int]:
@@ -123,7 +128,7 @@ def _document_lengths(segments: torch.Tensor) -> list[int]:
     return []
 
 
-def _miniature(trainer, inputs: dict[str, object], lengths: list[int], vocabulary: int) -> dict[str, object]:
+def _miniature(trainer, inputs: dict[str, Any], lengths: list[int], vocabulary: int) -> dict[str, Any]:
     """A row of a few short documents, described in the way that `inputs` describes its own."""
     device, shard = inputs["input_ids"].device, inputs.get("sequence_shard")
     sizes = torch.tensor([min(length, _CHECKED_TOKENS) for length in lengths[:_CHECKED_DOCUMENTS]])

@@ -13,6 +13,7 @@ import contextlib
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed import DistError
@@ -42,7 +43,7 @@ class SanityResult:
     loss_ignores_count: bool = False
     padding_predicts: bool = False
 
-    def validate_batch(self, model, shard: SequenceShard, inputs: dict[str, object]) -> None:
+    def validate_batch(self, model, shard: SequenceShard, inputs: dict[str, Any]) -> None:
         """Refuse a share whose batch leaves out what this model needs, or trains what kernels disagree about.
 
         Args:
@@ -129,7 +130,7 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityRe
     return SanityResult(needs_position_ids, ignores, padding_predicts)
 
 
-def _on_a_share(model, name: str, share: dict[str, object]) -> torch.Tensor:
+def _on_a_share(model, name: str, share: dict[str, Any]) -> torch.Tensor:
     """Outputs of a share; an error of the model's own code, which never saw one, is reported as what it means."""
     try:
         return model(**share)[0]

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import BertConfig, BertForMultipleChoice, Trainer
 
 import hf_longctx
 from hf_longctx import LongContextConfig, LongContextTrainer, MemoryConfig, SequenceMesh, SourcesConfig, TextsConfig
@@ -170,3 +170,35 @@ def test_a_trainer_of_ones_own_refuses_what_others_take(given):
 def test_rows_are_drawn_by_the_data_seed_where_there_is_one(given, data_seed):
     given["args"].data_seed = data_seed
     assert LongContextTrainer(**given).data_seed == (data_seed or given["args"].seed)
+
+
+def choices(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch of three choices a row."""
+    ids = torch.arange(3, 3 + 18 * len(rows)).view(len(rows), 3, 6)
+    return {"input_ids": ids, "labels": torch.arange(len(rows)) % 3}
+
+
+def own_mask(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """A batch whose mask was made by hand, for each query and key."""
+    batch = pad_right(rows)
+    keys = batch["attention_mask"].bool()[:, None, None, :]
+    seen = torch.ones(2 * batch["input_ids"].shape[1:], dtype=torch.bool).tril() & keys
+    return {**batch, "attention_mask": seen}
+
+
+@pytest.mark.parametrize("collator", [choices, own_mask])
+def test_batches_that_describe_no_documents_train_as_with_the_library(given, collator):
+    def trained(trainer) -> list[torch.Tensor]:
+        reset_state()
+        if collator is choices:
+            kind = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+            torch.manual_seed(0)
+            model = BertForMultipleChoice(kind)
+        else:
+            model = build("llama", "sdpa")
+        run = trainer(**{**given, "model": model, "data_collator": collator})
+        run.train()
+        return [parameter.detach() for parameter in run.model.parameters()]
+
+    for ours, theirs in zip(trained(LongContextTrainer), trained(Trainer), strict=True):
+        assert torch.equal(ours, theirs)
