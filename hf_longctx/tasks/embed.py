@@ -16,11 +16,18 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 from rich.table import Table
-from sentence_transformers import SentenceTransformerTrainingArguments
-from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 from torch.distributed.elastic.multiprocessing.errors import record
-from trl import TrlParser
+
+
+try:
+    from sentence_transformers import SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
+    from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
+    from trl import TrlParser
+except ImportError as error:
+    raise ImportError(
+        "The recipe `embed` needs sentence-transformers, datasets and trl: `pip install hf-longctx[embedding,trl]`."
+    ) from error
 
 from ..config.run import LongContextConfig
 from ..config.sources import SourcesConfig

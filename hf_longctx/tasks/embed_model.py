@@ -7,10 +7,15 @@ from dataclasses import dataclass, field
 
 import torch
 import transformers
-from sentence_transformers import SentenceTransformer
-from sentence_transformers.base.modules import Normalize, Transformer
-from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import AutoConfig, AutoModel, AutoTokenizer, set_seed
+
+
+try:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling
+except ImportError as error:
+    raise ImportError("`load_embedder` needs sentence-transformers: `pip install hf-longctx[embedding]`.") from error
 
 from .inputs import PACKAGE, model_folder
 

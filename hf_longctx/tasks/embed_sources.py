@@ -20,9 +20,14 @@ from functools import partial
 from pathlib import Path
 
 import fsspec
-from datasets import Dataset, IterableDataset, load_dataset
 from huggingface_hub import HfFileSystem
 from huggingface_hub.constants import HF_HUB_OFFLINE
+
+
+try:
+    from datasets import Dataset, IterableDataset, load_dataset
+except ImportError as error:
+    raise ImportError("The sources of `embed` need datasets: `pip install hf-longctx[embedding]`.") from error
 
 from ..config.sources import read_mapping
 from ..data.sources.plan import load_source_weights

@@ -18,11 +18,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import transformers
-from datasets import Dataset
 from huggingface_hub import HfApi
 from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
-from trl import get_quantization_config
+
+
+try:
+    from datasets import Dataset
+    from trl import get_quantization_config
+except ImportError as error:
+    raise ImportError("The recipes need trl and datasets: `pip install hf-longctx[trl]`.") from error
 
 from ..config.run import LongContextConfig
 from ..data.documents import load_documents

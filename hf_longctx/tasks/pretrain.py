@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers import TrainingArguments, default_data_collator
-from trl import ModelConfig, TrlParser, get_peft_config
+
+
+try:
+    import datasets  # noqa: F401  without it, trl raises a RuntimeError
+    from trl import ModelConfig, TrlParser, get_peft_config
+except ImportError as error:
+    raise ImportError("The recipe `pretrain` needs trl and datasets: `pip install hf-longctx[trl]`.") from error
 
 from ..config.memory import MemoryConfig
 from ..config.run import LongContextConfig

@@ -13,7 +13,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch.distributed.elastic.multiprocessing.errors import record
-from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config
+
+
+try:
+    import datasets  # noqa: F401  without it, trl raises a RuntimeError
+    from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config
+except ImportError as error:
+    raise ImportError("The recipe `sft` needs trl and datasets: `pip install hf-longctx[trl]`.") from error
 
 from ..config.memory import MemoryConfig
 from ..config.run import LongContextConfig

@@ -21,26 +21,20 @@ minutes and 19 GB at the defaults, 6 minutes and 9 GB with `--layers 2`.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
-import json
 import os
-import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from packing_batches import CHECKED_LENGTHS, COLLATORS, MIXES, count_tokens, draw_lengths, make_documents
+from packing_processes import start_workers
 from packing_report import page_of, summarize
-from packing_worker import ANSWER
 from page import describe_run, finish
 from rich.console import Console
 
 
-WORKER = Path(__file__).with_name("packing_worker.py")
 # Relative to the largest entry. float32: the project's own promise; its 24 bits lose a few when some thousand terms
 # are summed in another order. bfloat16: a step of 2**-8, taken at some 64 roundings down the layers, adds up to 8.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-5}
@@ -178,56 +172,6 @@ def make_batches(case: Case, variants: list[Variant], shape: dict, args: argpars
         computed = sum(rows * tokens for rows, tokens in sizes)
         facts["batches"][collation] = {"sizes": sizes, "real_tokens": real, "padding": 1 - real / computed}
     return facts
-
-
-class WorkerProcess:
-    """A running `packing_worker.py`; what it prints to its standard error goes to a file."""
-
-    def __init__(self, settings: dict, log: Path) -> None:
-        self.log = log
-        environment = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"])}
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
-        with open(log, "w") as errors:
-            command = [sys.executable, str(WORKER), json.dumps(settings)]
-            self.process = subprocess.Popen(command, stderr=errors, **pipes)
-
-    def ask(self, command: str) -> dict:
-        """Its answer to a command, or `{"failed": why}`."""
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(command + "\n")
-            self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith(ANSWER):
-                return json.loads(line.removeprefix(ANSWER))
-        lines = self.log.read_text().strip().splitlines()
-        return {"failed": lines[-1] if lines else f"exit code {self.process.wait()} without a word"}
-
-    def close(self) -> None:
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
-        self.process.wait()
-
-
-@contextlib.contextmanager
-def start_workers(variants: list[Variant], shape: dict, args: argparse.Namespace, folder: Path) -> Iterator[list]:
-    """One process a variant, all at once, ended together."""
-    workers = []
-    try:
-        for index, variant in enumerate(variants):
-            settings = {
-                "attention": variant.attention,
-                "shape": shape,
-                "device": args.device,
-                "dtype": args.dtype,
-                "threads": args.threads,
-                "batches": str(folder / f"{variant.collation}.pt"),
-                "reference": str(folder / "reference.pt"),
-            }
-            workers.append(WorkerProcess(settings, folder / f"{index}.log"))
-        yield workers
-    finally:
-        for worker in workers:
-            worker.close()
 
 
 def measure_case(case: Case, args: argparse.Namespace, folder: Path) -> tuple[dict, list[dict]]:

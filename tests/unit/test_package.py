@@ -18,6 +18,7 @@ from hf_longctx.on_import import call_after_import
 
 ROOT = Path(hf_longctx.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.py"))
 HEAVY = ("trl", "sentence_transformers", "datasets")
 
 
@@ -220,7 +221,7 @@ def lines_of_code(source: str) -> int:
     return sum(1 for i, line in lines if i not in skipped and line.strip() and not line.strip().startswith("#"))
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_name)
+@pytest.mark.parametrize("path", [*FILES, *RECIPES], ids=module_name)
 def test_file_keeps_its_budget_and_says_what_it_is_for(path):
     source = path.read_text()
     assert len(source.splitlines()) <= 300
@@ -262,3 +263,33 @@ def test_missing_host_is_told_with_the_extra():
     assert "`LongContextSentenceTransformerTrainer` needs sentence-transformers: `pip install hf-lon" in printed
     assert "`TiledMultipleNegativesRankingLoss` needs sentence-transformers: `pip install hf-longctx" in printed
     assert "`LongContextSFTTrainer` needs trl: `pip install hf-longctx[trl]`" in printed
+
+
+LACKING_IN_A_RECIPE = """
+import importlib, sys
+from tests import raises
+raises.install()
+sys.modules[sys.argv[1]] = None
+for name in sys.argv[2:]:
+    try:
+        importlib.import_module("hf_longctx.tasks." + name)
+    except ImportError as error:
+        print(name, error, sep=": ")
+"""
+
+
+@pytest.mark.parametrize(
+    ("library", "told"),
+    [
+        ("trl", {"sft": "trl", "pretrain": "trl", "embed": "embedding,trl", "inputs": "trl"}),
+        ("datasets", {"sft": "trl", "pretrain": "trl", "embed": "embedding,trl", "embed_sources": "embedding"}),
+        ("sentence_transformers", {"embed": "embedding,trl", "embed_model": "embedding"}),
+    ],
+)
+def test_missing_library_of_a_recipe_is_told_with_the_extra(library, told):
+    command = [sys.executable, "-c", LACKING_IN_A_RECIPE, library, *told]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT.parent).stdout.splitlines()
+    assert [line.partition(": ")[0] for line in printed] == list(told)
+    for line, extra in zip(printed, told.values()):
+        assert library.replace("_", "-") in line.partition(": ")[2]
+        assert line.endswith(f"`pip install hf-longctx[{extra}]`.")
