@@ -120,9 +120,9 @@ class TiledMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
             raise ValueError(f"`negatives` ({self.negatives!r}) must be 'gather' or 'ring'.")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "scale" and self.__dict__.get("_parameters", {}).get("log_scale") is not None:
+        if name == "scale" and (learned := self.__dict__.get("_parameters", {}).get("log_scale")) is not None:
             with torch.no_grad():
-                self.log_scale.fill_(math.log(value))
+                learned.fill_(math.log(value))
         else:
             super().__setattr__(name, value)
 
@@ -165,7 +165,7 @@ class TiledMultipleNegativesRankingLoss(CachedMultipleNegativesRankingLoss):
         columns = [torch.cat(parts) if parts else torch.empty(0, 1) for parts in reps]
         if not with_backward:
             return self._contrast(columns, hashes, scale)
-        if self.log_scale is None:
+        if not isinstance(scale, torch.Tensor):
             loss = self._contrast(columns, hashes, scale)
             loss.backward()
             return loss.detach()

@@ -169,7 +169,7 @@ def read_functions(files: Iterable[str]) -> Iterator[dict[str, str]]:
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or ast.get_docstring(node) is None:
                 continue
             docstring, *body = node.body
-            if not body or body[0].lineno == docstring.end_lineno:
+            if not body or docstring.end_lineno is None or body[0].lineno == docstring.end_lineno:
                 continue
             text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).split("\n")
             end = docstring.end_lineno - node.lineno + 1
@@ -181,7 +181,7 @@ def make_report(recipe: RecipeArguments, long_context, row_tokens: int | None) -
     dataset = recipe.dataset_name
     if dataset in BUILT_IN_DATASETS:
         dataset = BUILT_IN_DATASETS[dataset]
-    elif os.path.exists(dataset):  # a card is public, and where a folder lies is not
+    elif dataset is not None and os.path.exists(dataset):  # a card is public, and where a folder lies is not
         dataset = Path(dataset).resolve().name
     return RunReport(
         sequence_parallel_size=long_context.sequence_parallel_size,

@@ -382,6 +382,10 @@ def test_the_scale_is_one_number_wherever_it_is_kept(embedder):
     fixed = TiledMultipleNegativesRankingLoss(embedder)
     fixed.scale = 3.0
     assert fixed.scale == 3.0 == fixed.get_config_dict()["scale"]
+    # A number given for one call, as `calculate_loss` takes it, is no parameter, though the loss has one.
+    given = [[torch.randn(4, WIDTH, requires_grad=True)] for _ in range(2)]
+    mine, its = (x.calculate_loss(given, with_backward=True, scale=3.0) for x in (loss, fixed))
+    assert torch.equal(mine, its) and loss.log_scale.grad is None
 
 
 def test_duplicate_texts_of_a_batch_are_no_negatives(embedder):

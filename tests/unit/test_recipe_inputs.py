@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from datasets import Dataset
 
+from hf_longctx.config.run import LongContextConfig
 from hf_longctx.tasks.embed_sources import SourceArguments, _place, choose_texts
-from hf_longctx.tasks.inputs import RecipeArguments, model_folder, read_documents
+from hf_longctx.tasks.inputs import RecipeArguments, make_report, model_folder, read_documents
 
 
 def test_a_missing_model_is_named():
@@ -39,3 +40,7 @@ def test_a_source_without_a_place_is_named():
 def test_a_column_that_a_source_lacks_is_named():
     with pytest.raises(ValueError, match="`source_columns` names `answer`, but the source has question, reply"):
         choose_texts(Dataset.from_list([{"question": "a", "reply": "b"}]), ["question", "answer"], None)
+
+
+def test_a_report_of_rows_that_have_no_name_leaves_it_out():
+    assert make_report(RecipeArguments(), LongContextConfig(), row_tokens=8).dataset is None
