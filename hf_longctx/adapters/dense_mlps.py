@@ -86,16 +86,16 @@ def find_mixing(
         try:
             whole = forward(tokens)
             if not isinstance(whole, torch.Tensor) or whole.shape != tokens.shape:
-                shape = tuple(whole.shape) if isinstance(whole, torch.Tensor) else type(whole).__name__
-                return f"`{type(mlp).__name__}` answers {tuple(tokens.shape)} tokens with {shape}"
+                answer = tuple(whole.shape) if isinstance(whole, torch.Tensor) else type(whole).__name__
+                return f"`{type(mlp).__name__}` answers {tuple(tokens.shape)} tokens with {answer}"
             pieces = [forward(piece.contiguous()) for piece in tokens.index_select(-2, order).split(2, dim=-2)]
         except (RuntimeError, ValueError, TypeError, IndexError, AttributeError) as error:
             return f"`{type(mlp).__name__}` does not run on {tuple(tokens.shape)} tokens alone ({error})"
     expected = whole.index_select(-2, order)
-    error = float((torch.cat(pieces, dim=-2) - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
-    if error <= OTHER_TILES.of(whole.dtype):
+    difference = float((torch.cat(pieces, dim=-2) - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+    if difference <= OTHER_TILES.of(whole.dtype):
         return None
-    return f"`{type(mlp).__name__}` mixes tokens (tiles differ from the whole by {error:.1e})"
+    return f"`{type(mlp).__name__}` mixes tokens (tiles differ from the whole by {difference:.1e})"
 
 
 def _layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from types import FunctionType, MethodType
+from types import MethodType
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ class InstancePatch:
 
     name: str
 
-    def call(self, module: torch.nn.Module, own: Callable, *args: object, **kwargs: object) -> object:
+    def call(self, module: torch.nn.Module, own: Callable, *args: Any, **kwargs: Any) -> Any:
         """Run in place of the method.
 
         Args:
@@ -61,19 +62,20 @@ class InstanceForward:
         return _run(self.module, self.method, self.name, *args, **kwargs)
 
     @property
-    def __func__(self) -> FunctionType:
+    def __func__(self) -> Callable:
         """As of a bound method: accelerate wraps this function and binds the result to the module again."""
         method, name = self.method, self.name
 
         def forward(module: torch.nn.Module, *args: object, **kwargs: object) -> object:
             return _run(module, method, name, *args, **kwargs)
 
-        forward.__signature__ = inspect.signature(getattr(type(self.module), method))
-        forward.instance_patch = (method, name)
+        told: Any = forward  # a function takes attributes
+        told.__signature__ = inspect.signature(getattr(type(self.module), method))
+        told.instance_patch = (method, name)
         return forward
 
     @property
-    def __wrapped__(self) -> FunctionType:
+    def __wrapped__(self) -> Callable:
         """What accelerate finds when it takes its mixed precision off: it binds this to the module."""
         return self.__func__
 
@@ -120,8 +122,8 @@ def take_off(module: torch.nn.Module, name: str, method: str = "forward") -> Non
         delattr(module, _LAYERS)
 
 
-def patch_on(module: torch.nn.Module, name: str, method: str = "forward") -> InstancePatch | None:
-    """The patch of this name that acts on `module`, or `None`."""
+def patch_on(module: torch.nn.Module, name: str, method: str = "forward") -> Any:
+    """The patch of this name, of the class that the name stands for, that acts on `module`, or `None`."""
     layer = vars(module).get(_LAYERS, {}).get((method, name))
     return layer.patch if layer is not None and layer.active else None
 
@@ -132,7 +134,7 @@ def own_method(module: torch.nn.Module, name: str, method: str = "forward") -> C
     return getattr(module, method) if layer is None else _below(module, method, layer)
 
 
-def named_arguments(module: torch.nn.Module, args: tuple, kwargs: dict[str, object]) -> dict[str, object]:
+def named_arguments(module: torch.nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of `module.forward` by name, also those that were given by position."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return {**dict(zip(names, args)), **kwargs}

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -62,7 +63,7 @@ def _tables(decoder: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in decoder.embed_positions.modules() if _looks_up_positions(type(module))]
 
 
-def _looks_up_positions(kind: type) -> bool:
+def _looks_up_positions(kind: type[Any]) -> bool:
     names = set(inspect.signature(kind.forward).parameters)
     return "position_ids" in names and not names.isdisjoint(CACHE_LENGTH_NAMES)
 
@@ -107,7 +108,7 @@ class _TablePatch(InstancePatch):
         return embedded if positions.dim() == 1 else embedded.view(*positions.shape, -1)
 
 
-def _documents_of_batch(decoder: torch.nn.Module, given: dict[str, object]) -> SequenceShard | None:
+def _documents_of_batch(decoder: torch.nn.Module, given: dict[str, Any]) -> SequenceShard | None:
     """The documents of a batch that no one has cut. The decoder makes a mask of ones, behind which they would hide."""
     tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
     if (

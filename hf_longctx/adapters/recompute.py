@@ -101,7 +101,7 @@ class _RunTiles(torch.autograd.Function):
             )
         (hidden_states,) = ctx.kept_by.saved_tensors
         leaves = _leaves(ctx.parameters)
-        sums: list[torch.Tensor | None] = [None] * len(leaves)
+        sums = [None] * len(leaves)
         grad_input = torch.empty_like(hidden_states) if ctx.needs_input else None
         with _replay(ctx.random_states, hidden_states), _autocast(ctx.autocast):
             for tile in ctx.tiles.slices(hidden_states.shape[-2]):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -143,7 +144,7 @@ class _LossRequest:
 
     def __init__(self, patch: LossPatch, labels: torch.Tensor, num_items, ignore_index: int) -> None:
         self.labels = labels
-        self.settings = {"tile_size": patch.tile_size, "scale": patch.scale, "softcap": patch.softcap}
+        self.settings: dict[str, Any] = {"tile_size": patch.tile_size, "scale": patch.scale, "softcap": patch.softcap}
         self.settings |= {"num_items": num_items, "ignore_index": ignore_index}
 
     def compute(self, head: torch.nn.Module, own: Callable, hidden: torch.Tensor) -> torch.Tensor:

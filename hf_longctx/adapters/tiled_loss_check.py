@@ -54,12 +54,12 @@ def prove_tiled_loss(model: torch.nn.Module) -> None:
     half = torch.is_autocast_enabled(gradient.device.type)
     allowed = REORDERED_SUMS.half if half else REORDERED_SUMS.of(gradient.dtype)
     for name, theirs in expected.items():
-        error = float((actual[name] - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
-        if not error <= allowed:
+        difference = float((actual[name] - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+        if not difference <= allowed:
             raise NotImplementedError(
-                f"the tiled loss of `{type(inner).__name__}` is not its own: the {name} is off by {error:.1e} of its "
-                f"largest entry (allowed {allowed:.0e}), so the model does something between its head and its loss "
-                "that its configuration does not say; train it without a tiled loss."
+                f"the tiled loss of `{type(inner).__name__}` is not its own: the {name} is off by {difference:.1e} of "
+                f"its largest entry (allowed {allowed:.0e}), so the model does something between its head and its "
+                "loss that its configuration does not say; train it without a tiled loss."
             )
 
 

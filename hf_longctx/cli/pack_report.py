@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -141,7 +142,7 @@ def _read_lengths(options: argparse.Namespace) -> tuple[np.ndarray, str]:
     dataset = load_documents(options.dataset, text_field=None, **where)
     if options.limit is not None:
         dataset = dataset.take(options.limit)
-    row = next(iter(dataset), {})
+    row: dict[str, Any] = next(iter(dataset), {})
     if isinstance(row.get(_LENGTH_COLUMN), int):
         column = _LENGTH_COLUMN
     elif "input_ids" in row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -247,7 +248,7 @@ def write_recipe(path: Path, model: str, cell: Cell, target: int | None) -> None
         launcher = f"accelerate launch --config_file {_ACCELERATE[settings.wrapper]}"
         launcher += f" --num_processes {settings.world_size}"
     needed = yaml.safe_dump({"model_name_or_path": model}).strip()
-    breakdown = cell.breakdown
+    breakdown: Any = cell.breakdown  # of a row that fits
     lines = [
         f"# Planned: {breakdown.device / GIB:.1f} GiB of each of {settings.world_size} GPUs for rows of "
         f"{breakdown.tokens:,} tokens; {cell.longest:,} would fit.",

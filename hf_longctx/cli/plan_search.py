@@ -68,7 +68,7 @@ def recommend(cells: list[Cell], target: int | None) -> Cell | None:
 def _report(
     console: Console, options: argparse.Namespace, planner: Planner, settings: Settings, target: int | None
 ) -> None:
-    memory = _bytes(options.gpu_memory), _bytes(options.cpu_memory)
+    memory = int(options.gpu_memory * GIB), _bytes(options.cpu_memory)
     cells = []
     for size in _sizes(options.gpus, planner):
         sharing = settings.of(tokens=target or size, sequence_parallel_size=size)

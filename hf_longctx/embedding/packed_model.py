@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -177,7 +178,7 @@ class _TransformerPatch(InstancePatch):
                     f"{self.layout.mesh.sequence_parallel_size} processes: query expansion, images and sound are "
                     "padded, and cannot be shared; set `sequence_parallel_size` to 1."
                 )
-            inputs, shard = _my_share(inputs, self.layout)
+            inputs, shard = _my_share(inputs, self.layout.mesh, self.layout.inner_attention)
         output = own(inputs, **kwargs)
         features[module.module_output_name] = output[module.module_output_name]
         if "all_layer_embeddings" in output:
@@ -188,15 +189,14 @@ class _TransformerPatch(InstancePatch):
         return features
 
 
-def _my_share(inputs: dict[str, object], layout: RowLayout):
+def _my_share(inputs: dict[str, Any], mesh: SequenceMesh, inner_attention: str):
     """My tokens of a flat row, and the facts of the row."""
-    mesh = layout.mesh
     rows = {key: inputs[key] for key in _CUT_KEYS if key in inputs}
-    share = cut_batch(
+    share: dict[str, Any] = cut_batch(
         rows,
         mesh.sequence_parallel_size,
         mesh.sequence_parallel_rank,
-        inner_attention=layout.inner_attention,
+        inner_attention=inner_attention,
         shift_labels=False,
     )
     shard = share["sequence_shard"].bind(mesh)

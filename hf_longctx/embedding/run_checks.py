@@ -63,7 +63,7 @@ def _sampled_texts(dataset) -> Iterator[list[str]]:
     for source in sources:
         if hasattr(source, "__len__"):
             step = max(1, len(source) // _SAMPLE)
-            rows = (source[index] for index in range(0, len(source), step))
+            rows: Iterator = (source[index] for index in range(0, len(source), step))
         else:
             rows = islice(iter(source), _SAMPLE // 10)
         for row in rows:

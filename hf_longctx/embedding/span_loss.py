@@ -75,7 +75,8 @@ class SpanRankingLoss(CachedLossMixin, torch.nn.Module):
         positives = _positive_spans(features, labels)
 
         def calculate(embeddings: list[list[torch.Tensor]]) -> torch.Tensor:
-            loss = self._rank(*(torch.cat(parts) for parts in embeddings), positives)
+            queries, spans = (torch.cat(parts) for parts in embeddings)
+            loss = self._rank(queries, spans, positives)
             if torch.is_grad_enabled():
                 loss.backward()
             return loss.detach()
@@ -86,7 +87,7 @@ class SpanRankingLoss(CachedLossMixin, torch.nn.Module):
         group = negatives_group(self)
         counts = torch.tensor([len(queries), len(spans)], device=spans.device)
         everyone = gather_integer_rows(counts, group).tolist()
-        rank = 0 if group is None else self.mesh.data_parallel_rank
+        rank = 0 if group is None or self.mesh is None else self.mesh.data_parallel_rank
         before = sum(num_spans for _, num_spans in everyone[:rank])
         num_queries = sum(each for each, _ in everyone)
         wide = torch.promote_types(spans.dtype, torch.float32)

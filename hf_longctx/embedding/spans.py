@@ -9,6 +9,7 @@ Source: Late Chunking, https://huggingface.co/papers/2409.04701.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -32,7 +33,7 @@ def spans_of_rows(span_ids: torch.Tensor, bounds: torch.Tensor) -> Spans:
 
 
 def mark_spans(
-    features: Mapping[str, object],
+    features: Mapping[str, Any],
     documents: Sequence[str],
     spans: Sequence[Sequence[tuple[int, int]]],
     prompt: str | None = None,

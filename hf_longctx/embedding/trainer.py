@@ -67,8 +67,8 @@ class LongContextSentenceTransformerTrainer(TrainerBase, SentenceTransformerTrai
     def prepare_model(self) -> None:
         # The proof is run on rows as training has them. Outside its own steps every process has rows of its own, so
         # that `model.encode` on one rank waits for no other.
-        options = {"inner_attention": self.long_context.inner_attention, "prove": self.long_context.check_packing}
-        pack_embeddings(self.model, self.mesh, **options)
+        inner, proves = self.long_context.inner_attention, self.long_context.check_packing
+        pack_embeddings(self.model, self.mesh, inner_attention=inner, prove=proves)
         pack_embeddings(self.model, prove=False)
         self._checks_packing = False
         check_losses(self.loss, self.mesh)

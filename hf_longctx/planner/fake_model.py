@@ -219,7 +219,7 @@ def _grouped_product(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor
     """What experts compute, without numbers: one matrix product for each group of tokens."""
     if left.dim() == 3 and right.dim() == 3:
         return left.new_empty((left.shape[0], left.shape[1], right.shape[2]))
-    if left.dim() == 2 and right.dim() == 2:  # groups along the inner dimension, as for the gradient of weights
+    if ends is not None and left.dim() == right.dim() == 2:  # groups along the inner dimension: gradient of weights
         return left.new_empty((ends.shape[0], left.shape[0], right.shape[1]))
     return left.new_empty((left.shape[-2], right.shape[-1]))
 

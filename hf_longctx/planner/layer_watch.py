@@ -7,6 +7,7 @@ any other child with matrices is the MLP, and the rest (norms, residual stream) 
 from __future__ import annotations
 
 from functools import wraps
+from typing import Any
 
 import torch
 
@@ -83,7 +84,7 @@ def _within(forward, kind: str, tracker: StorageTracker):
     return watched
 
 
-def _when_differentiated(output: object, tracker: StorageTracker, kind: str, phase: str | None = None) -> None:
+def _when_differentiated(output: Any, tracker: StorageTracker, kind: str, phase: str | None = None) -> None:
     """Set kind and phase when the gradient of the first tensor in `output` is known."""
     tensors = [output] if isinstance(output, torch.Tensor) else output
     tensor = next((x for x in tensors if isinstance(x, torch.Tensor)), None)

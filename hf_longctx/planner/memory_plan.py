@@ -90,11 +90,12 @@ class Planner:
                 f"`{type(config).__name__}` makes no decoder that transformers knows as a causal language model: plan "
                 "one that `AutoModelForCausalLM` loads without code of its own."
             )
-        self.num_heads = getattr(self.config, "num_attention_heads", None)
-        if self.num_heads is None:
+        num_heads = getattr(self.config, "num_attention_heads", None)
+        if num_heads is None:
             raise NotImplementedError(
                 f"`{type(config).__name__}` has no `num_attention_heads`: layers without attention cannot be planned."
             )
+        self.num_heads: int = num_heads
         self.model = model_on_meta(self.config)
         self.stack = find_stack(self.model)
         self.tiles_loss, self.tiles_mlp = _can_tile_loss(self.model), bool(find_dense_mlps(self.model)[0])
@@ -121,8 +122,8 @@ class Planner:
         else:
             peaks = self._line(settings, start).at(settings.local_tokens)
         phase, kinds = max(peaks.device.items(), key=lambda item: on_device(item[1]))
-        kinds = {kind: round(kinds[kind]) for kind in DEVICE_KINDS}
-        return MemoryBreakdown(tokens=settings.tokens, **kinds, cpu=_on_cpu(peaks, settings), phase=phase[0])
+        whole = {kind: round(kinds[kind]) for kind in DEVICE_KINDS}
+        return MemoryBreakdown(tokens=settings.tokens, **whole, cpu=_on_cpu(peaks, settings), phase=phase[0])
 
     def longest_tokens(self, settings: Settings, device_bytes: int, cpu_bytes: int | None = None) -> int:
         """The longest row that fits, a multiple of `sequence_parallel_size`; 0 if none does.
@@ -171,7 +172,7 @@ class Planner:
                 stack = replace(stack, period=math.lcm(stack.period, settings.every_n_layers))
             sizes = (0,) if stack is None else stack.sizes
             peaks, *more = (simulate(self.model, settings, stack, size) for size in sizes)
-            if more:
+            if more and stack is not None:
                 steps = (stack.num_layers - sizes[0]) / (sizes[1] - sizes[0])
                 peaks = peaks.towards(more[0], steps)
             self._peaks[settings] = self._with_buffers(peaks, settings)

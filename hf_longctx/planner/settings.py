@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ class Settings:
         differ = self.weights_dtype != self.compute_dtype or self.optimizer == "lora"
         return differ and self.compute_dtype != torch.float32
 
-    def of(self, **changes: object) -> Settings:
+    def of(self, **changes: Any) -> Settings:
         """The same run with some settings changed."""
         return replace(self, **changes)
 

@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -95,7 +96,7 @@ def prepare(model: torch.nn.Module, settings: Settings, tracker: StorageTracker)
     model.train()
     if settings.checkpointing:
         # Random states are of some bytes, and a fake generator has none.
-        kwargs = {"use_reentrant": False, "preserve_rng_state": False}
+        kwargs: dict[str, object] = {"use_reentrant": False, "preserve_rng_state": False}
         enable_checkpointing(model, kwargs, every_n_layers=settings.every_n_layers)
         if settings.offload:
             for module in model.modules():
@@ -154,7 +155,7 @@ def run_step(
     return PhasePeaks(dict(tracker.peaks), tracker.cpu_peak, tracker.cpu_count)
 
 
-def backward(model: torch.nn.Module, batch: dict[str, object], settings: Settings) -> None:
+def backward(model: torch.nn.Module, batch: dict[str, Any], settings: Settings) -> None:
     """Forward and backward of one micro-batch, as a trainer under accelerate runs them."""
     if settings.is_mixed:
         with torch.autocast(batch["input_ids"].device.type, settings.compute_dtype):

@@ -47,13 +47,13 @@ class EmbeddingReport(RunReport):
         points = [(entry["step"], entry[self.score]) for entry in metrics["scores"] if self.score in entry]
         return (self.score or "").removeprefix("eval_").replace("_", " "), points
 
-    def _write_card(self, folder: Path, picture: str | None) -> None:
+    def _write_card(self, folder: Path, metrics: dict, picture: str | None) -> None:
         path = folder / "README.md"
         if not path.is_file():  # sentence-transformers writes its card with the model
             return
         card = ModelCard.load(path, ignore_metadata_errors=True)
         card.data.tags = sorted({*(card.data.tags or []), *_TAGS})
-        card.text = f"{card.text.split(HEADING)[0].rstrip()}\n\n{_section(self.metrics, picture)}"
+        card.text = f"{card.text.split(HEADING)[0].rstrip()}\n\n{_section(metrics, picture)}"
         card.save(path)
 
 

@@ -13,6 +13,7 @@ import logging
 import resource
 import sys
 import time
+from typing import Any
 
 import torch
 from accelerate.utils import gather
@@ -196,7 +197,7 @@ def _transformer_inside(model: torch.nn.Module) -> torch.nn.Module | None:
     return next((module for module in base.modules() if isinstance(module, PreTrainedModel)), None)
 
 
-def document_lengths(batch: dict[str, object]) -> torch.Tensor | None:
+def document_lengths(batch: dict[str, Any]) -> torch.Tensor | None:
     """Tokens of every document of a batch.
 
     Args:

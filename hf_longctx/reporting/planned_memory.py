@@ -9,6 +9,7 @@ at the end of a run, a few simulated layers on rank 0, some seconds; one gather 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -47,7 +48,8 @@ class PlannedMemory(TrainerCallback):
     def __init__(self, config: LongContextConfig, tiles_own_loss: bool) -> None:
         self.config, self.tiles_own_loss = config, tiles_own_loss
         self.rows, self.tokens = 0, 0  # of the longest micro-batch; on this rank
-        self._before, self._base = 0, None
+        self._before = 0
+        self._base: int | None = None
         self._hook: torch.utils.hooks.RemovableHandle | None = None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
@@ -97,8 +99,9 @@ class PlannedMemory(TrainerCallback):
         """Bytes that training took at most on this rank; 0 if unknown."""
         if peak_memory() <= self._before:
             return 0
-        if device_memory() is not None:
-            return device_memory()
+        device = device_memory()
+        if device is not None:
+            return device
         return 0 if self._base is None else cpu_memory() - self._base
 
     def _plan(self, args, model: torch.nn.Module, rows: int, local_tokens: int) -> int:
@@ -135,7 +138,7 @@ def settings_of(config: LongContextConfig, args, model: torch.nn.Module, tokens:
     """
     optimizer = next((name for name in OPTIMIZERS if str(args.optim).split(".")[-1].lower().startswith(name)), "adamw")
     weights = next(model.parameters()).dtype
-    ranks = {getattr(adapter, "r", None) for adapter in getattr(model, "peft_config", {}).values()} - {None}
+    ranks: set[Any] = {getattr(adapter, "r", None) for adapter in getattr(model, "peft_config", {}).values()} - {None}
     return Settings(
         tokens=tokens,
         rows=rows,
@@ -147,7 +150,7 @@ def settings_of(config: LongContextConfig, args, model: torch.nn.Module, tokens:
         wrapper="fsdp2" if args.fsdp else "ddp" if args.world_size > 1 else "none",
         accumulates=args.gradient_accumulation_steps > 1,
         on_gpu=args.device.type == "cuda",
-        **({"lora_rank": max(ranks)} if ranks else {}),
+        lora_rank=max(ranks, default=Settings.lora_rank),
     )
 
 

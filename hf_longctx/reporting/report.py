@@ -103,20 +103,20 @@ class RunReport(TrainerCallback):
         (folder / METRICS_FILE).write_text(json.dumps(self.metrics, indent=2) + "\n", encoding="utf-8")
         name, points = self._evaluations(self.metrics)
         drawn = draw_curves(self.metrics, folder / PICTURE_FILE, self.loss_unit, name, points)
-        self._write_card(folder, PICTURE_FILE if drawn else None)
+        self._write_card(folder, self.metrics, PICTURE_FILE if drawn else None)
 
     def _evaluations(self, metrics: dict) -> tuple[str, list[tuple[int, float]]]:
         """What the orange curve shows, and its points."""
         return "evaluation", [(entry["step"], entry["eval_loss"]) for entry in metrics["eval_history"]]
 
-    def _write_card(self, folder: Path, picture: str | None) -> None:
-        write_model_card(folder, self.metrics, picture, self._earlier_card)
+    def _write_card(self, folder: Path, metrics: dict, picture: str | None) -> None:
+        write_model_card(folder, metrics, picture, self._earlier_card)
         self._earlier_card = None  # kept once
 
     def _collect(self, args, state, peaks: list[dict], model) -> dict:
         history = [entry for entry in state.log_history if "loss" in entry]
         evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
-        summary = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
+        summary: dict = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
         keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "achieved_tflops", "mfu")
         name = getattr(getattr(model, "config", None), "_name_or_path", None)
         data_parallel_size = args.world_size // self.sequence_parallel_size
