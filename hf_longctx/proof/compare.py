@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from typing import Any
 
 import torch
 
@@ -32,7 +33,8 @@ _SAME = 1e-6
 
 def prove(tested: ModelUnderTest, setting: Setting) -> list[RowsResult]:
     """The outcome on each kind of rows. Every rank of a world of `setting.world_size` calls this."""
-    results, pairs = [], {}
+    results: list[RowsResult] = []
+    pairs: dict[str, Any] = {}
     for kind in setting.kinds:
         began = time.perf_counter()
         try:
@@ -46,7 +48,7 @@ def prove(tested: ModelUnderTest, setting: Setting) -> list[RowsResult]:
 def _prove_kind(tested: ModelUnderTest, setting: Setting, kind: str, pairs: dict) -> RowsResult:
     pair = _pair_of(tested, setting, setting.dtype, pairs)
     result = pair.prove(kind)
-    if result.outcome != WRONG or setting.dtype != "float32":
+    if result.outcome != WRONG or result.errors is None or setting.dtype != "float32":
         return result
     # Rounding, or a router's near tie that it decided, is gone in float64; a defect is not.
     precise = None
@@ -94,7 +96,8 @@ class Pair:
         self.unsharded = self._unsharded_model()
         self.vocabulary = self.unsharded.config.get_text_config().vocab_size
         self.references: dict[str, Numbers] = {}
-        self.needs, self.start = SanityResult(), 0
+        self.needs = SanityResult()
+        self.start: int | None = 0
         self.reference("dense")  # before anything of ours, so that a failure of transformers is not counted as ours
         self.ended: Outcome | None = None
         self.model: torch.nn.Module | None = None
@@ -202,9 +205,9 @@ class Pair:
 
     def _check_documents(self, rows: Rows) -> None:
         batch = rows.of_group(self.mesh.data_parallel_rank)
-        settings = {"inner_attention": self.setting.inner_attention, "check_gradients": self.setting.wrapper == "none"}
+        inner, checks = self.setting.inner_attention, self.setting.wrapper == "none"
         try:
-            assert_no_cross_document(self.model, batch, self.mesh, **settings)
+            assert_no_cross_document(self.model, batch, self.mesh, inner_attention=inner, check_gradients=checks)
         except AssertionError as error:
             raise NotImplementedError(f"`{type(self.model).__name__}` cannot train on packed rows: {error}") from error
 

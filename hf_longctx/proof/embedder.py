@@ -10,6 +10,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -39,7 +40,7 @@ def build_embedder(tested: ModelUnderTest, attention: str | None, dtype: torch.d
     """
     options = {**loading_options(tested.config, attention, dtype), "dtype": dtype}
     with _no_progress_bar():
-        model = _tiny(tested, options) if tested.weights is None else _as_it_is(tested, options)
+        model = _tiny(tested, options) if tested.weights is None else _as_it_is(tested, tested.weights, options)
     turn_dropout_off(model)
     return model.to(dtype).train()
 
@@ -54,11 +55,12 @@ def _tiny(tested: ModelUnderTest, options: dict[str, object]) -> SentenceTransfo
     return SentenceTransformer(modules=[module, pooling], device="cpu")
 
 
-def _as_it_is(tested: ModelUnderTest, options: dict[str, object]) -> SentenceTransformer:
+def _as_it_is(tested: ModelUnderTest, weights: str, options: dict[str, object]) -> SentenceTransformer:
     """Its own size, weights and pooling; of the configuration, only dropout and the causal mask are the tested's."""
-    given = read_config(tested.weights).to_dict()
-    changed = {name: value for name, value in tested.config.to_dict().items() if given.get(name, given) != value}
-    return SentenceTransformer(tested.weights, model_kwargs=options, config_kwargs=changed, device="cpu")
+    given = read_config(weights).to_dict()
+    config: Any = tested.config
+    changed = {name: value for name, value in config.to_dict().items() if given.get(name, given) != value}
+    return SentenceTransformer(weights, model_kwargs=options, config_kwargs=changed, device="cpu")
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -104,7 +105,7 @@ def embeddings_without_communication(
     return features["sentence_embedding"]
 
 
-def _cut(features: dict[str, object], start: int, stop: int, bounds: torch.Tensor) -> dict[str, object]:
+def _cut(features: dict[str, Any], start: int, stop: int, bounds: torch.Tensor) -> dict[str, object]:
     """Tokens of a flat row, as texts that end at `bounds`."""
     row = {name: features[name][:, start:stop] for name in ("input_ids", "position_ids")}
     longest = int(bounds.diff().max())

@@ -8,6 +8,8 @@ gradient.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
@@ -44,7 +46,7 @@ class EmbeddingPair:
     def __init__(self, tested: ModelUnderTest, setting: Setting, dtype: str) -> None:
         self.tested, self.setting, self.dtype = tested, setting, dtype
         self.groups = [texts_of_group(group) for group in range(setting.data_parallel_size)]
-        self.columns = [sum(columns, []) for columns in zip(*self.groups)]
+        self.columns: list[list[str]] = [sum(columns, []) for columns in zip(*self.groups)]
         self.num_modes = num_modes_of(tested)
         self.unsharded, self.numbers = self._run_reference()
         self.mesh = SequenceMesh.build(setting.sequence_parallel_size)
@@ -98,7 +100,8 @@ class EmbeddingPair:
     def _check_direction(self, model: SentenceTransformer) -> None:
         """A model that was asked to look both ways does."""
         first, second, third, *_ = self.columns[1][0].split()  # two words, since a window may be short
-        if getattr(self.tested.config.get_text_config(), "is_causal", None) is not False:
+        config: Any = self.tested.config
+        if getattr(config.get_text_config(), "is_causal", None) is not False:
             return
         if not sees_later_tokens(model, first, second, third):
             raise Outcome(

@@ -5,6 +5,8 @@ Fields are set as written after everything else was made small.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _INDEXER = {
@@ -17,7 +19,7 @@ _INDEXER = {
 # Heads of a recurrent layer, whose size follows from the width.
 _STATE_HEADS = {"mamba_n_heads": 8, "mamba_d_head": "auto"}
 
-HINTS: dict[str, dict[str, object]] = {
+HINTS: dict[str, dict[str, Any]] = {
     # Sizes that the default configuration leaves out and the model needs.
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
     "deepseek_v2": {"num_experts_per_tok": 2},

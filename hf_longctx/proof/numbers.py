@@ -6,6 +6,7 @@ One process runs transformers' own attention on its own rows, packed documents o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -165,7 +166,7 @@ def _worst_gradient(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tenso
     worst, where = 0.0, ""
     for name in sorted(ours.keys() | theirs.keys()):
         actual, expected = ours.get(name), theirs.get(name)
-        difference = (0 if actual is None else actual) - (0 if expected is None else expected)
+        difference: Any = (0 if actual is None else actual) - (0 if expected is None else expected)
         size = max(of_module.get(name.rpartition(".")[0], 0.0), _NEGLIGIBLE * largest, 1e-30)
         error = float(difference.abs().max()) / size
         if not error <= worst or not where:
@@ -177,14 +178,14 @@ def _worst_gradient(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tenso
 
 def _share_of(rows: Rows, task: str, mesh: SequenceMesh, setting: Setting) -> dict[str, object]:
     batch = rows.of_group(mesh.data_parallel_rank)
-    settings = {"inner_attention": setting.inner_attention, "shift_labels": rows.shifts}
+    settings: dict[str, Any] = {"inner_attention": setting.inner_attention, "shift_labels": rows.shifts}
     share = shard_batch(batch, mesh, **settings)
     share["num_items_in_batch"] = rows.num_items / setting.world_size
     return share
 
 
 def _forward(
-    model: torch.nn.Module, task: str, share: dict[str, object], rows: Rows, needs: SanityResult
+    model: torch.nn.Module, task: str, share: dict[str, Any], rows: Rows, needs: SanityResult
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's outputs, and its scalar, whose mean over the ranks is the loss of one process."""
     settings, count = _settings(model), share["num_items_in_batch"]

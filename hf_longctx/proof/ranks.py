@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import Protocol
+from typing import Any, Protocol
 
 
 _SERVE = (
@@ -161,12 +161,15 @@ class Ranks:
 
     def _collect(self, seconds: float) -> list:
         """What every rank answers to what it was sent."""
-        answers, failures, waiting = [None] * self.size, {}, dict(enumerate(self._pipes))
+        answers: list[Any] = [None] * self.size
+        failures: dict[int, Any] = {}
+        waiting = dict(enumerate(self._pipes))
         left, one_ended, lives_on = seconds, False, False
         try:
             while waiting and left > 0:
                 began = time.monotonic()
-                for pipe in wait(list(waiting.values()), timeout=_TICK):
+                ready: list[Any] = wait(list(waiting.values()), timeout=_TICK)
+                for pipe in ready:
                     rank = self._pipes.index(pipe)
                     del waiting[rank]
                     try:

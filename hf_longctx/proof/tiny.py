@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .hints import HINTS
 
@@ -90,7 +90,7 @@ def validate_tiny(config: PretrainedConfig, num_parameters: int) -> None:
     )
 
 
-def shrink_values(values: Mapping[str, object], size: int) -> dict[str, object]:
+def shrink_values(values: Mapping[str, Any], size: int) -> dict[str, Any]:
     """The fields of a configuration, with those of the configurations inside it, made small."""
     values = dict(values)
     heads = _first(values, _HEADS)
@@ -98,7 +98,7 @@ def shrink_values(values: Mapping[str, object], size: int) -> dict[str, object]:
     heads = min(heads, most) if heads else most  # without any, it may hold a configuration that has
     kept = _kept_layers(values)
     facts = _Facts(heads, kept, _first(values, _LAYERS) or 0, _head_size(values))
-    small = {name: _shrink_field(name, value, values, facts) for name, value in values.items()}
+    small: dict[str, Any] = {name: _shrink_field(name, value, values, facts) for name, value in values.items()}
     tokens = [name for name, value in small.items() if _TOKEN.fullmatch(name) and isinstance(value, int) and value > 0]
     for place, name in enumerate(tokens):
         if not isinstance(small[name], bool) and small[name] >= FIRST_TOKEN:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -45,7 +46,7 @@ def check_weights(model: torch.nn.Module | None, path: Path) -> None:
     if (path / name).is_file():
         _compare(path / name, _read_header(path / name), _expected_adapter(model) if is_adapter else _expected(model))
     elif index.is_file():
-        found = {}
+        found: dict[str, Any] = {}
         for part in sorted(set(read_json(index).get("weight_map", {}).values())):
             found |= _read_header(path / part)
         _compare(index, found, _expected(model))

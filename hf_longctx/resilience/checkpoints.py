@@ -14,6 +14,7 @@ import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 
@@ -74,7 +75,7 @@ def _is_written(folder: Path, mark: Path) -> bool:
     return True
 
 
-def run_facts(trainer) -> dict[str, object]:
+def run_facts(trainer) -> dict[str, Any]:
     """What decides which rows a step draws, in addition to the step's number; and how many processes ran."""
     args, groups = trainer.args, trainer.mesh.data_parallel_size
     rows = args.train_batch_size * groups
@@ -112,7 +113,8 @@ def _count_rows(trainer) -> tuple[int | None, dict[str, object] | None]:
         return len(dataset) if hasattr(dataset, "__len__") else None, None
     rows = {name: len(source) if hasattr(source, "__len__") else None for name, source in dataset.items()}
     sources = asdict(trainer.sources) | {"rows": rows}
-    return None if None in rows.values() else sum(rows.values()), sources
+    counts = [count for count in rows.values() if count is not None]
+    return sum(counts) if len(counts) == len(rows) else None, sources
 
 
 def choose_checkpoint(trainer, wanted: str | bool | None) -> str | None:

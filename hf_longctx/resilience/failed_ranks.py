@@ -176,7 +176,7 @@ def where_is(thread: int) -> tuple[str, bool]:
     return _frame(stack[-1]) + ("" if own is stack[-1] else f", called {_frame(own)}"), False
 
 
-def _outside_torch(stack: traceback.StackSummary) -> traceback.FrameSummary:
+def _outside_torch(stack: list[traceback.FrameSummary]) -> traceback.FrameSummary:
     torch_folder = str(Path(torch.__file__).parent)
     return next((frame for frame in reversed(stack) if not frame.filename.startswith(torch_folder)), stack[-1])
 

@@ -7,12 +7,16 @@ another that has gone another way.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..config.run import LongContextConfig
+from ..parallel.mesh import SequenceMesh
 from .checkpoints import choose_checkpoint, write_checkpoint
 from .failed_ranks import HangWatch, clear_fault, report_fault
 from .nonfinite import explain_step, forget_gradients, has_finite_step
@@ -26,6 +30,16 @@ logger = logging.getLogger(__name__)
 class FaultToleranceMixin:
     """Watches each optimizer step; has `long_context` and everything of a transformers trainer."""
 
+    long_context: LongContextConfig
+    mesh: SequenceMesh
+    args: Any
+    state: Any
+    control: Any
+    accelerator: Any
+    is_deepspeed_enabled: bool
+    add_callback: Callable[..., Any]
+    is_world_process_zero: Callable[[], bool]
+    _micro_batches: list[tuple[dict, torch.Tensor]]
     _num_skipped_steps = 0
     _draws_rows, _iterator = False, None
 
@@ -128,4 +142,4 @@ class FaultToleranceMixin:
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self._num_skipped_steps and "loss" in logs:
             logs["skipped_steps"] = self._num_skipped_steps
-        super().log(logs, *args, **kwargs)
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]  # the trainer's, which comes behind this mixin

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,7 +51,7 @@ def explain_step(trainer, model: torch.nn.Module, batches: list[dict], losses: l
 
     Communication: that of the forwards and backwards, and a gather of a short message; every rank must call it.
     """
-    found = {
+    found: dict[str, Any] = {
         "losses": [float(loss) for loss in losses],
         "gradient": _first_bad(_gradients(model)),
         "largest": _largest(_gradients(model)),
@@ -69,7 +70,7 @@ def explain_step(trainer, model: torch.nn.Module, batches: list[dict], losses: l
                 found["place"] = f"micro-batch {index}, {place}"
     for name, value in kept.items():
         setattr(trainer, name, value)
-    everywhere = [found]
+    everywhere: list[Any] = [found]
     if trainer.args.world_size > 1:
         everywhere = [None] * trainer.args.world_size
         dist.all_gather_object(everywhere, found)

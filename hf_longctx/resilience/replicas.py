@@ -13,6 +13,7 @@ import hashlib
 import random
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -104,7 +105,9 @@ def attach_replica_guard(trainer: Trainer, every: int, sequence_parallel_size: i
 
 def replicated(model: torch.nn.Module, optimizer) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """What ranks must agree on: tensors by name, parameters first, and plain values by name."""
-    tensors, facts, names = {}, {}, {}
+    tensors: dict[str, torch.Tensor] = {}
+    facts: dict[str, object] = {}
+    names: dict[torch.nn.Parameter, str] = {}
     for name, parameter in model.named_parameters():
         names[parameter] = name.replace("_checkpoint_wrapped_module.", "")
         tensors[f"parameter `{names[parameter]}`"] = parameter
@@ -159,7 +162,7 @@ def has_dropout(model: torch.nn.Module) -> bool:
     """Whether a step of this model draws random numbers, in a layer or, by its configuration, in attention."""
     if any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in model.modules()):
         return True
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     values = config.get_text_config().to_dict() if hasattr(config, "get_text_config") else {}
     rates = [value for key, value in values.items() if "drop" in key or key.endswith("pdrop")]
     return any(isinstance(rate, float) and rate > 0 for rate in rates)

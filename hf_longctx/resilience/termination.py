@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
@@ -27,7 +28,7 @@ class Termination(TrainerCallback):
     def __init__(self, is_on: bool) -> None:
         self.is_on = is_on
         self.is_asked = self.is_agreed = False
-        self._handler_before = None
+        self._handler_before: Any = None
 
     def __enter__(self) -> Termination:
         self.is_asked = self.is_agreed = False

@@ -73,8 +73,8 @@ class EmbedArguments:
     )
 
 
-ARGUMENTS = (EmbedArguments, EmbeddingModelArguments, SourceArguments, SentenceTransformerTrainingArguments)
-ARGUMENTS = (*ARGUMENTS, LongContextConfig, SourcesConfig, TextsConfig)
+_OWN = (EmbedArguments, EmbeddingModelArguments, SourceArguments)
+ARGUMENTS = (*_OWN, SentenceTransformerTrainingArguments, LongContextConfig, SourcesConfig, TextsConfig)
 
 
 def build_loss(recipe: EmbedArguments, model):

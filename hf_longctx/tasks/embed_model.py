@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import transformers
@@ -61,7 +62,7 @@ def load_embedder(args: EmbeddingModelArguments, size: int, seed: int) -> Senten
     source = _source(args.model_name_or_path)
     attention = args.attn_implementation or ("ulysses" if size > 1 else "packed")
     model_kwargs = {"attn_implementation": attention, "dtype": getattr(torch, args.dtype)}
-    config_kwargs = {} if args.is_causal is None else {"is_causal": args.is_causal}
+    config_kwargs: dict[str, Any] = {} if args.is_causal is None else {"is_causal": args.is_causal}
     if args.gguf_file:
         source = _unpack_gguf(source, args.gguf_file)
     if args.dropout is not None:
@@ -98,7 +99,7 @@ def stretch_positions(model: SentenceTransformer, num_positions: int) -> None:
         ValueError: the model has no such table, or one with an offset, or it would shrink.
     """
     inner = model[0].model
-    embeddings = getattr(inner, "embeddings", None)
+    embeddings: Any = getattr(inner, "embeddings", None)
     table = getattr(embeddings, "position_embeddings", None)
     if not isinstance(table, torch.nn.Embedding) or table.padding_idx is not None or num_positions < len(table.weight):
         raise ValueError(

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import fsspec
 from huggingface_hub import HfFileSystem
@@ -99,9 +100,11 @@ def list_sources(args: SourceArguments) -> list[Wanted]:
     Raises:
         ValueError: none is asked for, or a name in `sources_config` has no place.
     """
-    wanted = [Wanted(name, place) for name, place in (args.sources or {}).items()]
+    sources: Any = args.sources or {}
+    wanted = [Wanted(name, place) for name, place in sources.items()]
     if args.sources_config:
-        config, renamed = _installed(args.sources_config), args.sources_renamed or {}
+        config = _installed(args.sources_config)
+        renamed: Any = args.sources_renamed or {}
         for name, source in load_source_weights(config).items():
             wanted.append(Wanted(name, _place(name, renamed.get(name, name), args), source.rows, source.weight))
     if not wanted:
@@ -112,7 +115,8 @@ def list_sources(args: SourceArguments) -> list[Wanted]:
 def _place(name: str, file: str, args: SourceArguments) -> str:
     if args.sources_folder and Path(args.sources_folder, name).is_file():
         return str(Path(args.sources_folder, name))
-    for beginning, place in sorted((args.sources_at or {}).items(), key=lambda item: -len(item[0])):
+    places: Any = args.sources_at or {}
+    for beginning, place in sorted(places.items(), key=lambda item: -len(item[0])):
         if name.startswith(beginning):
             return place + file.removeprefix(beginning) if place else ""
     if args.sources_folder:
@@ -120,7 +124,7 @@ def _place(name: str, file: str, args: SourceArguments) -> str:
     raise ValueError(f"`sources_at` has no beginning of `{name}`: add one, or give `sources_folder`.")
 
 
-def open_sources(wanted: list[Wanted], args: SourceArguments) -> tuple[dict[str, object], dict[str, str]]:
+def open_sources(wanted: list[Wanted], args: SourceArguments) -> tuple[dict[str, Any], dict[str, str]]:
     """The sources that are here by name, and why the others are not.
 
     Raises:
@@ -175,7 +179,8 @@ def open_source(name: str, place: str, args: SourceArguments):
             dataset = load_dataset(TABLES[Path(place).suffix], data_files=place, **options)
         else:
             dataset = load_dataset(kind, config or None, **options)
-    dataset = choose_texts(dataset, (args.source_columns or {}).get(name), args.num_texts)
+    columns: Any = args.source_columns or {}
+    dataset = choose_texts(dataset, columns.get(name), args.num_texts)
     if args.shortest_text:
         dataset = dataset.filter(partial(_is_long, shortest=args.shortest_text))
     return dataset
@@ -199,7 +204,7 @@ def choose_texts(dataset, columns: list[str] | None, num_texts: int | None):
     return dataset.select_columns([*texts, *labels])
 
 
-def read_lines(place: str) -> Iterator[dict[str, str]]:
+def read_lines(place: str) -> Iterator[dict[str, object]]:
     """Rows of a file of JSON lines, here or on the Hub."""
     with fsspec.open(place, "rb") as file:
         lines = gzip.open(file) if place.endswith(".gz") else file
@@ -209,7 +214,7 @@ def read_lines(place: str) -> Iterator[dict[str, str]]:
                 yield row
 
 
-def read_line(line: object, chance: random.Random) -> dict[str, object] | None:
+def read_line(line: Any, chance: random.Random) -> dict[str, object] | None:
     """One line as a row; `None` for a set of one text."""
     if isinstance(line, Mapping) and not {"set", "texts", "pos"} & set(line):
         return dict(line)
