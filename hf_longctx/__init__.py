@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .parallel.shard import SequenceShard as SequenceShard
     from .parallel.shard import shard_batch as shard_batch
     from .proof.verification import verify as verify
+    from .trainer.adaptation import adapt as adapt
     from .trainer.causal_lm import LongContextTrainer as LongContextTrainer
     from .trainer.ending import end_training as end_training
     from .trainer.sft import LongContextSFTTrainer as LongContextSFTTrainer
@@ -63,6 +64,7 @@ _EXPORTS = {
         "shard_batch",
     ),
     "proof.verification": ("verify",),
+    "trainer.adaptation": ("adapt",),
     "trainer.causal_lm": ("LongContextTrainer",),
     "trainer.ending": ("end_training",),
     "trainer.sft": ("LongContextSFTTrainer",),

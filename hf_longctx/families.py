@@ -12,6 +12,28 @@ from __future__ import annotations
 COUNTS_POSITIONS = frozenset(
     {"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart"}
 )
+# Models that number a row's tokens from `pad_token_id + 1` where they get no positions, skipping padding tokens.
+COUNTS_FROM_PADDING = frozenset(
+    {
+        "camembert",
+        "data2vec-text",
+        "esm",
+        "ibert",
+        "lilt",
+        "longformer",
+        "luke",
+        "markuplm",
+        "mpnet",
+        "mra",
+        "nystromformer",
+        "roberta",
+        "roberta-prelayernorm",
+        "xlm-roberta",
+        "xlm-roberta-xl",
+        "xmod",
+        "yoso",
+    }
+)
 # Causal language models whose own loss compares the logits of a token with the label of the same token.
 UNSHIFTED_LABELS = COUNTS_POSITIONS | {"whisper"}
 

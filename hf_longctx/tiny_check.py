@@ -40,7 +40,11 @@ OTHER_ROW_LENGTHS = Rounding(float64=1e-8, float32=1e-4, half=5e-2)
 
 @contextlib.contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Run a block without dropout; every module gets its own mode back."""
+    """Run a block without dropout; every module gets its own mode back, and FSDP2 its shards.
+
+    A forward without a backward leaves the weights of FSDP2's root gathered, and an optimizer that is built next
+    would hold those in place of the shards.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -48,6 +52,8 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+            if hasattr(module, "reshard") and hasattr(module, "set_requires_gradient_sync"):
+                module.reshard()
 
 
 def first_ordinary_token(vocab_size: int) -> int:

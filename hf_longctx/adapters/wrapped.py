@@ -1,12 +1,16 @@
-"""The transformers model inside what a trainer is given, and which attention it runs."""
+"""The transformers model inside what a trainer or a loop is given, and which attention it runs."""
 
 from __future__ import annotations
+
+from torch.nn.parallel import DistributedDataParallel
 
 from ..attention.registry import find_attention
 
 
 def unwrap(model):
-    """The transformers model inside a PEFT model, or the model itself."""
+    """The transformers model inside DDP or a PEFT model, or the model itself."""
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
     return model.get_base_model() if hasattr(model, "peft_config") and hasattr(model, "get_base_model") else model
 
 

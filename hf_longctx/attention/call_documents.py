@@ -8,6 +8,7 @@ Price: the batch's bounds are read once a forward, not once a layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -68,9 +69,11 @@ def _read_documents(call: AttentionCall, has_bounds: bool) -> SequenceShard | No
     padding = None if mask is None else mask.padding
     facts = {**document_facts(call.extras, num_tokens), "attention_mask": padding}
     shard = shard_of_rows(facts, rows, num_tokens, call.query.device)
+    if has_bounds:
+        _validate_positions_restart(call, facts.get("position_ids"), shard)
     if shard.segment_ids is None and mask is not None and padding is None:
         segments = packed_documents(mask.mask_function)
-        shard = SequenceShard(1, 0, num_tokens, num_tokens, segments, only_right_padding=segments is None)
+        shard = replace(shard, segment_ids=segments, only_right_padding=segments is None)
     is_packed = has_bounds or (shard.segment_ids is not None and padding is None)
     # A model that keeps its positions from attention shows documents in the mask alone, and a cache hides them there.
     # A name that does nothing but pack was chosen in order to pack.
@@ -79,6 +82,22 @@ def _read_documents(call: AttentionCall, has_bounds: bool) -> SequenceShard | No
     if call.extras.get("use_cache") and (is_packed or is_hidden):
         refuse_cache()
     return shard if is_packed else None
+
+
+def _validate_positions_restart(call: AttentionCall, positions: Any, shard: SequenceShard) -> None:
+    """Refuse bounds of documents whose positions count on from one to the next, where positions are absolute.
+
+    Rotary ones only matter by their differences, so they are right either way.
+    """
+    config = getattr(call.module, "config", None)
+    if positions is None or shard.segment_ids is None or getattr(config, "rope_parameters", None) is not None:
+        return
+    begins = shard.segment_ids.diff(dim=1) != 0
+    if bool((begins & (positions.diff(dim=1) == 1)).any()):
+        raise ValueError(
+            f"`cu_seq_lens_q` or `seq_idx` bound documents, but the positions of `{type(call.module).__name__}` "
+            "count on across them: pass `position_ids` that restart at each document, as `PackingCollator` does."
+        )
 
 
 def document_facts(given: Mapping[str, object], num_tokens: int) -> dict[str, object]:
@@ -93,7 +112,8 @@ def document_facts(given: Mapping[str, object], num_tokens: int) -> dict[str, ob
 def shard_of_rows(facts: Mapping[str, object], rows: int, num_tokens: int, device: torch.device) -> SequenceShard:
     """Whole rows on one process; see [`segment_rows`] for what `facts` may hold."""
     segments, only_right_padding = segment_rows(facts, rows, num_tokens, device)
-    return SequenceShard(1, 0, num_tokens, num_tokens, segments, only_right_padding)
+    # No one cut these rows, so positions are the batch's or the model's own.
+    return SequenceShard(1, 0, num_tokens, num_tokens, segments, only_right_padding, has_own_positions=True)
 
 
 def refuse_cache() -> None:

@@ -17,7 +17,7 @@ import torch
 from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.segments import PAD_SEGMENT, segment_rows
-from ..parallel.shard import shard_batch
+from ..parallel.shard import share_of_group
 from ..tiny_check import SAME_SUMS, evaluation_mode, first_ordinary_token
 from .registry import name_that_packs, name_that_shards
 
@@ -113,7 +113,7 @@ class _Run:
 
     def _forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
         if self.mesh is not None:
-            batch = shard_batch(batch, self.mesh, inner_attention=self.inner_attention)
+            batch = share_of_group(batch, self.mesh, inner_attention=self.inner_attention, shift_labels=True)
         tokens = batch["input_ids"].shape
         extras = {"use_cache": False} if hasattr(self.model.config.get_text_config(), "use_cache") else {}
         output = self.model(**{**batch, **extras})[0]

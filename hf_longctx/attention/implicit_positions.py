@@ -13,6 +13,7 @@ from collections.abc import Mapping
 import torch
 
 from ..families import COUNTS_POSITIONS
+from ..parallel.segments import has_documents, positions_of
 from ..parallel.shard import SequenceShard
 
 
@@ -29,9 +30,7 @@ def local_positions(shard: SequenceShard) -> torch.Tensor | None:
     """
     segments = shard.segment_ids
     if segments is not None and packs_documents(shard):
-        index = torch.arange(segments.shape[1], device=segments.device)
-        begins = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
-        positions = index - torch.where(begins, index, 0).cummax(dim=1).values
+        positions = positions_of(segments, shard.num_tokens, segments.device)
     elif shard.size > 1:
         positions = torch.arange(shard.num_tokens)
     else:
@@ -66,5 +65,5 @@ def validate_positions(module: torch.nn.Module, shard: SequenceShard, extras: Ma
 
 
 def packs_documents(shard: SequenceShard) -> bool:
-    """Whether a row holds several documents; padding alone has no segment above 0."""
-    return shard.segment_ids is not None and bool((shard.segment_ids > 0).any())
+    """Whether a row holds several documents."""
+    return has_documents(shard.segment_ids)

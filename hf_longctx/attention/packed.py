@@ -24,6 +24,7 @@ from .kernels import choose_kernel, is_flash, plan_for_kernel, refuse_unsupporte
 from .masks import KernelPlan
 from .padding_masks import without_padding_mask
 from .registry import AttentionEntry, name_that_packs, name_that_shards
+from .unadapted import validate_unadapted
 
 
 # Keyword arguments that change the result and that cannot be cut by heads.
@@ -160,6 +161,7 @@ def validated(call: AttentionCall, shard: SequenceShard) -> AttentionCall:
             f"`model.set_attn_implementation({name_that_packs()!r})`, or pad documents instead of packing them."
         )
     validate_positions(call.module, shard, call.extras)
+    validate_unadapted(call.module, shard)
     _validate_inputs(call, name)
     return call
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..adapters.instance_forward import InstancePatch, PatchHandle, patch_on, put_on
+from ..parallel.adapted import mark, unmark
 from ..parallel.mesh import SequenceMesh
 from ..parallel.pooling import Spans, pool_spans
 from ..parallel.shard import cut_batch, validate_same_rows
@@ -98,6 +99,7 @@ def pack_embeddings(
         if isinstance(module, Pooling):
             put_on(module, _PoolingPatch())
     put_on(model, _EncodePatch(layout), "encode")
+    mark(model)
     if prove:
         prove_packing(model, transformers, PACKED, shared=layout.mesh is not None)
     return model
@@ -119,6 +121,7 @@ def unpack_embeddings(model: SentenceTransformer) -> SentenceTransformer:
                 vars(module).pop(name, None)
             vars(module).update(patch.before)
     PatchHandle(model, PACKED).remove()
+    unmark(model)
     return model
 
 

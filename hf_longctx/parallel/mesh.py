@@ -28,6 +28,8 @@ class SequenceMesh:
     sequence_parallel_rank: int
     sp_group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
     dp_group: dist.ProcessGroup | None = field(default=None, repr=False, compare=False)
+    # Whether a model was adapted on this mesh, or its absence was logged; see `shard_batch`.
+    noted: set[str] = field(default_factory=set, repr=False, compare=False)
 
     @property
     def world_size(self) -> int:

@@ -48,6 +48,24 @@ def segment_rows(
     return segments, only_right
 
 
+def has_documents(segments: torch.Tensor | None) -> bool:
+    """Whether a row holds several documents; padding alone has no segment above 0."""
+    return segments is not None and bool((segments > 0).any())
+
+
+def positions_of(segments: torch.Tensor | None, num_tokens: int, device: torch.device) -> torch.Tensor:
+    """Positions that a batch without `position_ids` gets: from 0 in each document; padding does not restart them.
+
+    Returns:
+        `torch.Tensor` of shape `(1, T)` for rows of one document each, else `(B, T)`, int64.
+    """
+    index = torch.arange(num_tokens, device=device)
+    if segments is None or not has_documents(segments):
+        return index[None]
+    begins = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
+    return index - torch.where(begins, index, 0).cummax(dim=1).values
+
+
 def _documents_from_bounds(
     batch: Mapping[str, Any], rows: int, num_tokens: int, device: torch.device
 ) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ nothing otherwise.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,11 +23,14 @@ import torch
 import torch.distributed as dist
 
 from ..families import MULTIMODAL_INPUTS
+from .adapted import adapted_for
 from .collectives import gather_integers
 from .mesh import SequenceMesh
-from .segments import DOCUMENT_BOUND_KEYS, segment_rows
+from .segments import DOCUMENT_BOUND_KEYS, has_documents, positions_of, segment_rows
 from .stopwatch import Stopwatch
 
+
+logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
 
@@ -45,7 +49,8 @@ class SequenceShard:
             only.
         only_right_padding (`bool`): each row is one document followed by padding, so a causal kernel needs no mask.
         inner_attention (`str`): the kernel that `"ulysses"` runs.
-        has_own_positions (`bool`): the batch brought `position_ids`; otherwise they count from 0 in each row.
+        has_own_positions (`bool`): `position_ids` are the batch's or, on one process, counted by the model; otherwise
+            they were added and count from 0 in each document.
         row_hash (`int`): checksum of the full rows, equal on the ranks of a group.
         group (`ProcessGroup`, *optional*): the `sp` axis; bound in the main process, since it cannot leave a data
             worker.
@@ -88,9 +93,10 @@ class SequenceShard:
 def shard_batch(
     batch: Mapping[str, Any],
     mesh: SequenceMesh,
+    model: torch.nn.Module | None = None,
     *,
-    inner_attention: str = "auto",
-    shift_labels: bool = True,
+    inner_attention: str | None = None,
+    shift_labels: bool | None = None,
     check_rows: bool = True,
 ) -> dict[str, Any]:
     """Cut full rows to my share, ready for `model(**batch)`.
@@ -100,9 +106,12 @@ def shard_batch(
             `attention_mask`, `position_ids`, `token_type_ids`, packed bounds (`cu_seq_lens_*`), each of shape `(B, T,
             ...)`. Every rank of a group passes the same rows.
         mesh ([`SequenceMesh`]): the axes of the run.
-        inner_attention (`str`, *optional*, defaults to `"auto"`): see [`LongContextConfig`].
-        shift_labels (`bool`, *optional*, defaults to `True`): the model predicts the next token. Set it to `False`
-            for a masked language model, whose labels stand at their own position.
+        model (`torch.nn.Module`, *optional*): the model that gets the share, wrapped or not, after
+            [`adapt`][hf_longctx.adapt]. It decides the two arguments below, and a model that was not adapted is
+            refused. Without it, its attention layers refuse what they can see.
+        inner_attention (`str`, *optional*): see [`LongContextConfig`]; unset, the model's or `"auto"`.
+        shift_labels (`bool`, *optional*): the model predicts the next token. `False` for a masked language model,
+            whose labels stand at their own position. Unset, the model's or `True`.
         check_rows (`bool`, *optional*, defaults to `True`): compare a checksum of the rows within the group.
 
     Returns:
@@ -113,13 +122,53 @@ def shard_batch(
 
     Raises:
         ValueError: the batch is already sharded, packs documents and pads at once, or has a tensor without a token
-            dimension.
+            dimension; or an argument that is not the model's.
         NotImplementedError: the batch holds images, 3-D positions or a 4-D mask.
-        RuntimeError: the ranks of the group hold different rows.
+        RuntimeError: the ranks of the group hold different rows, or the model was not adapted on such a mesh.
 
     Communication: with `check_rows`, one all-gather of 8 bytes per rank.
     Gradient: none; it moves integers, and `inputs_embeds` keeps its gradient on the kept slice.
     """
+    if model is not None:
+        adapted = adapted_for(model, mesh.sequence_parallel_size)
+        _validate_chosen("inner_attention", inner_attention, adapted.inner_attention)
+        _validate_chosen("shift_labels", shift_labels, adapted.shifts_labels)
+        inner_attention = adapted.inner_attention
+        shift_labels = shift_labels if adapted.shifts_labels is None else adapted.shifts_labels
+    elif mesh.sequence_parallel_size > 1 and "adapted" not in mesh.noted:
+        mesh.noted.add("adapted")
+        logger.warning(
+            "no model was adapted for rows of %d ranks, so a model whose layers never see the shard, or whose loss is "
+            "not a sum over tokens, trains on wrong numbers unnoticed: call `hf_longctx.adapt(model, mesh)` once "
+            "after loading.",
+            mesh.sequence_parallel_size,
+        )
+    return share_of_group(
+        batch,
+        mesh,
+        inner_attention="auto" if inner_attention is None else inner_attention,
+        shift_labels=True if shift_labels is None else shift_labels,
+        check_rows=check_rows,
+    )
+
+
+def _validate_chosen(name: str, given: object, models: object) -> None:
+    if None not in (given, models) and given != models:
+        raise ValueError(
+            f"`{name}` ({given!r}) is not what the model was adapted with ({models!r}): leave it out, or adapt the "
+            "model anew."
+        )
+
+
+def share_of_group(
+    batch: Mapping[str, Any],
+    mesh: SequenceMesh,
+    *,
+    inner_attention: str,
+    shift_labels: bool,
+    check_rows: bool = True,
+) -> dict[str, Any]:
+    """[`shard_batch`] for a model that is known to take it, or is about to be checked."""
     size, rank = mesh.sequence_parallel_size, mesh.sequence_parallel_rank
     share = cut_batch(batch, size, rank, inner_attention=inner_attention, shift_labels=shift_labels)
     shard = share["sequence_shard"].bind(mesh)
@@ -144,8 +193,11 @@ def cut_batch(
     segments, only_right_padding = segment_rows(batch, rows, num_tokens, device)
     padding = local_len * size - num_tokens
     full = {key: value for key, value in batch.items() if key not in DOCUMENT_BOUND_KEYS}
-    if full.get("position_ids") is None:
-        full["position_ids"] = torch.arange(num_tokens, device=device)[None]
+    # One process counts its whole rows itself, in its own way; across documents and on a share it would be wrong.
+    counts_itself = size == 1 and not has_documents(segments)
+    has_own_positions = full.get("position_ids") is not None or counts_itself
+    if not has_own_positions:
+        full["position_ids"] = positions_of(segments, num_tokens, device)
     if padding and full.get("attention_mask") is None:
         full["attention_mask"] = torch.ones(rows, num_tokens, dtype=torch.long, device=device)
     if full.get("labels") is not None and shift_labels and "shift_labels" not in full:
@@ -168,7 +220,7 @@ def cut_batch(
         segment_ids=segments,
         only_right_padding=only_right_padding,
         inner_attention=inner_attention,
-        has_own_positions=batch.get("position_ids") is not None,
+        has_own_positions=has_own_positions,
         row_hash=_hash(batch),
     )
     return share

@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 
-from ..adapters.positions import follow_positions
+from ..adapters.instance_forward import patch_on
+from ..adapters.loop_batches import LOOP_BATCHES
 from ..attention.contamination import assert_no_cross_document
 from ..config.run import LongContextConfig
 from ..parallel.mesh import SequenceMesh
+from ..trainer.adaptation import adapt
 from ..trainer.checks import check_model
-from ..trainer.sanity_check import SanityResult, run_sanity_check
+from ..trainer.sanity_check import SanityResult
 from .build import build_model, sharded_model_on_meta
 from .model_under_test import ModelUnderTest, Setting
 from .numbers import Numbers, compare, of_one_process, on_the_ranks, outputs_without_communication, relative, wrap
@@ -130,7 +132,7 @@ class Pair:
         rows, theirs = self.rows(kind), self.reference(kind)
         if kind == "packed":
             attempt(lambda: self._check_documents(rows))
-        ours = attempt(lambda: on_the_ranks(self.wrapped, self.tested.task, rows, self.mesh, self.setting, self.needs))
+        ours = attempt(lambda: on_the_ranks(self.wrapped, self.tested.task, rows, self.mesh, self.setting))
         errors = compare(ours, theirs, self.mesh.data_parallel_rank * ROWS_OF_A_GROUP)
         measured = 0.0 if rounded is None else compare(rounded, theirs, 0).worst
         return judge(kind, worst_of_ranks(errors), self.dtype, self.num_tokens(kind), self.baseline, measured)
@@ -193,15 +195,9 @@ class Pair:
         return None
 
     def _check(self) -> SanityResult:
-        """What a trainer does before its first step."""
-        setting = self.setting
-        config = LongContextConfig(
-            sequence_parallel_size=setting.sequence_parallel_size, inner_attention=setting.inner_attention
-        )
-        check_model(self.model, config)
-        follow_positions(self.model)
-        shifts, has_loss = self.tested.shifts_labels, self.tested.task != "encoder"
-        return run_sanity_check(self.model, self.mesh, setting.inner_attention, shifts, check_loss=has_loss)
+        """What a loop does before its first step, and a trainer in the same way."""
+        adapt(self.model, self.mesh, inner_attention=self.setting.inner_attention)
+        return patch_on(self.model, LOOP_BATCHES).needs
 
     def _check_documents(self, rows: Rows) -> None:
         batch = rows.of_group(self.mesh.data_parallel_rank)

@@ -13,11 +13,9 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ..losses.token_mean import token_mean
 from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import shard_batch
-from ..trainer.sanity_check import SanityResult
 from .model_under_test import Setting
 from .random_rows import Rows
 from .result import Errors
@@ -104,22 +102,20 @@ def _one_batch(
     return result.logits, result.loss * count
 
 
-def on_the_ranks(
-    model: torch.nn.Module, task: str, rows: Rows, mesh: SequenceMesh, setting: Setting, needs: SanityResult
-) -> Numbers:
+def on_the_ranks(model: torch.nn.Module, task: str, rows: Rows, mesh: SequenceMesh, setting: Setting) -> Numbers:
     """The same numbers from ranks that share rows; `model` may be wrapped. Every rank calls this.
 
     Gradients are those after the wrapper's mean over all ranks, as an optimizer sees them; outputs are the rows of
     this rank's group.
     """
-    share = _share_of(rows, task, mesh, setting)
+    share = _share_of(model, rows, mesh, setting)
     model.zero_grad()
-    outputs, loss = _forward(model.train(), task, share, rows, needs)
+    outputs, loss = loss_of_share(model.train(), task, share, rows)
     loss.backward()
     gradients = mean_gradients(model, setting.wrapper)
     model.zero_grad()
     with torch.no_grad():
-        evaluation = _forward(model.eval(), task, share, rows, needs)[1]
+        evaluation = loss_of_share(model.eval(), task, share, rows)[1]
     model.train()
     whole = gather_sequence(outputs, mesh.sp_group)[:, : rows.valid.shape[1]]
     first = mesh.data_parallel_rank * len(whole)
@@ -131,7 +127,7 @@ def outputs_without_communication(
     model: torch.nn.Module, task: str, rows: Rows, mesh: SequenceMesh, setting: Setting
 ) -> torch.Tensor:
     """Outputs of ranks that see their own tokens only: the error that the exchange prevents."""
-    share = _share_of(rows, task, mesh, setting)
+    share = _share_of(model, rows, mesh, setting)
     dropped = ("sequence_shard", "labels", "shift_labels", "num_items_in_batch", "weights")
     with torch.no_grad():
         outputs = model(**{name: value for name, value in share.items() if name not in dropped}, **_settings(model))[0]
@@ -140,7 +136,7 @@ def outputs_without_communication(
 
 def compare(ours: Numbers, theirs: Numbers, first_row: int) -> Errors:
     """Relative differences of this rank's numbers; `first_row`: of its group among the rows of one process."""
-    gradient, parameter = _worst_gradient(ours.gradients, theirs.gradients)
+    gradient, parameter = worst_gradient(ours.gradients, theirs.gradients)
     expected = theirs.outputs[first_row : first_row + len(ours.outputs)]
     return Errors(
         loss=float((ours.loss - theirs.loss).abs() / theirs.scale),
@@ -156,7 +152,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
-def _worst_gradient(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
+def worst_gradient(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
     """The largest difference, relative to the module's largest entry; and whose it is."""
     largest = max((float(gradient.abs().max()) for gradient in theirs.values()), default=0.0)
     of_module: dict[str, float] = {}
@@ -176,16 +172,15 @@ def _worst_gradient(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tenso
     return worst, where
 
 
-def _share_of(rows: Rows, task: str, mesh: SequenceMesh, setting: Setting) -> dict[str, object]:
+def _share_of(model: torch.nn.Module, rows: Rows, mesh: SequenceMesh, setting: Setting) -> dict[str, Any]:
     batch = rows.of_group(mesh.data_parallel_rank)
-    settings: dict[str, Any] = {"inner_attention": setting.inner_attention, "shift_labels": rows.shifts}
-    share = shard_batch(batch, mesh, **settings)
+    share = shard_batch(batch, mesh, model, inner_attention=setting.inner_attention, shift_labels=rows.shifts)
     share["num_items_in_batch"] = rows.num_items / setting.world_size
     return share
 
 
-def _forward(
-    model: torch.nn.Module, task: str, share: dict[str, Any], rows: Rows, needs: SanityResult
+def loss_of_share(
+    model: torch.nn.Module, task: str, share: dict[str, Any], rows: Rows
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's outputs, and its scalar, whose mean over the ranks is the loss of one process."""
     settings, count = _settings(model), share["num_items_in_batch"]
@@ -198,9 +193,6 @@ def _forward(
         weights = weights[:, : shard.num_local_tokens]
         return outputs, (outputs[:, : shard.num_local_tokens] * weights).sum() / count
     result = model(**share, **settings)
-    if needs.loss_ignores_count:
-        targets = share["shift_labels"] if rows.shifts else share["labels"]
-        return result.logits, token_mean(result, targets, count)
     return result.logits, result.loss
 
 

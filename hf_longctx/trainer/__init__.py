@@ -8,11 +8,13 @@ from ..lazy_exports import lazy_exports
 
 
 if TYPE_CHECKING:
+    from .adaptation import adapt as adapt
     from .causal_lm import LongContextTrainer as LongContextTrainer
     from .ending import end_training as end_training
     from .sft import LongContextSFTTrainer as LongContextSFTTrainer
 
 _EXPORTS = {
+    "adaptation": ("adapt",),
     "causal_lm": ("LongContextTrainer",),
     "ending": ("end_training",),
     "sft": ("LongContextSFTTrainer",),

@@ -10,8 +10,8 @@ import torch
 from ..adapters.wrapped import unwrap
 from ..attention.kernels import validate_kernel_available
 from ..attention.registry import name_that_shards, shards_rows
+from ..attention.unadapted import validate_config
 from ..config.run import LongContextConfig
-from ..families import SHARDED_LAYERS
 from ..parallel.heads import validate_head_count
 
 
@@ -116,22 +116,7 @@ def check_model(model, config: LongContextConfig) -> None:
             f"attn_implementation={name_that_shards()!r})` or call "
             f"`model.set_attn_implementation({name_that_shards()!r})`."
         )
-    if getattr(base.config, "is_encoder_decoder", False):
-        raise NotImplementedError(
-            f"`{name}` is an encoder-decoder: its cross-attention reads two sequences of different lengths, which are "
-            "not sharded; set `sequence_parallel_size` to 1."
-        )
-    other = sorted({kind for kind in getattr(text, "layer_types", None) or [] if kind not in SHARDED_LAYERS})
-    if other:
-        raise NotImplementedError(
-            f"`{name}` has layers of type {', '.join(other)}, whose state runs along the sequence and would start "
-            "anew on every rank: set `sequence_parallel_size` to 1, or choose a model with attention layers only."
-        )
-    if getattr(text, "output_router_logits", False):
-        raise NotImplementedError(
-            f"`{name}` adds a load-balancing loss (`output_router_logits` True), which is not a mean over tokens: set "
-            "`model.config.output_router_logits = False`."
-        )
+    validate_config(name, base.config)
     for adapter in getattr(model, "peft_config", {}).values():
         if getattr(adapter, "is_prompt_learning", False):
             raise NotImplementedError(

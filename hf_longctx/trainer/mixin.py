@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers.loss.loss_utils import LOSS_MAPPING
 
 from ..adapters.wrapped import unwrap
 from ..config.audiences import TRAINERS
 from ..config.memory import MemoryConfig
 from ..losses.token_mean import token_mean
-from .adapt import adapt_model
+from .adaptation import adapt_model, predicts_next_token
 from .base import TrainerBase
 from .evaluation import ShardedEvaluationMixin
 from .memory_presets import apply_memory, prepare_memory, tile_trainer_loss
@@ -85,9 +84,7 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
     @property
     def shifts_labels(self) -> bool:
         """Whether the model predicts the next token, so that labels are shifted before they are cut."""
-        loss_type = getattr(unwrap(self.model), "loss_type", None)
-        # transformers falls back to this loss for a class whose name it does not know, such as GPT-2's.
-        return self._loss_shifts_labels or loss_type not in LOSS_MAPPING
+        return self._loss_shifts_labels or predicts_next_token(unwrap(self.model))
 
     @property
     def uses_model_loss(self) -> bool:

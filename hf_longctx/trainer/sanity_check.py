@@ -10,6 +10,7 @@ Price: three forwards of `4 P - 1` tokens, and one exchange each.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ import torch
 from torch.distributed import DistError
 
 from ..adapters.wrapped import unwrap
+from ..families import COUNTS_FROM_PADDING
 from ..losses.token_mean import token_mean
 from ..parallel.collectives import gather_integers, gather_sequence
 from ..parallel.mesh import SequenceMesh
-from ..parallel.shard import IGNORE_INDEX, SequenceShard, shard_batch
+from ..parallel.segments import has_documents
+from ..parallel.shard import IGNORE_INDEX, SequenceShard, share_of_group
 from ..tiny_check import REORDERED_SUMS, evaluation_mode, random_tokens
 
 
@@ -62,6 +65,8 @@ class SanityResult:
                 f"the collated batch has no `position_ids`, but `{name}` derives them from the mask or the token ids, "
                 "which a rank sees only a part of: add `position_ids` of shape (rows, tokens)."
             )
+        if self.needs_position_ids and has_documents(shard.segment_ids):
+            self._validate_first_positions(model, shard, inputs)
         targets, mask = inputs.get("shift_labels"), inputs.get("attention_mask")
         if not self.padding_predicts or targets is None or mask is None:
             return
@@ -70,6 +75,18 @@ class SanityResult:
             raise ValueError(
                 f"padding on the left has a target (the first real token), and what `{name}` predicts from padding "
                 "depends on the kernel: set the label of each row's first real token to -100, or pad on the right."
+            )
+
+    def _validate_first_positions(self, model, shard: SequenceShard, inputs: dict[str, Any]) -> None:
+        """Documents have to begin where the model would begin to count; collective within the group."""
+        text = unwrap(model).config.get_text_config()
+        first = (text.pad_token_id or 0) + 1
+        positions = inputs["position_ids"][:, : shard.num_local_tokens]
+        lowest = int(positions.min()) if positions.numel() else first
+        if text.model_type in COUNTS_FROM_PADDING and min(gather_integers(lowest, shard.group)) < first:
+            raise ValueError(
+                f"`position_ids` of packed documents begin below {first}, but `{text.model_type}` counts a text from "
+                f"`pad_token_id` + 1: pass `position_ids_start={first}` to `PackingCollator`, or add as much yourself."
             )
 
 
@@ -100,7 +117,7 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityRe
     name, size = type(unwrap(model)).__name__, mesh.sequence_parallel_size
     batch = _padded_rows(model, size)
     valid = batch["attention_mask"].bool()
-    share = shard_batch(batch, mesh, inner_attention=inner_attention, shift_labels=shift_labels)
+    share = share_of_group(batch, mesh, inner_attention=inner_attention, shift_labels=shift_labels)
     forward = {key: value for key, value in share.items() if key != "shift_labels"}
     local = _on_a_share(model, name, forward)
     if local.dim() != 3 or local.shape[1] != share["sequence_shard"].local_len:
@@ -109,17 +126,18 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityRe
             "vector a token: a head that pools a row cannot be sharded yet; set `sequence_parallel_size` to 1."
         )
     needs_position_ids = padding_predicts = False
+    if size > 1 or "position_ids" in inspect.signature(type(unwrap(model)).forward).parameters:
+        positions = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
+        one_process = model(**batch, position_ids=positions)[0]
+        explicit = one_process[valid]
+        needs_position_ids = _difference(model(**batch)[0][valid], explicit) > _noise(explicit)
     if size > 1:
         sharded = _whole_rows(local, mesh, valid)
         unaware = _whole_rows(
             model(**{key: value for key, value in forward.items() if key != "sequence_shard"})[0], mesh, valid
         )
-        positions = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
-        one_process = model(**batch, position_ids=positions)[0]
-        explicit = one_process[valid]
         error, baseline_error = _difference(sharded, explicit), _difference(unaware, explicit)
         _validate_outputs(name, sharded, unaware, error, baseline_error)
-        needs_position_ids = _difference(model(**batch)[0][valid], explicit) > _noise(explicit)
         last_padding = ~valid & torch.nn.functional.pad(valid, (0, 1))[:, 1:]
         if shift_labels:
             padding = _whole_rows(local, mesh, last_padding), one_process[last_padding]

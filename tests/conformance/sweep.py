@@ -22,9 +22,10 @@ from pathlib import Path
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_longctx.proof.bare_loop import prove_bare_loop
 from hf_longctx.proof.model_under_test import KINDS, ModelUnderTest, Setting
-from hf_longctx.proof.ranks import Ranks
-from hf_longctx.proof.result import UNBUILDABLE, WRONG
+from hf_longctx.proof.ranks import Ranks, RanksError
+from hf_longctx.proof.result import REFUSED, UNBUILDABLE, WRONG
 from hf_longctx.proof.verification import run_proof
 
 from .page import summary, worse, write_pages
@@ -68,11 +69,25 @@ def prove(ranks: Ranks, task: str, name: str) -> dict:
     try:
         tested = ModelUnderTest.of(CONFIG_MAPPING[name](), task, SIZE)
     except Exception as error:
-        rows = [{"rows": kind, "outcome": UNBUILDABLE, "message": f"no configuration: {error}"} for kind in KINDS]
+        bare, rows = (
+            UNBUILDABLE,
+            [{"rows": kind, "outcome": UNBUILDABLE, "message": f"no configuration: {error}"} for kind in KINDS],
+        )
     else:
-        found = run_proof(ranks, tested, Setting(SIZE, kinds=KINDS), SECONDS_A_TYPE)
+        setting = Setting(SIZE, kinds=KINDS)
+        found = run_proof(ranks, tested, setting, SECONDS_A_TYPE)
         rows = [_record_of(result) for result in found]
-    return {"task": task, "type": name, "rows": rows, "seconds": round(time.perf_counter() - began, 2)}
+        bare = _bare_loop(ranks, tested, setting)
+    seconds = round(time.perf_counter() - began, 2)
+    return {"task": task, "type": name, "rows": rows, "bare": bare, "seconds": seconds}
+
+
+def _bare_loop(ranks: Ranks, tested: ModelUnderTest, setting: Setting) -> str:
+    """The outcome of a loop without `adapt`; one that hangs or kills its processes is at least not silent."""
+    try:
+        return ranks.run(prove_bare_loop, tested, setting, seconds=SECONDS_A_TYPE)[0]
+    except RanksError:
+        return REFUSED
 
 
 def _record_of(result) -> dict:

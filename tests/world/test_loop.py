@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_longctx import SequenceMesh
+from hf_longctx import SequenceMesh, adapt
 
 from ..models import build
 from ..training import Rows, pad_right
@@ -39,6 +39,8 @@ def run_loop(wrapper: str, size: int, groups: int, attention: str, checkpointing
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
     plain = model
+    if wrapper != "fsdp2":
+        adapt(model, mesh)
     if wrapper == "ddp":
         model = DistributedDataParallel(model)
     if wrapper == "fsdp2":
@@ -46,6 +48,7 @@ def run_loop(wrapper: str, size: int, groups: int, attention: str, checkpointing
         for layer in model.model.layers:
             fully_shard(layer, mesh=everyone)
         fully_shard(model, mesh=everyone)
+        adapt(model, mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
     rows, step, losses = Rows(4 * 2 * groups * GROUP_ROWS), documented_step(), []
     mine = range(mesh.data_parallel_rank, groups, mesh.data_parallel_size)
@@ -88,6 +91,7 @@ def test_one_process_on_ulysses_is_one_process_on_sdpa():
     model(**batch).loss.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters()}
     ours = build("llama", "ulysses")
+    adapt(ours, SequenceMesh.build())
     documented_step()(ours, torch.optim.SGD(ours.parameters(), lr=1.0), [batch], SequenceMesh.build())
     before = dict(build("llama", "ulysses").named_parameters())
     for name, parameter in ours.named_parameters():

@@ -15,6 +15,7 @@ from hf_longctx.parallel import collectives
 from hf_longctx.proof import compare
 from hf_longctx.proof.model_under_test import KINDS, ModelUnderTest, Setting
 from hf_longctx.proof.verification import merge
+from hf_longctx.trainer import adaptation
 from hf_longctx.trainer.sanity_check import SanityResult
 
 
@@ -58,13 +59,13 @@ def prove_with_two_tokens_swapped(tested, setting):
     """Forward is wrong by two of the tokens, and no check looks for it."""
     from hf_longctx.attention import ulysses
 
-    right, check = ulysses.heads_to_sequence, compare.run_sanity_check
-    compare.run_sanity_check = lambda *_, **__: SanityResult()
+    right, check = ulysses.heads_to_sequence, adaptation.run_sanity_check
+    adaptation.run_sanity_check = lambda *_, **__: SanityResult()
     ulysses.heads_to_sequence = lambda output, *rest: right(output[:, [1, 0, *range(2, output.shape[1])]], *rest)
     try:
         return compare.prove(tested, setting)
     finally:
-        ulysses.heads_to_sequence, compare.run_sanity_check = right, check
+        ulysses.heads_to_sequence, adaptation.run_sanity_check = right, check
 
 
 @pytest.mark.parametrize("broken", [prove_with_a_broken_backward, prove_with_two_tokens_swapped])
@@ -79,12 +80,12 @@ def prove_without_a_sentence(tested, setting):
     def crash(*_):
         raise RuntimeError("shapes do not fit")
 
-    right = compare.check_model
-    compare.check_model = crash
+    right = adaptation.check_model
+    adaptation.check_model = crash
     try:
         return compare.prove(tested, setting)
     finally:
-        compare.check_model = right
+        adaptation.check_model = right
 
 
 def test_an_error_that_is_no_sentence_of_ours_is_a_defect(world2):

@@ -1,0 +1,38 @@
+"""Everything that an instance needs before its rows are shared or packed, put on in one call."""
+
+from __future__ import annotations
+
+import torch
+
+from ..parallel.adapted import Adapted, mark, unmark
+from .instance_forward import PatchHandle, take_off
+from .loop_batches import LOOP_BATCHES
+from .positions import follow_positions
+from .wrapped import unwrap
+
+
+class AttachedAdapters(PatchHandle):
+    """What [`attach_adapters`] put on a model; `remove()` takes all of it off, and the mark with it."""
+
+    def remove(self) -> None:
+        super().remove()
+        unmark(self.model)
+
+
+def attach_adapters(model: torch.nn.Module, adapted: Adapted | None = None) -> AttachedAdapters:
+    """Put on a model the adapters that its type needs, and mark it, so that its attention takes shared rows.
+
+    Args:
+        model (`torch.nn.Module`): changed in place, on this instance only. Wrappers may come before or after.
+        adapted ([`Adapted`], *optional*): how it trains, for `shard_batch`.
+
+    Returns:
+        [`AttachedAdapters`]: `remove()` undoes it. Attaching twice is attaching once.
+
+    Raises:
+        NotImplementedError: an adapter does not know this version of the model.
+    """
+    names = follow_positions(model).names
+    take_off(unwrap(model), LOOP_BATCHES)  # a trainer looks after its batches itself
+    mark(model, adapted)
+    return AttachedAdapters(model, *names, LOOP_BATCHES)

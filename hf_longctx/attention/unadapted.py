@@ -1,0 +1,84 @@
+"""What a configuration says against sharing or packing the rows of its model.
+
+Trainers and `adapt` ask before the first step. A loop that calls neither is asked here, by the attention layers: they
+see the configuration and the batch, and they run before a wrong number can leave the model. What no configuration
+shows (a layer that mixes tokens on its own, a loss that is not a sum over tokens), `adapt` finds by running the model.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..families import COUNTS_FROM_PADDING, SHARDED_LAYERS
+from ..parallel.adapted import is_marked
+from ..parallel.shard import SequenceShard
+from .implicit_positions import packs_documents
+
+
+_REMEDY = "call `hf_longctx.adapt(model, mesh)` once after loading"
+
+
+def validate_config(name: str, config) -> None:
+    """Refuse a model whose rows no ranks can share, by its configuration.
+
+    Args:
+        name (`str`): of the model or layer, for the message.
+        config (`PretrainedConfig`): of the whole model, or of its text part.
+
+    Raises:
+        NotImplementedError: an encoder-decoder, layers with a state along the sequence, or a router's loss.
+    """
+    text = config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotImplementedError(
+            f"`{name}` is an encoder-decoder: its cross-attention reads two sequences of different lengths, which are "
+            "not sharded; set `sequence_parallel_size` to 1."
+        )
+    other = layers_with_state(config)
+    if other:
+        raise NotImplementedError(
+            f"`{name}` has layers of type {', '.join(other)}, whose state runs along the sequence and would start "
+            "anew on every rank: set `sequence_parallel_size` to 1, or choose a model with attention layers only."
+        )
+    if getattr(text, "output_router_logits", False):
+        raise NotImplementedError(
+            f"`{name}` adds a load-balancing loss (`output_router_logits` True), which is not a mean over tokens: set "
+            "`model.config.output_router_logits = False`."
+        )
+
+
+def layers_with_state(config) -> list[str]:
+    """Kinds of layers, as in `config.layer_types`, that reach other tokens without attention."""
+    kinds = getattr(config.get_text_config(), "layer_types", None) or []
+    return sorted({kind for kind in kinds if kind not in SHARDED_LAYERS})
+
+
+def validate_unadapted(module: torch.nn.Module, shard: SequenceShard) -> None:
+    """Refuse a batch that a model would get wrong, in a loop that never called `adapt`.
+
+    Args:
+        module (`torch.nn.Module`): an attention layer.
+        shard ([`SequenceShard`]): of the call.
+
+    Raises:
+        NotImplementedError: other layers of the model, or its positions, would be those of a share.
+        ValueError: the batch has no positions, and this model does not count them from 0.
+    """
+    config = getattr(module, "config", None)
+    if is_marked(module) or config is None or not hasattr(config, "get_text_config"):
+        return
+    name = type(module).__name__
+    if shard.size > 1:
+        validate_config(name, config)
+    other = layers_with_state(config) if packs_documents(shard) else []
+    if other:
+        raise NotImplementedError(
+            f"a row packs several documents, but next to `{name}` there are layers of type {', '.join(other)}, whose "
+            f"state may run on from one to the next: {_REMEDY}, which finds out, or do not pack."
+        )
+    text = config.get_text_config()
+    if not shard.has_own_positions and text.model_type in COUNTS_FROM_PADDING:
+        raise ValueError(
+            f"the batch has no `position_ids`, and `{text.model_type}` does not count from 0 but from `pad_token_id` "
+            f"+ 1 ({(text.pad_token_id or 0) + 1}): add `position_ids` of shape (rows, tokens) before it is cut."
+        )

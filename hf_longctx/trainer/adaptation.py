@@ -1,0 +1,132 @@
+"""What a model needs before it trains on shares of rows, or on packed ones: attached, checked and marked.
+
+`adapt` is the one call of a training loop; trainers do the same in steps, since they also know the loss.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch.distributed import DistError
+from torch.distributed.tensor import DTensor
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+from ..adapters.attach import AttachedAdapters, attach_adapters
+from ..adapters.instance_forward import put_on
+from ..adapters.loop_batches import LoopBatches
+from ..adapters.wrapped import runs_our_attention, unwrap
+from ..attention.contamination import assert_no_cross_document
+from ..attention.registry import packs_rows
+from ..config.run import LongContextConfig
+from ..families import COUNTS_FROM_PADDING, expects_unshifted_labels
+from ..parallel.adapted import Adapted
+from ..parallel.mesh import SequenceMesh
+from ..tiny_check import random_tokens
+from .checks import check_model, warn_about_dropout
+from .sanity_check import SanityResult, run_sanity_check
+
+
+_DOCUMENTS = (4, 1, 3)
+
+
+def adapt(model: torch.nn.Module, mesh: SequenceMesh, *, inner_attention: str = "auto") -> AttachedAdapters:
+    """Make a model ready for a loop of your own on shared or packed rows, or say why it cannot be.
+
+    The trainers' checks run on a few tokens, the adapters that the type needs are put on the instance, and every later
+    forward looks at its batch. A checkpoint of the model is what it would be without.
+
+    Args:
+        model (`torch.nn.Module`): loaded with `attn_implementation="ulysses"`, or `"packed"` for whole rows; on its
+            device. Before or after PEFT, DDP and FSDP2, and before `torch.compile`.
+        mesh ([`SequenceMesh`]): the axes of the run.
+        inner_attention (`str`, *optional*, defaults to `"auto"`): see [`LongContextConfig`].
+
+    Returns:
+        [`AttachedAdapters`]: `remove()` takes everything off again. A second call checks and attaches anew.
+
+    Raises:
+        ValueError: the model runs another attention, or has fewer heads than ranks.
+        NotImplementedError: its numbers on shares would not be those of one process; the message says which layer or
+            loss it is. Packed rows are refused by the forward that gets them, if that is all that is wrong.
+
+    Communication: that of at most seven forwards and one backward of a few tokens; every rank of the world calls this.
+    """
+    config = LongContextConfig(
+        sequence_parallel_size=mesh.sequence_parallel_size, inner_attention=inner_attention, check_packing=True
+    )
+    check_model(model, config)
+    warn_about_dropout(model, mesh.sequence_parallel_size)
+    inner = unwrap(model)
+    shifts, has_loss = predicts_next_token(inner), "labels" in inspect.signature(type(inner).forward).parameters
+    adapted = Adapted(mesh.sequence_parallel_size, inner_attention, shifts if has_loss else None)
+    handle = attach_adapters(model, adapted)
+    try:
+        if runs_our_attention(model):
+            needs = run_sanity_check(inner, mesh, inner_attention, shifts, check_loss=has_loss)
+            put_on(inner, LoopBatches(adapted, needs, _find_leaks(inner, mesh, inner_attention, needs)))
+    except Exception:
+        handle.remove()
+        raise
+    mesh.noted.add("adapted")
+    return handle
+
+
+def predicts_next_token(model) -> bool:
+    """Whether the loss of a transformers model compares each token with the label of the next one."""
+    if expects_unshifted_labels(model.config):
+        return False
+    loss_type = getattr(model, "loss_type", None)
+    # transformers falls back to this loss for a class whose name it does not know, such as GPT-2's.
+    return loss_type not in LOSS_MAPPING or LOSS_MAPPING[loss_type] is ForCausalLMLoss
+
+
+def _find_leaks(model, mesh: SequenceMesh, inner_attention: str, needs: SanityResult) -> dict[str, str]:
+    """Why the model mixes documents, by the way in which a batch tells them; nothing if it keeps them apart."""
+    text = model.config.get_text_config()
+    if not packs_rows(text._attn_implementation):
+        return {}
+    sizes, device = torch.tensor(_DOCUMENTS), next(model.parameters()).device
+    start = (text.pad_token_id or 0) + 1 if needs.needs_position_ids and text.model_type in COUNTS_FROM_PADDING else 0
+    batch = {
+        "input_ids": random_tokens(text.vocab_size, 1, int(sizes.sum())).to(device),
+        "position_ids": torch.cat([start + torch.arange(size) for size in sizes])[None].to(device),
+    }
+    ways: dict[str, dict[str, object]] = {"shard": {}}
+    if mesh.sequence_parallel_size == 1:  # then batches may also go to the model as they are
+        bounds = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32).to(device)
+        index = torch.arange(len(sizes), dtype=torch.int32).repeat_interleave(sizes)[None].to(device)
+        longest = {"max_length_q": max(_DOCUMENTS), "max_length_k": max(_DOCUMENTS)}
+        ways |= {"position_ids": {}, "seq_idx": {"seq_idx": index}}
+        ways["cu_seq_lens_q"] = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, **longest}
+    follows_gradients = not any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    leaks = {}
+    for way, facts in ways.items():
+        try:
+            assert_no_cross_document(
+                model,
+                {**batch, **facts},
+                mesh if way == "shard" else None,
+                inner_attention=inner_attention,
+                check_gradients=follows_gradients,
+            )
+        except DistError:
+            raise
+        except Exception as error:  # also what transformers says of layers that cannot keep documents apart
+            leaks[way] = " ".join(str(error).split())
+    return leaks
+
+
+def adapt_model(trainer) -> bool:
+    """Attach what the trainer's model needs, and leave labels as they are where its loss does.
+
+    Returns:
+        `bool`: whether the model runs an attention of ours; of any other nothing is changed.
+    """
+    if not runs_our_attention(trainer.model):
+        return False
+    attach_adapters(trainer.model)
+    own_loss = trainer.uses_model_loss and trainer.compute_loss_func is None and trainer.label_smoother is None
+    if own_loss and expects_unshifted_labels(unwrap(trainer.model).config):
+        trainer._loss_shifts_labels = False  # transformers looks at the loss's name, which these models do not call
+    return True
