@@ -18,13 +18,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..data.documents import load_documents
+from ..data.documents import check_texts, load_documents
 from ..data.packing.datasets import measure_lengths
 from ..data.packing.lengths import STRATEGIES, Packing, cut_documents, pack_lengths, packing_cost
 from ..data.streams import is_stream
 
 
 _LENGTH_COLUMN = "length"
+_COUNTED = (_LENGTH_COLUMN, "input_ids")  # columns that make a tokenizer needless
 _PICTURES = (".png", ".svg")
 _SEED = 0
 
@@ -139,7 +140,7 @@ def validate_options(options: argparse.Namespace) -> None:
 def _read_lengths(options: argparse.Namespace) -> tuple[np.ndarray, str]:
     """Tokens of every document, and where the numbers come from."""
     where = {"split": options.split, "config_name": options.config_name, "streaming": options.streaming}
-    dataset = load_documents(options.dataset, text_field=None, **where)
+    dataset = load_documents(options.dataset, text_field=options.text_field, or_columns=_COUNTED, **where)
     if options.limit is not None:
         dataset = dataset.take(options.limit)
     row: dict[str, Any] = next(iter(dataset), {})
@@ -176,6 +177,7 @@ def _count_tokens(dataset, names: list[str], options: argparse.Namespace) -> np.
     tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
     lengths: list[int] = []
     for batch in dataset.iter(batch_size=1000):
-        texts = [text or "" for text in batch[options.text_field]]
+        texts = batch[options.text_field]
+        check_texts(texts, options.text_field, range(len(lengths), len(lengths) + len(texts)), f"`{options.dataset}`")
         lengths += map(len, tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"])
     return np.array(lengths, dtype=np.int64)

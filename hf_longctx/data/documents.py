@@ -11,9 +11,14 @@ import glob
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .data_files import load_rows
+from .files import count_reasons, describe, irregular, select_files, shown, walk
+from .text_files import read_folder
 
 
 if TYPE_CHECKING:
@@ -38,6 +43,7 @@ def load_documents(
     config_name: str | None = None,
     extensions: Sequence[str] | None = None,
     streaming: bool = False,
+    or_columns: Collection[str] = (),
 ) -> Dataset | IterableDataset:
     """Read documents from wherever they are.
 
@@ -45,39 +51,49 @@ def load_documents(
         path_or_name (`str`):
             A folder of documents, a folder of jsonl or parquet files, one such file, a glob such as
             `"notes/**/*.md"`, or the name of a dataset on the Hub. In a folder of documents every file is one row with
-            the columns `text` and `path`; hidden files are left out, and undecodable, binary and empty ones are
-            skipped and counted in the log.
+            the columns `text` and `path`; hidden files are left out. Undecodable, binary and empty ones, and what is
+            no regular file inside the folder (pipes, devices, links that lead out), are skipped and counted in the
+            log.
         split (`str`, *optional*, defaults to `"train"`): split of a data file or Hub dataset, as `datasets` writes it.
-        text_field (`str`, *optional*, defaults to `"text"`): column that must exist; `None` checks nothing.
+        text_field (`str`, *optional*, defaults to `"text"`):
+            Column that must exist and, in a file, hold a text in every row; `None` checks nothing.
         config_name (`str`, *optional*): configuration of a Hub dataset.
         extensions (`Sequence[str]`, *optional*):
             File endings that count as documents, instead of the usual ones of text, Markdown and source code. Giving
             them says that the folder holds documents, whatever else lies in it.
         streaming (`bool`, *optional*, defaults to `False`): return an `IterableDataset` that reads while training.
+        or_columns (`Collection[str]`, *optional*):
+            Columns that serve instead of `text_field`, which then need not exist; next to one of them it is not
+            checked.
 
     Returns:
         `datasets.Dataset` or `datasets.IterableDataset`: files in the order of their paths.
 
     Raises:
-        ValueError: nothing is there, nothing in it is readable, or the text column is missing.
+        ValueError: nothing is there, nothing in it is readable, the text column is missing, or a row of a file has no
+            text in it; the message names the file and the line.
     """
     datasets = _import_datasets()
-    root, files = _find_files(path_or_name)
+    root, files, skipped = _find_files(path_or_name)
     if files is None:
         dataset = _load_from_hub(datasets, path_or_name, config_name, split, streaming)
     else:
-        kind, files = _choose_files(path_or_name, files, extensions)
+        kind, files = _choose_files(path_or_name, files, extensions, skipped)
+        num_files = len(files) + skipped.total()
         if kind == "documents":
-            dataset = _read_folder(datasets, path_or_name, root, files, split, streaming)
+            dataset = read_folder(path_or_name, root, files, skipped, split=split, streaming=streaming)
         else:
-            names = [str(file) for file in files]
-            try:
-                dataset = datasets.load_dataset(kind, data_files=names, split=split, streaming=streaming)
-            except datasets.exceptions.DatasetGenerationError as error:
-                raise ValueError(
-                    f"`{path_or_name}` cannot be read as {kind}: {error.__cause__}: check the file."
-                ) from error
-    if text_field is not None:
+            options: dict[str, Any] = {
+                "split": split,
+                "streaming": streaming,
+                "text_field": text_field,
+                "or_columns": or_columns,
+            }
+            dataset = load_rows(path_or_name, kind, files, skipped, **options)
+        if skipped.total():
+            reasons = count_reasons(skipped)
+            logger.warning("skipped %d of %d files in `%s`: %s", skipped.total(), num_files, path_or_name, reasons)
+    if text_field is not None and not or_columns:
         _check_column(path_or_name, text_field, column_names(dataset))
     return dataset
 
@@ -108,7 +124,7 @@ def split_into_rows(
         the same kind of dataset with the columns `input_ids` and `labels` (equal; the model shifts).
 
     Raises:
-        ValueError: `row_tokens` is below 2, or the documents do not fill one row.
+        ValueError: `row_tokens` is below 2, a row holds no text, or the documents do not fill one row.
     """
     if row_tokens < 2:
         raise ValueError(f"`row_tokens` ({row_tokens}) must be at least 2: one token to read and one to predict.")
@@ -119,11 +135,12 @@ def split_into_rows(
     options = {"num_proc": num_proc, "desc": "Tokenizing documents"} if in_memory else {}
     end = tokenizer.eos_token_id
 
-    def tokenize(batch: dict) -> dict:
+    def tokenize(batch: dict, numbers: list[int]) -> dict:
+        check_texts(batch[text_field], text_field, numbers)
         documents = tokenizer(batch[text_field], return_attention_mask=False, verbose=False)["input_ids"]
         return {"input_ids": [ids if end is None or ids[-1:] == [end] else [*ids, end] for ids in documents]}
 
-    tokens = dataset.map(tokenize, batched=True, batch_size=16, remove_columns=names, **options)
+    tokens = dataset.map(tokenize, with_indices=True, batched=True, batch_size=16, remove_columns=names, **options)
     source = {"documents": tokens, "row_tokens": row_tokens, "join_documents": join_documents}
     if not in_memory:
         return datasets.IterableDataset.from_generator(_rows, gen_kwargs=source)
@@ -141,7 +158,20 @@ def split_into_rows(
 
 def column_names(dataset: Dataset | IterableDataset) -> list[str]:
     """Columns of a dataset; of a stream that does not know them, read from its first row."""
-    return dataset.column_names or list(next(iter(dataset)))
+    first = dataset.column_names or next(iter(dataset), None)
+    if first is None:
+        raise ValueError("the stream of documents has no row: check what was read.")
+    return list(first)
+
+
+def check_texts(texts: Sequence[object], text_field: str, numbers: Sequence[int], name: str = "the data set") -> None:
+    """Raise `ValueError` for the first of `texts` that is none, by the number of its row."""
+    for text, number in zip(texts, numbers):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"row {number} of {name}: column `{text_field}` holds {describe(text)}, and a document is a text: "
+                "filter such rows out, or name another column."
+            )
 
 
 def _rows(documents: Iterable[dict], row_tokens: int, join_documents: bool) -> Iterator[dict]:
@@ -170,30 +200,40 @@ def _import_datasets():
     return datasets
 
 
-def _find_files(path_or_name: str) -> tuple[Path, list[Path] | None]:
-    """The folder that paths are relative to and every visible file under it; `None` for a name on the Hub."""
-    path = Path(path_or_name).expanduser()
+def _find_files(path_or_name: str) -> tuple[Path, list[Path] | None, Counter[str]]:
+    """The folder that paths are relative to, every readable file under it, and what was left out by its reason.
+
+    The files are `None` for a name on the Hub.
+    """
+    path, skipped = Path(path_or_name).expanduser(), Counter[str]()
     if path.is_dir():
-        return path, list(_walk(path))
+        return path, list(walk(path, skipped)), skipped
     if path.is_file():
-        return path.parent, [path]
+        return path.parent, [path], skipped
+    if os.path.lexists(path):
+        raise ValueError(f"`{shown(path)}` is {irregular(path)} and no regular file: give a file or a folder.")
     if glob.has_magic(path_or_name):
-        files = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if os.path.isfile(name)]
+        matched = [Path(name) for name in sorted(glob.glob(str(path), recursive=True)) if not os.path.isdir(name)]
+        files = select_files(matched, _fixed_part(path), skipped)
         if not files:
-            raise ValueError(f"`{path_or_name}` matches no file: check the pattern (`**` walks through folders).")
-        return Path(os.path.commonpath([file.parent for file in files])), files
+            left_out = f" that may be read, but {count_reasons(skipped)}" if matched else ""
+            raise ValueError(
+                f"`{path_or_name}` matches no file{left_out}: check the pattern (`**` walks through folders)."
+            )
+        return Path(os.path.commonpath([file.parent for file in files])), files, skipped
     if _HUB_NAME.fullmatch(path_or_name) and _extension(path) not in (*DATA_FORMATS, *DOCUMENT_EXTENSIONS):
-        return path, None
+        return path, None, skipped
     raise ValueError(
         f"`{path_or_name}` does not exist and is not the name of a dataset on the Hub (`name` or `owner/name`): give "
         "a folder of documents, a jsonl or parquet file, or a dataset's name."
     )
 
 
-def _walk(folder: Path) -> Iterator[Path]:
-    for here, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
-        yield from (Path(here, name) for name in sorted(names) if not name.startswith("."))
+def _fixed_part(pattern: Path) -> Path:
+    """The folder in front of the first part with a wildcard."""
+    parts = pattern.parts
+    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    return Path(*parts[:first]) if first else Path(".")
 
 
 def _extension(path: Path) -> str:
@@ -202,7 +242,9 @@ def _extension(path: Path) -> str:
     return Path(path.stem if packed else path.name).suffix.lower()
 
 
-def _choose_files(name: str, files: list[Path], extensions: Sequence[str] | None) -> tuple[str, list[Path]]:
+def _choose_files(
+    name: str, files: list[Path], extensions: Sequence[str] | None, skipped: Counter[str]
+) -> tuple[str, list[Path]]:
     """Which builder reads these files, and which of them."""
     wanted = DOCUMENT_EXTENSIONS if extensions is None else tuple(ending.lower() for ending in extensions)
     documents = [file for file in files if file.suffix.lower() in wanted]
@@ -213,7 +255,9 @@ def _choose_files(name: str, files: list[Path], extensions: Sequence[str] | None
         del formats[".json"]  # in a folder these are settings, as a rule
     data = [file for file in files if _extension(file) in formats]
     if not documents and not data:
-        found = ", ".join(sorted({file.suffix or file.name for file in files})[:10]) or "no file"
+        found = ", ".join(sorted({shown(file.suffix or file.name) for file in files})[:10]) or "no file"
+        if skipped.total():
+            found += f", and {count_reasons(skipped)}, which are not read"
         raise ValueError(
             f"`{name}` holds no document: found {found}, looked for {' '.join((*wanted, *formats))}; pass "
             "`extensions` to read other text files."
@@ -225,45 +269,9 @@ def _choose_files(name: str, files: list[Path], extensions: Sequence[str] | None
     elif not data:
         return "documents", documents
     raise ValueError(
-        f"`{name}` holds {len(data)} data files (such as `{data[0].name}`) of different kinds or next to "
+        f"`{name}` holds {len(data)} data files (such as `{shown(data[0].name)}`) of different kinds or next to "
         f"{len(documents)} documents: give a glob for the ones to read, or `extensions` for documents."
     )
-
-
-def _read_folder(datasets, name: str, root: Path, files: list[Path], split: str, streaming: bool):
-    if split != "train":
-        raise ValueError(f"`split` ({split!r}) must be 'train' for `{name}`: a folder of documents has no other.")
-    # Sizes and times are among the arguments so that an edited file is read again, not found in a cache.
-    stamps = [(str(file), file.relative_to(root).as_posix(), *_stamp(file)) for file in files]
-    if streaming:
-        return datasets.IterableDataset.from_generator(_read_documents, gen_kwargs={"files": stamps})
-    text = datasets.Value("large_string")  # one batch of long documents passes the 2 GiB of an ordinary string column
-    features = datasets.Features({"text": text, "path": datasets.Value("string")})
-    if next(_read_documents(stamps), None) is None:
-        raise ValueError(f"all {len(stamps)} files of `{name}` are binary, empty or not UTF-8: save them as UTF-8.")
-    dataset = datasets.Dataset.from_generator(_read_documents, features=features, gen_kwargs={"files": stamps})
-    skipped = len(stamps) - len(dataset)
-    if skipped:
-        logger.warning("skipped %d of %d files in `%s`: binary, empty or not UTF-8", skipped, len(stamps), name)
-    return dataset
-
-
-def _stamp(file: Path) -> tuple[int, int]:
-    facts = file.stat()
-    return facts.st_size, facts.st_mtime_ns
-
-
-def _read_documents(files: list[tuple[str, str, int, int]]) -> Iterator[dict]:
-    for file, name, _size, _time in files:
-        data = Path(file).read_bytes()
-        try:
-            text = "" if b"\0" in data else data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = ""
-        if text.strip():
-            yield {"text": text, "path": name}
-        else:
-            logger.debug("skipped `%s`: binary, empty or not UTF-8", name)
 
 
 def _load_from_hub(datasets, name: str, config_name: str | None, split: str, streaming: bool):

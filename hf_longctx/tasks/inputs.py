@@ -13,9 +13,10 @@ import importlib.util
 import os
 import sysconfig
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import transformers
 from huggingface_hub import HfApi
@@ -123,7 +124,9 @@ def load_model(recipe: RecipeArguments, args, model_args, long_context: LongCont
     return model, tokenizer
 
 
-def read_documents(recipe: RecipeArguments, args, text_field: str | None = "text"):
+def read_documents(
+    recipe: RecipeArguments, args, text_field: str | None = "text", or_columns: Collection[str] = ()
+) -> tuple[Any, Any]:
     """Training and evaluation documents; the latter may be `None`."""
     if not recipe.dataset_name:
         raise ValueError(
@@ -145,6 +148,7 @@ def read_documents(recipe: RecipeArguments, args, text_field: str | None = "text
             config_name=recipe.dataset_config,
             extensions=recipe.document_extensions,
             streaming=recipe.dataset_streaming,
+            or_columns=or_columns,
         )
     if not recipe.num_eval_documents:
         return documents, None

@@ -28,7 +28,7 @@ from ..trainer.sft import LongContextSFTTrainer
 from .inputs import RecipeArguments, check_output_dir, load_model, make_report, read_documents, train_and_save
 
 
-CONVERSATIONS = {"messages", "prompt", "conversations"}
+CONVERSATIONS = ("messages", "prompt", "conversations")
 
 
 @dataclass
@@ -41,7 +41,7 @@ class SFTArguments(RecipeArguments):
 
 def make_rows(documents, tokenizer, args, join_documents: bool):
     """Rows of tokens from documents; conversations as they are."""
-    if documents is None or args.max_length is None or CONVERSATIONS & set(column_names(documents)):
+    if documents is None or args.max_length is None or set(CONVERSATIONS) & set(column_names(documents)):
         return documents
     options = {"text_field": args.dataset_text_field, "num_proc": args.dataset_num_proc}
     options["join_documents"] = join_documents
@@ -60,7 +60,7 @@ def main() -> None:
         args.include_num_input_tokens_seen = "all" if is_flat else "non_padding"
     model, tokenizer = load_model(recipe, args, model_args, long_context)
     with args.main_process_first(desc="reading documents"):
-        documents, eval_documents = read_documents(recipe, args, text_field=None)
+        documents, eval_documents = read_documents(recipe, args, args.dataset_text_field, CONVERSATIONS)
         rows, eval_rows = (
             make_rows(part, tokenizer, args, recipe.join_documents) for part in (documents, eval_documents)
         )

@@ -221,7 +221,7 @@ def test_pack_leaves_out_empty_documents_and_says_so(pack, folder):
         (["text.jsonl"], "only a tokenizer can count: name it with `--model_name_or_path`"),
         (["titles.jsonl"], "none of the columns `length`, `input_ids` and `text`, only title"),
         (["nothing.jsonl", "--model_name_or_path", "tokenizer"], "the 1 documents of `nothing.jsonl` have no tokens"),
-        (["broken.jsonl"], "`broken.jsonl` cannot be read as json"),
+        (["broken.jsonl"], "`broken.jsonl`, line 1 is no JSON"),
         (["missing.jsonl"], "`missing.jsonl` does not exist"),
         (["length.jsonl", "--max_tokens", "0"], "`max_tokens` (0) must be a whole number"),
         (["length.jsonl", "--long_documents", "drop"], "`long_documents` ('drop') must be one of"),
