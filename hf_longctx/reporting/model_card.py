@@ -95,7 +95,7 @@ def _body(folder: Path, metrics: dict, picture: str | None) -> str:
         parts.append(f"![Loss and throughput]({picture})")
     parts += ["## Results", markdown_table("Measure", "Value", run_results(metrics))]
     parts += ["## Training", markdown_table("Setting", "Value", run_settings(metrics))]
-    parts += ["Command, from the folder with the recipes:", f"```bash\n{metrics['command']}\n```"]
+    parts += ["Command, from the folder with the recipes:", code_block(metrics["command"])]
     parts += [
         "## Versions",
         markdown_table("Library", "Version", metrics["versions"]),
@@ -143,6 +143,12 @@ def run_settings(metrics: dict, length: str = "Context length, tokens per row") 
         "Data-parallel size": str(metrics["data_parallel_size"]),
     }
     return {**rows, **{name.replace("_", " ").capitalize(): str(value) for name, value in metrics["settings"].items()}}
+
+
+def code_block(command: str) -> str:
+    """A shell command as a block of Markdown, in a fence longer than any run of back-ticks in it."""
+    fence = "`" * (max([2, *map(len, re.findall("`+", command))]) + 1)
+    return f"{fence}bash\n{command}\n{fence}"
 
 
 def markdown_table(name: str, value: str, rows: dict[str, str]) -> str:

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 from .launch_command import launch_command
 from .meter import ThroughputMeter, cpu_memory, device_memory
 from .model_card import is_hub_name, write_model_card
+from .redaction import redact_text
 
 
 logger = logging.getLogger(__name__)
@@ -123,8 +124,8 @@ class RunReport(TrainerCallback):
         return {
             "name": (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1],
             "command": launch_command(),
-            "base_model": self.base_model or (name if is_hub_name(name) else None),
-            "dataset": self.dataset,
+            "base_model": redact_text(self.base_model) if self.base_model else name if is_hub_name(name) else None,
+            "dataset": self.dataset and redact_text(self.dataset),
             "row_tokens": self.row_tokens,
             "world_size": args.world_size,
             "data_parallel_size": data_parallel_size,
