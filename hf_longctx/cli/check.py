@@ -46,12 +46,14 @@ def _split_of(options: argparse.Namespace):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from ..config.run import LongContextConfig
+    from ..data.model_files import check_model_files
     from ..parallel.heads import split_heads
     from ..trainer.checks import check_model
 
     size = options.sequence_parallel_size
     wanted = LongContextConfig(sequence_parallel_size=size, inner_attention=options.inner_attention)
     remote = {"trust_remote_code": options.trust_remote_code}
+    check_model_files(options.model)
     config = AutoConfig.from_pretrained(options.model, **remote)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="ulysses", **remote)

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, PretrainedConfig
 
+from ..data.model_files import check_model_files
 from ..planner.measure import can_measure, free_bytes, measure_in_process, shorten
 from ..planner.memory_plan import USABLE_SHARE, Planner
 from ..planner.presets import PRESETS, Preset
@@ -194,6 +195,7 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _read_config(model: str) -> PretrainedConfig:
+    check_model_files(model)
     try:
         return AutoConfig.from_pretrained(model)
     except (OSError, ValueError, KeyError) as error:

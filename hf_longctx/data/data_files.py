@@ -66,6 +66,11 @@ def load_rows(
         raise ValueError(f"`{name}` has no rows: {'it is' if len(files) == 1 else 'all its files are'} empty.")
     for file in found:
         _check_beginning(file, kind)
+    if streaming and kind == "csv":
+        find_fault(kind, found, None)
+        return datasets.load_dataset(
+            kind, data_files=[plain_name(file) for file in found], split=split, streaming=True
+        )
     if streaming:
         if split != "train":
             raise ValueError(f"`split` ({split!r}) must be 'train' for `{name}`: a stream of files has no other.")
@@ -84,7 +89,8 @@ def load_rows(
         raise ValueError(f"`{name}` has no rows: check what was read.")
     if text_field in rows.column_names and not set(or_columns) & set(rows.column_names):
         said = getattr(rows.features[text_field], "dtype", None)
-        if said not in _TEXT_TYPES or rows.data.column(text_field).null_count:
+        column = rows.data.column(text_field)
+        if said not in _TEXT_TYPES or column.null_count or not is_utf8(column):
             find_fault(kind, found, text_field)
             raise ValueError(
                 f"`{name}`: `datasets` reads column `{text_field}` as {said}, and a document is a text: write other "
@@ -119,7 +125,7 @@ def plain_name(file: Path) -> str:
 def _stream_rows(files: list[bytes], kind: str, text_field: str | None, or_columns: tuple[str, ...]) -> Iterator[dict]:
     for path in files:
         file = Path(os.fsdecode(path))
-        for place, row in _damage_told(file, _READERS[kind](file, None)):
+        for place, row in rows_of(kind, file):
             _check_row(f"`{shown(file)}`, {place}", row, text_field, or_columns)
             yield row
 
@@ -138,16 +144,21 @@ def find_fault(kind: str, files: list[Path], text_field: str | None, or_columns:
     """Raise `ValueError` for the first row that is broken or has no text; does nothing where all are right."""
     num_rows = 0
     for file in files:
-        for place, row in _damage_told(file, _READERS[kind](file, text_field)):
+        for place, row in rows_of(kind, file, text_field):
             num_rows += 1
             _check_row(f"`{shown(file)}`, {place}", row, text_field, or_columns)
     if not num_rows and kind != "csv":
         raise ValueError(f"`{shown(files[0])}` has no rows: check what was read.")
 
 
-def _damage_told(file: Path, rows: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+def rows_of(kind: str, file: Path, text_field: str | None = None) -> Iterator[tuple[str, Any]]:
+    """Place (`line 3`) and value of every row of a file; of parquet the column `text_field` alone, if it is there.
+
+    Raises:
+        ValueError: the file is damaged or in another encoding; the message names it and the place.
+    """
     try:
-        yield from rows
+        yield from _READERS[kind](file, text_field)
     except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
         raise ValueError(f"`{shown(file)}` is cut off or damaged ({error}): make it again.") from error
 
@@ -242,11 +253,31 @@ def _parquet_rows(file: Path, text_field: str | None) -> Iterator[tuple[str, Any
             table = pyarrow.parquet.ParquetFile(opened)
             columns = [text_field] if text_field in table.schema_arrow.names else None
             for batch in table.iter_batches(batch_size=1000, columns=columns):
-                for row in batch.to_pylist():
+                for row in _python_rows(batch, f"`{shown(file)}`", number):
                     yield f"row {number}", row
                     number += 1
         except (pyarrow.lib.ArrowException, OSError) as error:
             raise ValueError(f"`{shown(file)}` is no parquet file, or damaged ({error}): make it again.") from error
+
+
+def _python_rows(batch: Any, name: str, number: int) -> list[dict[str, Any]]:
+    """Rows of a batch of Arrow, which keeps whatever bytes a file calls text; `number` is that of the first."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError as error:
+        wrong = next(row for row in range(len(batch)) if not all(map(is_utf8, batch.slice(row, 1).columns)))
+        raise ValueError(f"{name}, row {number + wrong} is not UTF-8 ({error}): write its texts as UTF-8.") from error
+
+
+def is_utf8(column: Any) -> bool:
+    """Whether all texts in a column of Arrow can be read."""
+    import pyarrow.lib
+
+    try:
+        column.validate(full=True)
+    except pyarrow.lib.ArrowInvalid:
+        return False
+    return True
 
 
 def _csv_rows(file: Path, text_field: str | None) -> Iterator[tuple[str, Any]]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 
@@ -45,7 +46,10 @@ def load_loss(trainer, folder: str | None) -> None:
     if folder is None or not tensors:
         return
     path = Path(folder, LOSS_FILE)
-    saved = load_file(path) if path.is_file() else {}
+    try:
+        saved = load_file(path) if path.is_file() else {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"`{path}` is cut off or damaged ({error}): resume from another checkpoint.") from error
     if set(saved) != set(tensors) or any(saved[name].shape != tensors[name].shape for name in tensors):
         raise ValueError(
             f"`{path}` holds {', '.join(sorted(saved)) or 'nothing'}, and the loss of this run learns "

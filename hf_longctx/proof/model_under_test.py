@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..config.run import LongContextConfig, validate_inner_attention
+from ..data.model_files import check_model_files
 from ..families import expects_unshifted_labels
 from .tiny import CannotShrink, shrink, without_dropout
 
@@ -170,10 +171,11 @@ def read_config(model: str) -> PretrainedConfig:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 
     path = _transformer_folder(Path(model).expanduser())
-    if path.exists():
-        if path.is_dir() and not (path / "config.json").is_file():
+    if os.path.lexists(path):
+        if path.is_dir() and not os.path.lexists(path / "config.json"):
             raise ValueError(f"the folder `{model}` has no config.json: give a folder that `save_pretrained` wrote.")
         try:
+            check_model_files(path)
             return AutoConfig.from_pretrained(str(path))
         except _UNREADABLE as error:
             raise ValueError(f"`{model}` cannot be read ({_reason(error)}): check the file.") from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from statistics import median
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError
 
 from ..planner.settings import GIB
 
@@ -45,9 +46,9 @@ def write_model_card(folder: Path, metrics: dict, picture: str | None, earlier_c
     path = folder / "README.md"
     if earlier_card is not None and not _TRAINER_TAGS & set(_metadata(earlier_card).get("tags") or []):
         kept = folder / "README.before_training.md"
-        kept.write_text(earlier_card, encoding="utf-8")
+        kept.write_bytes(earlier_card.encode("utf-8", "surrogateescape"))  # as it was, in whatever encoding
         logger.warning("`%s` was there before the run: it is kept as `%s`", path, kept.name)
-    metadata = _metadata(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    metadata = _metadata(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else {}
     data = ModelCardData(**_merge(metadata, metrics))
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{_body(folder, metrics, picture)}").save(path)
     return path
@@ -56,7 +57,7 @@ def write_model_card(folder: Path, metrics: dict, picture: str | None, earlier_c
 def _metadata(text: str) -> dict:
     try:
         return ModelCard(text, ignore_metadata_errors=True).data.to_dict()
-    except ValueError:  # a README that is no model card
+    except (ValueError, YAMLError):  # a README that is no model card
         return {}
 
 

@@ -81,7 +81,9 @@ class RunReport(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         card = Path(args.output_dir, "README.md")
         self._earlier_card = (
-            card.read_text(encoding="utf-8") if state.is_world_process_zero and card.is_file() else None
+            card.read_bytes().decode("utf-8", "surrogateescape")
+            if state.is_world_process_zero and card.is_file()
+            else None
         )
 
     def on_train_end(self, args, state, control, model=None, **kwargs) -> None:

@@ -16,6 +16,8 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..data.files import irregular
+
 
 FUNCTIONS, MODULES = "docstrings:", "modules:"
 FILES_PER_PACKAGE = 300  # spread over the package, so that one with thousands does not fill the data
@@ -49,7 +51,7 @@ def files_of(package: str) -> list[Path]:
     if spec is None or not spec.submodule_search_locations:
         return []
     folder = Path(list(spec.submodule_search_locations)[0])
-    files = [file for file in sorted(folder.rglob("*.py")) if "tests" not in file.parts]
+    files = [file for file in sorted(folder.rglob("*.py")) if "tests" not in file.parts and not irregular(file)]
     return files[:: -(-len(files) // FILES_PER_PACKAGE) or 1]
 
 

@@ -20,10 +20,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 
 try:
+    import trl  # noqa: F401  it reads the arguments
     from sentence_transformers import SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
     from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
-    from trl import TrlParser
 except ImportError as error:
     raise ImportError(
         "The recipe `embed` needs sentence-transformers, datasets and trl: `pip install hf-longctx[embedding,trl]`."
@@ -47,6 +47,7 @@ from .embed_sources import (
     present_weights,
 )
 from .inputs import check_output_dir, train_and_save
+from .recipe_file import parse_recipe
 
 
 SYMMETRIC = ("query_to_doc", "doc_to_query")
@@ -161,7 +162,7 @@ def show_sources(facts: dict, console: Console) -> None:
 
 @record
 def main() -> None:
-    recipe, model_args, source_args, args, long_context, sources, texts = TrlParser(ARGUMENTS).parse_args_and_config()
+    recipe, model_args, source_args, args, long_context, sources, texts = parse_recipe(ARGUMENTS)
     check_output_dir(recipe, args)
     size = long_context.sequence_parallel_size
     with args.main_process_first(desc="reading sources"):

@@ -18,6 +18,7 @@ try:
 except ImportError as error:
     raise ImportError("`load_embedder` needs sentence-transformers: `pip install hf-longctx[embedding]`.") from error
 
+from ..data.model_files import check_model_files
 from .inputs import PACKAGE, model_folder
 
 
@@ -60,6 +61,7 @@ def load_embedder(args: EmbeddingModelArguments, size: int, seed: int) -> Senten
     """The model, on `"ulysses"` if `size` processes share a document, else on `"packed"`, unless told otherwise."""
     set_seed(seed)
     source = _source(args.model_name_or_path)
+    check_model_files(source, weights=True)
     attention = args.attn_implementation or ("ulysses" if size > 1 else "packed")
     model_kwargs = {"attn_implementation": attention, "dtype": getattr(torch, args.dtype)}
     config_kwargs: dict[str, Any] = {} if args.is_causal is None else {"is_causal": args.is_causal}

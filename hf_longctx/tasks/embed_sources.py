@@ -6,40 +6,39 @@ packages (`docstrings:`, `modules:`, see `docstrings.py`). An unavailable source
 
 Files of JSON lines may hold objects with a key a column, or what the training data of sentence-transformers hold:
 `[anchor, positive]`, triplets, `{"set": [...]}`, `{"query": ..., "pos": [...], "neg": [...]}`. Of several positives or
-negatives one is taken, always the same.
+negatives one is taken, always the same. `embed_files.py` reads them.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import random
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import fsspec
 from huggingface_hub import HfFileSystem
 from huggingface_hub.constants import HF_HUB_OFFLINE
 
 
 try:
     from datasets import Dataset, IterableDataset, load_dataset
+    from datasets.exceptions import DatasetGenerationError
 except ImportError as error:
     raise ImportError("The sources of `embed` need datasets: `pip install hf-longctx[embedding]`.") from error
 
 from ..config.sources import read_mapping
+from ..data.data_files import is_utf8
+from ..data.files import irregular, is_inside
 from ..data.sources.plan import load_source_weights
 from ..data.sources.rows import LABEL_COLUMNS
 from .docstrings import FUNCTIONS, MODULES, mine_functions, mine_modules
+from .embed_files import HUB_FILES, LINES, TABLES, open_file, open_folder
 from .inputs import PACKAGE, model_folder
 
 
-HUB_FILES = "hf://datasets/"
 MINED = {FUNCTIONS: mine_functions, MODULES: mine_modules}
-TABLES = {".parquet": "parquet", ".csv": "csv"}
 
 
 @dataclass
@@ -81,7 +80,14 @@ class SourceArguments:
 
     def __post_init__(self) -> None:
         for name in ("sources", "source_columns", "sources_at", "sources_renamed"):
-            setattr(self, name, read_mapping(name, getattr(self, name)))
+            value = read_mapping(name, getattr(self, name))
+            kind = list if name == "source_columns" else str
+            if value is not None and not (
+                isinstance(value, dict) and all(isinstance(v, kind) for v in value.values())
+            ):
+                wanted = "lists of columns" if kind is list else "texts"
+                raise ValueError(f"`{name}` ({value!r}) must map names to {wanted}: write it like the recipes do.")
+            setattr(self, name, value)
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class Wanted:
     place: str
     rows: int | None = None
     weight: float | None = None
+    refused: str | None = None
 
 
 def list_sources(args: SourceArguments) -> list[Wanted]:
@@ -106,21 +113,26 @@ def list_sources(args: SourceArguments) -> list[Wanted]:
         config = _installed(args.sources_config)
         renamed: Any = args.sources_renamed or {}
         for name, source in load_source_weights(config).items():
-            wanted.append(Wanted(name, _place(name, renamed.get(name, name), args), source.rows, source.weight))
+            place, root = _place(name, renamed.get(name, name), args)
+            refused = None if root is None or is_inside(place, root) else f"{name} leads out of {root}"
+            wanted.append(Wanted(name, place, source.rows, source.weight, refused))
     if not wanted:
         raise ValueError("`sources` is missing: give at least one name with a place, such as `pairs: pairs.jsonl`.")
     return wanted
 
 
-def _place(name: str, file: str, args: SourceArguments) -> str:
-    if args.sources_folder and Path(args.sources_folder, name).is_file():
-        return str(Path(args.sources_folder, name))
+def _place(name: str, file: str, args: SourceArguments) -> tuple[str, str | None]:
+    """Where a name of `sources_config` lies, and the folder here that it must not lead out of."""
+    folder = args.sources_folder
+    if folder and Path(folder, name).is_file():
+        return str(Path(folder, name)), folder
     places: Any = args.sources_at or {}
     for beginning, place in sorted(places.items(), key=lambda item: -len(item[0])):
         if name.startswith(beginning):
-            return place + file.removeprefix(beginning) if place else ""
-    if args.sources_folder:
-        return str(Path(args.sources_folder, name))
+            found = place + file.removeprefix(beginning) if place else ""
+            return found, os.path.dirname(place) or "." if os.path.lexists(found) else None
+    if folder:
+        return str(Path(folder, name)), folder
     raise ValueError(f"`sources_at` has no beginning of `{name}`: add one, or give `sources_folder`.")
 
 
@@ -132,13 +144,13 @@ def open_sources(wanted: list[Wanted], args: SourceArguments) -> tuple[dict[str,
     """
     present, absent, hub = {}, {}, HfFileSystem()
     for source in wanted:
-        reason = why_absent(source.place, hub)
+        reason = source.refused or why_absent(source.place, hub)
         if reason is None:
             try:
                 present[source.name] = open_source(source.name, source.place, args)
                 continue
             except OSError as error:  # the Hub is offline, or the data set is private or gone
-                reason = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
+                reason = f"{type(error).__name__}: {_reason(error)}"
         absent[source.name] = reason
     if not present:
         name, reason = next(iter(absent.items()))
@@ -153,8 +165,11 @@ def why_absent(place: str, hub: HfFileSystem) -> str | None:
     """Why nothing can be read at a place, or `None` if that is worth a try."""
     if not place:
         return "published nowhere in this form"
-    if place.startswith(tuple(MINED)) or Path(place).exists():
+    if place.startswith(tuple(MINED)) or os.path.isdir(place):
         return None
+    if os.path.lexists(place):
+        other = irregular(place)
+        return None if other is None else f"{place} is {other} and no regular file"
     if place.startswith(HUB_FILES):
         if HF_HUB_OFFLINE:
             return f"{place} is on the Hub, and this machine is offline"
@@ -168,22 +183,41 @@ def why_absent(place: str, hub: HfFileSystem) -> str | None:
 
 def open_source(name: str, place: str, args: SourceArguments):
     """Rows of one source, in memory or as a stream."""
+    columns: Any = (args.source_columns or {}).get(name)  # type: ignore[union-attr]
     mined = next((kind for kind in MINED if place.startswith(kind)), None)
-    if mined or place.endswith((".jsonl", ".jsonl.gz")):
-        rows = partial(MINED[mined], place[len(mined) :]) if mined else partial(read_lines, place)
+    is_here, kind = not place.startswith(HUB_FILES), TABLES.get(Path(place).suffix)
+    dataset = None
+    if mined:
+        rows = partial(MINED[mined], place[len(mined) :])
         dataset = IterableDataset.from_generator(rows) if args.streaming else Dataset.from_list(list(rows()))
-    else:
-        kind, _, config = place.partition(":")
-        options = {"split": "train", "streaming": args.streaming}
-        if Path(place).suffix in TABLES:
-            dataset = load_dataset(TABLES[Path(place).suffix], data_files=place, **options)
-        else:
-            dataset = load_dataset(kind, config or None, **options)
-    columns: Any = args.source_columns or {}
-    dataset = choose_texts(dataset, columns.get(name), args.num_texts)
+    elif place.endswith(LINES) or (kind and is_here and os.path.lexists(place)):
+        dataset = open_file(place, columns, args.num_texts, args.streaming)
+    elif os.path.isdir(place):
+        dataset = open_folder(place, columns, args.num_texts, args.streaming)
+    if dataset is None:
+        options: dict[str, Any] = {"split": "train", "streaming": args.streaming}
+        path, _, config = place.partition(":")
+        try:
+            dataset = (
+                load_dataset(kind, data_files=place, **options)
+                if kind
+                else load_dataset(path, config or None, **options)
+            )
+        except (DatasetGenerationError, EOFError, StopIteration) as error:
+            raise ValueError(
+                f"source `{name}`: `{place}` cannot be read ({_reason(error)}): check its files."
+            ) from error
+        if not args.streaming and os.path.isdir(path) and not all(map(is_utf8, dataset.data.columns)):
+            raise ValueError(f"source `{name}`: the texts in `{place}` are not UTF-8: convert the files.")
+    dataset = choose_texts(dataset, columns, args.num_texts)
     if args.shortest_text:
         dataset = dataset.filter(partial(_is_long, shortest=args.shortest_text))
     return dataset
+
+
+def _reason(error: BaseException) -> str:
+    said = str(error.__cause__ or error).strip() or type(error).__name__
+    return said.splitlines()[0][:120]
 
 
 def _is_long(row: dict, shortest: int) -> bool:
@@ -202,31 +236,6 @@ def choose_texts(dataset, columns: list[str] | None, num_texts: int | None):
     if [*texts, *labels] == found:
         return dataset
     return dataset.select_columns([*texts, *labels])
-
-
-def read_lines(place: str) -> Iterator[dict[str, object]]:
-    """Rows of a file of JSON lines, here or on the Hub."""
-    with fsspec.open(place, "rb") as file:
-        lines = gzip.open(file) if place.endswith(".gz") else file
-        for number, line in enumerate(lines):
-            row = read_line(json.loads(line), random.Random(number))
-            if row is not None:
-                yield row
-
-
-def read_line(line: Any, chance: random.Random) -> dict[str, object] | None:
-    """One line as a row; `None` for a set of one text."""
-    if isinstance(line, Mapping) and not {"set", "texts", "pos"} & set(line):
-        return dict(line)
-    if isinstance(line, Mapping) and "pos" in line:
-        texts = [line["query"], chance.choice(line["pos"])]
-        texts += [chance.choice(line["neg"])] if line.get("neg") else []
-    elif isinstance(line, Mapping) and "set" in line:
-        texts = chance.sample(line["set"], 2) if len(line["set"]) > 1 else []
-    else:
-        texts = line["texts"] if isinstance(line, Mapping) else line
-    names = ["anchor", "positive", "negative", *(f"negative_{index}" for index in range(2, len(texts)))]
-    return dict(zip(names, texts)) if texts else None
 
 
 def describe_absent(wanted: list[Wanted], absent: Mapping[str, str]) -> dict[str, object]:

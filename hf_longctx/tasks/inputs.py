@@ -32,6 +32,8 @@ except ImportError as error:
 
 from ..config.run import LongContextConfig
 from ..data.documents import load_documents
+from ..data.files import irregular
+from ..data.model_files import check_model_files
 from ..reporting.report import METRICS_FILE, PICTURE_FILE, RunReport
 from ..trainer.ending import end_training
 
@@ -101,6 +103,7 @@ def load_model(recipe: RecipeArguments, args, model_args, long_context: LongCont
     """
     set_seed(args.seed)
     source = model_folder(model_args.model_name_or_path)
+    check_model_files(source, weights=not from_scratch)
     options = {"revision": model_args.model_revision}
     if recipe.gguf_file:
         options["gguf_file"] = recipe.gguf_file
@@ -167,6 +170,8 @@ def read_functions(files: Iterable[str]) -> Iterator[dict[str, str]]:
     a line break with the indentation behind it: a prompt that ended with one would end inside a token.
     """
     for file in files:
+        if irregular(file) is not None:
+            continue
         source = Path(file).read_text(encoding="utf-8")
         lines = source.split("\n")
         for node in ast.walk(ast.parse(source)):

@@ -18,7 +18,7 @@ from transformers import TrainingArguments, default_data_collator
 
 try:
     import datasets  # noqa: F401  without it, trl raises a RuntimeError
-    from trl import ModelConfig, TrlParser, get_peft_config
+    from trl import ModelConfig, get_peft_config
 except ImportError as error:
     raise ImportError("The recipe `pretrain` needs trl and datasets: `pip install hf-longctx[trl]`.") from error
 
@@ -27,6 +27,7 @@ from ..config.run import LongContextConfig
 from ..data.documents import split_into_rows
 from ..trainer.causal_lm import LongContextTrainer
 from .inputs import RecipeArguments, check_output_dir, load_model, make_report, read_documents, train_and_save
+from .recipe_file import parse_recipe
 
 
 @dataclass
@@ -42,7 +43,7 @@ ARGUMENTS = (PretrainArguments, TrainingArguments, ModelConfig, LongContextConfi
 
 @record
 def main() -> None:
-    recipe, args, model_args, long_context, memory = TrlParser(ARGUMENTS).parse_args_and_config()
+    recipe, args, model_args, long_context, memory = parse_recipe(ARGUMENTS)
     check_output_dir(recipe, args)
     if args.include_num_input_tokens_seen == "no":
         args.include_num_input_tokens_seen = "all"  # rows have no padding

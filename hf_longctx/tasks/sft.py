@@ -17,7 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 try:
     import datasets  # noqa: F401  without it, trl raises a RuntimeError
-    from trl import ModelConfig, SFTConfig, TrlParser, get_peft_config
+    from trl import ModelConfig, SFTConfig, get_peft_config
 except ImportError as error:
     raise ImportError("The recipe `sft` needs trl and datasets: `pip install hf-longctx[trl]`.") from error
 
@@ -26,6 +26,7 @@ from ..config.run import LongContextConfig
 from ..data.documents import column_names, split_into_rows
 from ..trainer.sft import LongContextSFTTrainer
 from .inputs import RecipeArguments, check_output_dir, load_model, make_report, read_documents, train_and_save
+from .recipe_file import parse_recipe
 
 
 CONVERSATIONS = ("messages", "prompt", "conversations")
@@ -53,7 +54,7 @@ ARGUMENTS = (SFTArguments, SFTConfig, ModelConfig, LongContextConfig, MemoryConf
 
 @record
 def main() -> None:
-    recipe, args, model_args, long_context, memory = TrlParser(ARGUMENTS).parse_args_and_config()
+    recipe, args, model_args, long_context, memory = parse_recipe(ARGUMENTS)
     check_output_dir(recipe, args)
     if args.include_num_input_tokens_seen == "no":  # the report's throughput counts real tokens
         is_flat = args.padding_free or (args.packing and args.packing_strategy != "wrapped")

@@ -12,7 +12,7 @@ import torch
 from datasets import Dataset
 
 from hf_longctx import SourcesConfig
-from hf_longctx.tasks import docstrings, embed, embed_model, embed_sources
+from hf_longctx.tasks import docstrings, embed, embed_files, embed_model, embed_sources
 
 from ..embedding import embedder
 
@@ -84,11 +84,11 @@ def test_a_run_without_any_source_is_refused(folder):
     ids=["pair", "triplet", "texts", "query triplet", "query pair", "lone set", "columns"],
 )
 def test_every_form_of_line_becomes_a_row(line, row):
-    assert embed_sources.read_line(line, random.Random(0)) == row
+    assert embed_files.read_line(line, random.Random(0)) == row
 
 
 def test_a_set_gives_two_different_texts():
-    row = embed_sources.read_line({"set": ["a", "b", "c"]}, random.Random(0))
+    row = embed_files.read_line({"set": ["a", "b", "c"]}, random.Random(0))
     assert len({row["anchor"], row["positive"]}) == 2
 
 

@@ -13,6 +13,7 @@ import socket
 import tracemalloc
 from pathlib import Path
 
+import pyarrow.parquet
 import pytest
 from datasets import Dataset, IterableDataset
 
@@ -223,6 +224,14 @@ def test_json_over_several_lines_is_read(tmp_path, streaming):
     for content, texts in ((rows, ["a", "b"]), (rows[0], ["a"])):
         (tmp_path / "rows.json").write_text(json.dumps(content, indent=1))
         assert [row["text"] for row in load_documents(str(tmp_path / "rows.json"), streaming=streaming)] == texts
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_row_of_parquet_that_is_not_utf8_is_named(tmp_path, streaming):
+    texts = pyarrow.array([b"a", b"b", LATIN]).view("string")
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "rows.parquet")
+    with pytest.raises(ValueError, match="rows.parquet`, row 2 is not UTF-8 .*: write its texts as UTF-8"):
+        list(load_documents(str(tmp_path / "rows.parquet"), streaming=streaming))
 
 
 def test_an_empty_file_next_to_others_is_skipped_and_counted(tmp_path, caplog):

@@ -9,7 +9,6 @@ read once, so draws are infinite and every source counts its own passes. How: dr
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..files import read_json
 from .shuffled import number_of
 
 
@@ -164,10 +164,10 @@ def load_source_weights(path: str | Path) -> dict[str, Source]:
         `dict[str, Source]`: rows and weight by name, in the order of the file.
 
     Raises:
-        ValueError: the file is something else, or names a source twice.
+        ValueError: the file is something else, or names a source twice; the message names the place.
     """
     found: dict[str, Source] = {}
-    entries = json.loads(Path(path).read_text(encoding="utf-8"))
+    entries = read_json(path, (list, dict))
     for place, entry in enumerate(entries if isinstance(entries, list) else [entries]):
         try:
             name, source = str(entry["name"]), Source(int(entry["lines"]), float(entry["weight"]))
