@@ -21,11 +21,13 @@ _BETWEEN = "\x1f"  # stands between arguments while all are one line; `\s` match
 # Of `detect-secrets`: no secrets, or too short a pattern (ours asks for more letters).
 _LEFT_OUT = ("IPPublicDetector", "ArtifactoryDetector")
 _SHORTEST = 8
+_LONGEST_NAME = 100
+_LONGEST_LINE = 10_000  # that its patterns are tried on: some take the square of the length
 
 # Names, in lower case with "_" between words
 
 _SECRET_NAME = re.compile(
-    r"pass(word|wd|phrase|code)|(^|_)(pw|pwd|psw|pass|secrets?|cred|creds|credentials?|cookies?|bearer|jwt|otp|sas|sig"
+    r"pass_?(word|wd|phrase|code)|(user|db|key|store|mail|smtp|proxy|root|admin|ssh)_?pass$|(^|_)(csrf|pw|pwd|psw|pass|secrets?|cred|creds|credentials?|cookies?|bearer|jwt|otp|sas|sig"
     r"|signature|pat|auth|token|authorization|authentication)$|secret|credential|api_?(key|token)s?(_|$)"
     r"|(access|private|signing|encryption|shared|account|master|storage|subscription|license|ssh)_?keys?(_|$)"
     r"|(^|_)(\w*auth|\w*token|key)$|^connection_?string$"
@@ -45,7 +47,7 @@ _VERBS = re.compile(r"^(use|no|allow|skip|has|with|without|enable|disable|trust|
 _PLURAL = re.compile(r"(keys|secrets|passwords|credentials|creds|cookies)$")
 _SWITCH = re.compile(r"(true|false|none|null|yes|no|on|off|0|1)", re.IGNORECASE)
 _ASSIGNED = re.compile(r"[-+~]*[A-Za-z_][\w.-]*")
-_USER = ("-u", "-U", "--user", "--proxy-user", "--userpwd")
+_USER = ("-u", "-U", "--user", "--proxy-user", "--userpwd", "--login")
 
 # Values, by what issues them
 
@@ -72,14 +74,14 @@ _NAMED_VALUES = {
     "JSON web token": r"\beyJ[\w=-]{8,}\.[\w=-]{8,}(?:\.[\w.+/=-]*)?",
     "private key": r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----.*?"
     r"(?:-----END [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----|$)",
-    "password of a URL": r"(?<=://)[^/\s:@\"']*:(?!\d{1,5}(?:[/\s]|$))[^\s\"'@]*(?:@[^/\s\"'@]*(?=@))*(?=@)",
+    "password of a URL": r"(?<=://)[^/\s:@\"']*:(?!\d{1,5}(?:[/\s]|$))[^\s\"'@]{0,256}(?:@[^/\s\"'@]{0,256}(?=@)){0,8}(?=@)",
     "token as the user of a URL": r"(?<=://)[\w.~%+-]{16,}(?=@)",
 }
 _VALUE = re.compile("|".join(f"(?:{pattern})" for pattern in _NAMED_VALUES.values()), re.DOTALL)
 # Headers: everything that follows in the same argument, or the word after a scheme.
 _SCHEME = r"(?:bearer|basic|diges[t]|token|apikey|api-key|negotiate|aws4-hmac-sha256|sharedkey(?:lite)?|key)"
 _HEADER = re.compile(
-    r"((?:authorization\\*[\"']?\s*[:=]|(?:cookie|x-[\w-]*(?:token|key|auth|secret|signature)[\w-]*|"
+    r"((?:authorization\\*[\"']?\s*[:=]|(?:cookie|\bx-[\w-]{0,40}(?:token|key|auth|secret|signature)[\w-]{0,40}|"
     r"(?:private|job|deploy|api|auth|access)-(?:token|key))\\*[\"']?\s*:)"
     rf"\s*\\*[\"']?(?:{_SCHEME}\s+)?)([^\x1f\n\"'\\}}]+)",
     re.IGNORECASE,
@@ -87,10 +89,11 @@ _HEADER = re.compile(
 _IS_SCHEME = re.compile(_SCHEME, re.IGNORECASE)
 _BEARER = re.compile(r"(\bbearer(?:\s+|%20|\+|[:=]\s*))(?!token\b)([\w.~+/=%-]{6,})", re.IGNORECASE)
 _BASIC = re.compile(r"(\bbasic(?:\s+|%20))([A-Za-z0-9+/]{8,}={1,2})", re.IGNORECASE)
-# `name=value`, `"name": "value"`, `?name=value&`, also inside quoted JSON.
-_PAIR = re.compile(
-    r"(?P<name>[A-Za-z_][\w.-]*)(?P<between>\\*[\"']?\s*(?:=>|:=|[:=])\s*)(?P<value>(?P<quote>\\*[\"'])(?:(?!(?P=quote)).)*"
-    r"(?P=quote)|\[[^\]]*\]|[^\s\"',}&;\])]+)",
+# `name=value`, `"name": "value"`, `?name=value&`, also inside quoted JSON. Lengths have bounds, and a name begins
+# where a word does, so that the time grows with the line and not with its square.
+_NAME = re.compile(r"(?<![\w.-])-*(?P<name>[A-Za-z_][\w.-]{0,100})\\*[\"']?\s*(?:=>|:=|[:=])\s*")
+_OF_NAME = re.compile(
+    r"(?P<quote>\\*[\"'])(?P<quoted>(?:(?!(?P=quote)).){0,4096})(?P=quote)|\[[^\]]{0,4096}\]|[^\s\"',}&;\])]+",
     re.DOTALL,
 )
 _RANDOM = re.compile(r"(?<![\w+/.-])(?:[A-Za-z0-9/+]{40}|[A-Za-z0-9]{32,})(?![\w+/.-])")
@@ -107,15 +110,17 @@ def redact_text(text: str) -> str:
     text = _VALUE.sub(REDACTED, text)
     for pattern in (_HEADER, _BEARER, _BASIC):
         text = pattern.sub(rf"\1{REDACTED}", text)
-    text = _PAIR.sub(_without_pair_value, text)
+    text = _without_pair_values(text)
     text = _RANDOM.sub(lambda match: REDACTED if _looks_random(match.group()) else match.group(), text)
-    for found in _known_to_library(text.replace(_BETWEEN, " ")):
+    for found in _known_to_library(text[:_LONGEST_LINE].replace(_BETWEEN, " ")):
         text = text.replace(found, REDACTED)
     return text
 
 
 def is_secret_name(name: str) -> bool:
     """Whether a flag, key or variable of this name holds a secret: `--hub.token`, `apiKey`, `AWS_SECRET`."""
+    if len(name) > _LONGEST_NAME:
+        return False
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", name.lstrip("-+"))
     words = re.sub(r"[\W_]+", "_", words).strip("_").lower()
     return bool(_SECRET_NAME.search(words)) and not _ORDINARY_NAME.search(words)
@@ -159,21 +164,26 @@ def _plain(flag: str) -> str:
     return flag.lstrip("-").replace("-", "_").lower()
 
 
-def _without_pair_value(match: re.Match[str]) -> str:
-    name, value, quote = match["name"], match["value"], match["quote"] or ""
-    bare = value.removeprefix(quote).removesuffix(quote)
-    is_plain = not bare or bare.startswith("<redacted") or bool(_SWITCH.fullmatch(bare) or _IS_SCHEME.fullmatch(bare))
-    if not is_plain and is_secret_name(name) and not _is_word(name, bare):
-        return f"{name}{match['between']}{quote}{REDACTED}{quote}"
-    # The value may hold pairs itself: `--kwargs={"token": ...}`, `url=https://...?sig=...`.
-    return name + match["between"] + quote + _PAIR.sub(_without_pair_value, bare) + quote
+def _without_pair_values(text: str) -> str:
+    kept, start = [], 0
+    for name in _NAME.finditer(text):
+        value = _OF_NAME.match(text, name.end()) if is_secret_name(name["name"]) and name.start() >= start else None
+        if value is None:  # it may hold pairs itself: `--kwargs={"token": ...}`, `url=https://...?sig=...`
+            continue
+        quote = value["quote"] or ""
+        bare = value["quoted"] if quote else value[0]
+        is_plain = not bare or bare.startswith("<redacted") or _SWITCH.fullmatch(bare) or _IS_SCHEME.fullmatch(bare)
+        if not is_plain and not _is_word(name["name"], bare):
+            kept.append(text[start : value.start()] + quote + REDACTED + quote)
+            start = value.end()
+    return "".join(kept) + text[start:]
 
 
 def _looks_random(word: str) -> bool:
-    """Upper and lower case and digits in turns, as no name, path or hash has them."""
-    kinds = "".join("d" if letter.isdigit() else "u" if letter.isupper() else "l" for letter in word)
-    changes = sum(one != other for one, other in zip(kinds, kinds[1:]))
-    return {"d", "u", "l"} <= set(kinds) and len(re.findall("d+", kinds)) > 1 and changes > 0.42 * len(word)
+    """Upper case, digits and many short runs of lower case: names and paths have longer ones, hashes no upper case."""
+    runs = re.findall("[a-z]+", word)
+    is_mixed = bool(re.search("[A-Z]", word) and re.search("[0-9]", word))
+    return is_mixed and len(runs) >= 4 and sum(map(len, runs)) < 2.4 * len(runs)
 
 
 def _known_to_library(line: str) -> list[str]:
