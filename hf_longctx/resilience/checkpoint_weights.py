@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint import FileSystemReader
 
 from ..adapters.wrapped import unwrap
+from .checkpoint_record import read_json
+from .shard_metadata import check_shards
 
 
 _ADAPTER, _WHOLE = "adapter_model.safetensors", "model.safetensors"
 _SHOWN = 3
 
 
-def check_weights(model: torch.nn.Module | None, path: Path) -> None:
+def check_weights(model: torch.nn.Module | None, path: Path, is_fsdp: bool = False) -> None:
     """Raise `ValueError` unless `path` holds the weights of `model`.
 
     Args:
         model (`torch.nn.Module`, *optional*): `None`: only look whether the file is whole.
         path (`Path`): a checkpoint's folder, or one file of weights.
+        is_fsdp (`bool`): whether the run is under FSDP. Otherwise shards of such a run are refused and not opened.
     """
     if model is None:
         _read_header(path)
@@ -33,6 +34,11 @@ def check_weights(model: torch.nn.Module | None, path: Path) -> None:
     _check_kind(model, path / "config.json")
     is_adapter = hasattr(model, "peft_config")
     sharded = path / "pytorch_model_fsdp_0"
+    if sharded.is_dir() and not is_fsdp:
+        raise ValueError(
+            f"`{sharded}` holds the shards of a run under FSDP, and this run is under none: turn FSDP on, or merge "
+            "them with `accelerate merge-weights` and train anew from the result."
+        )
     if sharded.is_dir():
         wanted = _expected_adapter(model) if is_adapter else _expected(model)
         _compare(sharded, _read_distributed(sharded, "model."), wanted)
@@ -47,7 +53,7 @@ def check_weights(model: torch.nn.Module | None, path: Path) -> None:
         _compare(path / name, _read_header(path / name), _expected_adapter(model) if is_adapter else _expected(model))
     elif index.is_file():
         found: dict[str, Any] = {}
-        for part in sorted(set(read_json(index).get("weight_map", {}).values())):
+        for part in sorted(set(read_index(index).values())):
             found |= _read_header(path / part)
         _compare(index, found, _expected(model))
     elif not any(path.glob("pytorch_model*.bin")) and not any(path.glob(f"*/{_ADAPTER}")):
@@ -74,16 +80,20 @@ def _check_modules(model: torch.nn.Sequential, path: Path) -> None:
             _compare(folder / _WHOLE, _read_header(folder / _WHOLE), _expected(module))
 
 
-def read_json(path: Path, kind: type = dict):
-    """The object in a file of JSON, or the list; `ValueError`, with the file's name, if it holds none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`{path}` cannot be read ({error}): resume from another checkpoint.") from error
-    if not isinstance(content, kind):
-        name = "object" if kind is dict else "list"
-        raise ValueError(f"`{path}` holds no JSON {name}: resume from another checkpoint.")
-    return content
+def read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, by `*.index.json`; `ValueError` unless all of them are there and hold what it says."""
+    names = read_json(path).get("weight_map")
+    if not isinstance(names, dict) or not names or not all(isinstance(part, str) for part in names.values()):
+        raise ValueError(f"`{path}` names no file for each tensor (`weight_map`): resume from another checkpoint.")
+    for part in sorted(set(names.values())):
+        if part.endswith(".safetensors"):
+            found = _read_header(path.parent / part)
+            lost = [name for name, file in names.items() if file == part and name not in found]
+            if lost:
+                raise ValueError(f"`{path.parent / part}` lacks `{lost[0]}`, against `{path}`: resume from another.")
+        elif not (path.parent / part).is_file():
+            raise ValueError(f"`{path.parent / part}` is missing, and `{path}` names it: resume from another one.")
+    return names
 
 
 def _check_kind(model: torch.nn.Module, path: Path) -> None:
@@ -109,21 +119,8 @@ def _read_header(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _read_distributed(folder: Path, prefix: str) -> dict[str, tuple[int, ...]]:
-    """Shapes in a folder of torch's distributed checkpoints, after a look at the sizes of its files."""
-    try:
-        metadata = FileSystemReader(folder).read_metadata()
-    except Exception as error:  # a pickle: whatever a damaged one raises
-        raise ValueError(
-            f"`{folder / '.metadata'}` is missing or damaged ({error}): resume from another checkpoint."
-        ) from error
-    for part in metadata.storage_data.values():
-        path = folder / part.relative_path
-        size = path.stat().st_size if path.is_file() else 0
-        if size < part.offset + part.length:
-            raise ValueError(
-                f"`{path}` has {size} bytes, fewer than its `.metadata` says: resume from another checkpoint."
-            )
-    sizes = metadata.state_dict_metadata.items()
+    """Shapes in a folder of torch's distributed checkpoints, after a look at its files."""
+    sizes = check_shards(folder).state_dict_metadata.items()
     return {name.removeprefix(prefix): tuple(entry.size) for name, entry in sizes if hasattr(entry, "size")}
 
 

@@ -6,8 +6,9 @@ another that has gone another way.
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config.run import LongContextConfig
 from ..parallel.mesh import SequenceMesh
-from .checkpoints import choose_checkpoint, write_checkpoint
+from .checkpoints import choose_checkpoint, prove_best, write_checkpoint
 from .failed_ranks import HangWatch, clear_fault, report_fault
 from .nonfinite import explain_step, forget_gradients, has_finite_step
 from .replicas import attach_replica_guard, random_state_hash
@@ -42,6 +43,8 @@ class FaultToleranceMixin:
     _micro_batches: list[tuple[dict, torch.Tensor]]
     _num_skipped_steps = 0
     _draws_rows, _iterator = False, None
+    _held_limit: int | None = None
+    _to_upload: list[str] | None = None
 
     def _attach_guards(self) -> None:
         attach_replica_guard(self, self.long_context.check_replicas, self.mesh.sequence_parallel_size)
@@ -79,7 +82,47 @@ class FaultToleranceMixin:
 
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
-        write_checkpoint(self, folder, lambda: super(FaultToleranceMixin, self)._save_checkpoint(model, trial))
+        self._to_upload = uploads = []
+        try:
+            with self._without_rotation() as limit:
+                save = super()._save_checkpoint
+                write_checkpoint(self, folder, lambda: save(model, trial), limit)
+        finally:
+            self._to_upload = None
+        for each in uploads:
+            super()._push_from_checkpoint(each)
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if self._to_upload is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+        else:  # once it is whole: the mark would go along, and the record would not
+            self._to_upload.append(checkpoint_folder)
+
+    @contextlib.contextmanager
+    def _without_rotation(self) -> Iterator[int | None]:
+        """transformers deletes older checkpoints before the new one is known to be whole; here that comes after it."""
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self._held_limit = limit
+        try:
+            yield limit
+        finally:
+            self.args.save_total_limit, self._held_limit = limit, None
+
+    def _save(self, *args, **kwargs):
+        held, self.args.save_total_limit = self.args.save_total_limit, self._held_limit or self.args.save_total_limit
+        try:
+            super()._save(*args, **kwargs)  # writes the arguments too, as the user gave them
+        finally:
+            self.args.save_total_limit = held
+
+    def _finalize_training(self, *args, **kwargs):
+        """transformers' own, which with `save_total_limit=1` would delete all checkpoints but the best."""
+        with self._without_rotation():
+            return super()._finalize_training(*args, **kwargs)
+
+    def _load_best_model(self):
+        prove_best(self, self.state.best_model_checkpoint)
+        super()._load_best_model()
 
     def get_batch_samples(self, epoch_iterator, *args, **kwargs):
         """transformers' own; notes whether a collator or data set draws random numbers in this process."""

@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from hf_longctx.resilience import checkpoints
 from hf_longctx.resilience.checkpoint_weights import check_weights
-from hf_longctx.resilience.checkpoints import RUN_FILE, check_whole, choose_checkpoint
+from hf_longctx.resilience.checkpoints import check_whole, choose_checkpoint
+from hf_longctx.resilience.run_facts import RUN_FILE, check_rows
 
 
 def linear() -> torch.nn.Linear:
@@ -68,7 +69,7 @@ def test_whole_folders_pass(checkpoint):
 
 def test_whole_sharded_folders_pass(sharded):
     check_whole(sharded)
-    check_weights(linear(), sharded)
+    check_weights(linear(), sharded, is_fsdp=True)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +99,7 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
 def test_facts_of_a_run_that_cannot_be_read_are_refused(checkpoint):
     write(checkpoint, RUN_FILE, "{")
     with pytest.raises(ValueError, match="hf_longctx.json` cannot be read"):
-        checkpoints._check_rows(trainer_of(checkpoint.parent), checkpoint)
+        check_rows(trainer_of(checkpoint.parent), checkpoint)
 
 
 OTHER_MODEL = "model.safetensors` is of another model: "
@@ -149,15 +150,23 @@ def test_sharded_weights_that_are_cut_off_are_refused(sharded):
     path = sharded / "pytorch_model_fsdp_0" / "__0_0.distcp"
     path.write_bytes(path.read_bytes()[:10])
     with pytest.raises(ValueError, match=r"distcp` has 10 bytes, fewer than its `\.metadata` says: resume from"):
-        check_weights(linear(), sharded)
+        check_weights(linear(), sharded, is_fsdp=True)
     (sharded / "pytorch_model_fsdp_0" / ".metadata").write_bytes(b"0")
     with pytest.raises(ValueError, match=r"metadata` is missing or damaged .*: resume from another checkpoint"):
-        check_weights(linear(), sharded)
+        check_weights(linear(), sharded, is_fsdp=True)
 
 
 def test_sharded_weights_without_their_optimizer_are_refused(sharded):
     (sharded / "optimizer_0" / ".metadata").unlink()
     with pytest.raises(ValueError, match=r"optimizer_0/\.metadata` is missing: the optimizer would start anew"):
+        check_weights(linear(), sharded, is_fsdp=True)
+
+
+def test_shards_are_not_opened_by_a_run_without_fsdp(sharded, monkeypatch):
+    monkeypatch.setattr("hf_longctx.resilience.checkpoint_weights.check_shards", None)
+    with pytest.raises(
+        ValueError, match="pytorch_model_fsdp_0` holds the shards of a run under FSDP, and this run is"
+    ):
         check_weights(linear(), sharded)
 
 
@@ -174,7 +183,12 @@ def test_nothing_to_resume_from_is_refused(checkpoint):
 
 
 def test_nodes_with_folders_of_their_own_are_refused(checkpoint, monkeypatch):
-    monkeypatch.setattr(checkpoints, "_gather", lambda _, mine: [mine, None])
+    """Rank 1 finds no folder at all, and says so when it is asked for rank 0's."""
+    other = {list: [], str: "it is no folder"}
+    torch.save({}, checkpoint / "scheduler.pt")
+    monkeypatch.setattr(
+        checkpoints, "_gather", lambda _, mine: [mine, other.get(type(mine), "it is no folder" if mine is None else 0)]
+    )
     with pytest.raises(
         ValueError, match="the ranks found different newest checkpoints .*checkpoint-3, rank 1: None.*: give all nodes"
     ):
@@ -188,3 +202,23 @@ def test_nodes_with_folders_of_their_own_are_refused(checkpoint, monkeypatch):
 def test_all_ranks_are_told_what_the_first_has_seen(faults, told):
     with pytest.raises(ValueError, match=told):
         checkpoints._refuse_everywhere(faults)
+
+
+# Shared by ranks and nodes
+
+
+def places_of(monkeypatch, places, faults):
+    """Ranks at these places, of which each has found this; the real one is rank 0."""
+    answers = iter([places, faults])
+    monkeypatch.setattr(checkpoints, "_gather", lambda *_: next(answers))
+
+
+def test_a_fault_in_the_share_of_one_rank_is_one_for_all_on_its_folder(checkpoint, monkeypatch):
+    stat = checkpoint.stat()
+    here = (checkpoints.socket.gethostname(), stat.st_dev, stat.st_ino, stat.st_mtime_ns)
+    shares = []
+    places_of(monkeypatch, [here, here, "elsewhere"], [None, "damaged.", None])
+    found = checkpoints._faults(trainer_of(checkpoint), checkpoint, lambda _, folder, share: shares.append(share))
+    assert shares == [(0, 2)] and found == ["damaged.", "damaged.", None]
+    places_of(monkeypatch, [here, "elsewhere"], [None, None])
+    assert checkpoints._faults(trainer_of(checkpoint), checkpoint, lambda *_: None) == [None, None]

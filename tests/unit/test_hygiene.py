@@ -16,6 +16,7 @@ import pickle
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,9 +78,23 @@ def _is_unsafe_call(node: ast.Call) -> bool:
     return name in ("os.system", "os.popen") or any(given.get(key) == value for key, value in wrong.items())
 
 
+# The one file that may import `pickle`, for an unpickler of its own with an allow-list.
+UNPICKLER = ROOT / "hf_longctx" / "resilience" / "shard_metadata.py"
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_nothing_is_unpickled_or_executed_from_a_file(path):
-    assert unsafe_lines(path.read_text(encoding="utf-8")) == []
+    found = unsafe_lines(path.read_text(encoding="utf-8"))
+    assert [line.partition(" ")[2] for line in found] == (["import pickle"] if path == UNPICKLER else [])
+
+
+def test_the_unpickler_of_ours_uses_nothing_of_pickle_that_trusts_a_file():
+    names = {
+        node.attr
+        for node in ast.walk(ast.parse(UNPICKLER.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle"
+    }
+    assert names == {"Unpickler", "UnpicklingError"}
 
 
 @pytest.mark.parametrize(
@@ -181,9 +196,11 @@ class Mark:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """The folder of a run that stopped after the first of two steps."""
+    """The folder of a run that stopped after the first of two steps, without the record, which a stranger can forge."""
     folder = tmp_path_factory.mktemp("run")
     train(1, output_dir=str(folder), max_steps=1, save_strategy="steps", save_steps=1, logging_steps=1)
+    for record in (folder / "checkpoint-1").glob("hf_longctx.json*"):
+        record.unlink()
     return folder / "checkpoint-1"
 
 
@@ -227,8 +244,80 @@ def test_arguments_of_a_checkpoint_are_not_read(checkpoint, tmp_path):
     assert not mark.exists()
 
 
+def with_shards(checkpoint, folder, mark):
+    """A copy of `checkpoint` with a malicious `.metadata` in both places where torch keeps one."""
+    copy = folder / "run" / checkpoint.name
+    shutil.copytree(checkpoint, copy)
+    for name in ("pytorch_model_fsdp_0", "optimizer_0"):
+        (copy / name).mkdir()
+        (copy / name / ".metadata").write_bytes(pickle.dumps(Mark(mark)))
+    return copy
+
+
+@pytest.mark.parametrize("resumed", ["by name", "as the newest"])
+def test_a_run_without_fsdp_opens_no_metadata_of_shards(checkpoint, tmp_path, resumed):
+    copy = with_shards(checkpoint, tmp_path, tmp_path / "executed")
+    with pytest.raises(
+        ValueError, match="holds the shards of a run under FSDP, and this run is under none: turn FSDP"
+    ):
+        train(1, output_dir=str(copy.parent), max_steps=2, resume=str(copy) if resumed == "by name" else True)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_malicious_metadata_is_not_executed_under_fsdp(checkpoint, tmp_path, protocol):
+    from hf_longctx.resilience.checkpoints import choose_checkpoint
+
+    copy = with_shards(checkpoint, tmp_path, tmp_path / "executed")
+    evil = pickle.dumps(Mark(tmp_path / "executed"), protocol)
+    for folder in copy.glob("*_0"):
+        (folder / ".metadata").write_bytes(evil)
+    args = SimpleNamespace(output_dir=str(copy.parent), process_index=0, world_size=1)
+    trainer = SimpleNamespace(args=args, is_fsdp_enabled=True, is_deepspeed_enabled=False)
+    for wanted in (str(copy), True):
+        with pytest.raises(ValueError, match="it names `(os|posix|nt).mkdir`, which no such file needs"):
+            choose_checkpoint(trainer, wanted)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*assuming the intent is to save in a single process")
+def test_a_malicious_entry_that_is_no_tensor_is_not_executed_under_fsdp(tmp_path):
+    """torch unpickles these without `weights_only`, so they are read so before it gets to see them."""
+    import torch.distributed.checkpoint as dcp
+
+    from hf_longctx.resilience.shard_metadata import check_shards
+
+    honest = {"lr": 0.1, "betas": (0.9, 0.99), "names": ["a", None], "fused": True, "step": torch.ones(3)}
+    dcp.save(dict(honest), checkpoint_id=tmp_path / "honest", no_dist=True)
+    assert set(check_shards(tmp_path / "honest").state_dict_metadata) >= {"lr", "fused", "step"}
+    mark = Mark(tmp_path / "executed")
+    dcp.save({**honest, "lr": mark}, checkpoint_id=tmp_path / "evil", no_dist=True)
+    with pytest.raises(ValueError, match="holds `lr` in a form that could execute code when torch reads it"):
+        check_shards(tmp_path / "evil")
+    assert not (tmp_path / "executed").exists()
+    with contextlib.suppress(Exception):
+        dcp.load({"lr": 0.0}, checkpoint_id=tmp_path / "evil", no_dist=True)
+    assert (tmp_path / "executed").exists(), "the file is harmless, so the test above proves nothing"
+
+
+@pytest.mark.filterwarnings("ignore:.*assuming the intent is to save in a single process")
+def test_metadata_that_leads_out_of_its_folder_is_refused(tmp_path):
+    import torch.distributed.checkpoint as dcp
+
+    from hf_longctx.resilience.shard_metadata import check_shards
+
+    dcp.save({"step": torch.ones(3)}, checkpoint_id=tmp_path / "shards", no_dist=True)
+    metadata = pickle.loads((tmp_path / "shards" / ".metadata").read_bytes())
+    for place, message in (("../other", "out of its folder"), (3, "it places `step` at 3")):
+        for part in metadata.storage_data.values():
+            part.relative_path = place
+        (tmp_path / "shards" / ".metadata").write_bytes(pickle.dumps(metadata))
+        with pytest.raises(ValueError, match=message):
+            check_shards(tmp_path / "shards")
+
+
 def test_torch_still_unpickles_the_metadata_of_sharded_checkpoints(tmp_path):
-    """What `docs/security.md` warns of. When torch mends it, this fails, and the warning can go."""
+    """Why they are read before torch reads them. When torch mends it, this fails, and our reading can go."""
     from torch.distributed.checkpoint import FileSystemReader
 
     shards, mark = tmp_path / "shards", tmp_path / "executed"

@@ -9,11 +9,12 @@ import inspect
 import json
 import resource
 import shutil
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from hf_longctx import PackingCollator
 from hf_longctx.resilience.checkpoints import UNFINISHED, last_whole_checkpoint
@@ -130,28 +131,38 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-100])
 
 
-DAMAGE = {
-    "model.safetensors": (cut, "cut off or damaged"),
-    "optimizer.pt": (cut, "is cut off or was not written by torch"),
-    "rng_state.pth": (cut, "is cut off or was not written by torch"),
-    "trainer_state.json": (cut, "cannot be read"),
-    "scheduler.pt": (lambda path: path.unlink(), "is missing, so the optimizer would start anew"),
-    UNFINISHED: (lambda path: path.touch(), "the run ended while this checkpoint was written"),
-}
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
 
-@pytest.mark.parametrize("name", DAMAGE)
-def test_damaged_file_is_named_and_the_newest_whole_checkpoint_is_taken_instead(copied, name, caplog):
-    damage, words = DAMAGE[name]
+def remove(path):
+    path.unlink()
+
+
+CHANGED, LOST = "is not the file that was saved", "is missing, and was saved with this checkpoint"
+DAMAGE = [
+    ("model.safetensors", cut, "cut off or damaged"),
+    ("model.safetensors", flip, CHANGED),
+    ("optimizer.pt", cut, "is cut off or was not written by torch"),
+    ("rng_state.pth", remove, LOST),
+    ("trainer_state.json", cut, "cannot be read"),
+    ("scheduler.pt", remove, LOST),
+    (UNFINISHED, lambda path: path.touch(), "the run ended while this checkpoint was written"),
+]
+
+
+@pytest.mark.parametrize(("name", "damage", "words"), DAMAGE)
+def test_damaged_file_is_named_and_the_newest_whole_checkpoint_is_taken_instead(copied, name, damage, words, caplog):
     damage(copied / "checkpoint-6" / name)
     options = {**RUN, "output_dir": str(copied)}
     message = refuse_here(1, {**options, "resume": str(copied / "checkpoint-6")})
     assert f"`{copied / 'checkpoint-6' / name}`" in message and words in message
-    if name != "scheduler.pt":  # a checkpoint that was saved without its optimizer is whole, and refused
-        assert last_whole_checkpoint(copied) == copied / "checkpoint-3"
-        history, _, extra = run_here(1, {**options, "max_steps": 7, "resume": True})
-        assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4, 5, 6, 7]
-        assert "is passed over" in caplog.text
+    assert last_whole_checkpoint(copied) == copied / "checkpoint-3"
+    history, _, extra = run_here(1, {**options, "max_steps": 7, "resume": True})
+    assert [entry["step"] for entry in history if "loss" in entry] == [1, 2, 3, 4, 5, 6, 7]
+    assert "is passed over" in caplog.text
 
 
 def test_checkpoint_of_another_model_is_refused(copied):
@@ -183,14 +194,40 @@ def test_distributed_checkpoint_is_read_by_its_directory(tmp_path):
     folder = tmp_path / "pytorch_model_fsdp_0"
     checkpoint.save({"model": model.state_dict()}, checkpoint_id=folder, no_dist=True)
     with pytest.raises(ValueError, match="optimizer_0/.metadata` is missing"):
-        check_weights(model, tmp_path)
+        check_weights(model, tmp_path, is_fsdp=True)
     checkpoint.save({"optimizer": {"step": torch.ones(3)}}, checkpoint_id=tmp_path / "optimizer_0", no_dist=True)
-    check_weights(model, tmp_path)
+    check_weights(model, tmp_path, is_fsdp=True)
     with pytest.raises(ValueError, match="is of another model"):
-        check_weights(build("llama", "sdpa", num_hidden_layers=3), tmp_path)
+        check_weights(build("llama", "sdpa", num_hidden_layers=3), tmp_path, is_fsdp=True)
     cut(next(folder.glob("*.distcp")))
     with pytest.raises(ValueError, match="fewer than its `.metadata` says"):
-        check_weights(model, tmp_path)
+        check_weights(model, tmp_path, is_fsdp=True)
+
+
+def save_fsdp2(folder):
+    """Two ranks, as accelerate saves under FSDP2 with `SHARDED_STATE_DICT`; what the check makes of both folders."""
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    from hf_longctx.resilience.shard_metadata import check_shards
+
+    model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.Linear(6, 2))
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(3, 4)).sum().backward()
+    optimizer.step()
+    states = {"pytorch_model_fsdp_0": {"model": get_model_state_dict(model)}}
+    states["optimizer_0"] = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    for name, state in states.items():
+        checkpoint.save(state, storage_writer=checkpoint.FileSystemWriter(folder / name))
+    return {name: len(check_shards(folder / name).state_dict_metadata) for name in states}
+
+
+def test_shards_of_fsdp2_are_read_by_the_classes_that_are_allowed(world2, tmp_path):
+    for found in world2.run(save_fsdp2, tmp_path):
+        assert found["pytorch_model_fsdp_0"] == 4 and found["optimizer_0"] > 12
 
 
 def test_adapter_and_whole_model_are_told_apart(copied, tmp_path):
@@ -275,6 +312,79 @@ def test_full_disk_leaves_the_last_whole_checkpoint_and_says_so(copied, fits):
     assert f"`{copied / 'checkpoint-9'}` could not be written by rank 0" in str(error.value)
     assert f"The last whole checkpoint is `{copied / 'checkpoint-6'}`" in str(error.value)
     assert not (copied / "checkpoint-9").exists()
+
+
+# `save_total_limit`
+
+
+def names_in(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def test_a_run_that_dies_before_a_checkpoint_is_whole_leaves_the_one_before(tmp_path, monkeypatch):
+    """The process ends where it would take the mark away: nothing older may have been deleted."""
+    unlink = Path.unlink
+
+    def die(path, *args, **kwargs):
+        if path.parent.name == "checkpoint-6":
+            raise KeyboardInterrupt
+        unlink(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "unlink", die)
+    with pytest.raises(KeyboardInterrupt):
+        run_here(1, {**RUN, **SAVE, "save_total_limit": 1, "output_dir": str(tmp_path)})
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-3"
+
+
+def test_two_ranks_keep_so_many_checkpoints_by_step_and_record_the_files_of_both(world2, tmp_path):
+    options = {**RUN, **SAVE, "save_total_limit": 1, "output_dir": str(tmp_path), "per_device_train_batch_size": 2}
+    world2.run(run_here, 2, options)
+    assert names_in(tmp_path) == ["checkpoint-6"]
+    record = json.loads((tmp_path / "checkpoint-6" / "hf_longctx.json").read_text())["files"]
+    assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors", "trainer_state.json"} <= set(record)
+    arguments = torch.load(tmp_path / "checkpoint-6" / "training_args.bin", weights_only=False)
+    assert arguments.save_total_limit == 1, "what holds deletion back is written down as the user's"
+    (tmp_path / "checkpoint-6" / "rng_state_1.pth").unlink()
+    first, second = world2.run(refuse_here, 2, {**options, "resume": True})
+    assert first == second and "holds no whole checkpoint" in first and "rng_state_1.pth` is missing" in first
+
+
+def test_the_best_and_the_last_checkpoint_are_both_there_at_the_end(tmp_path):
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    best |= {"eval_strategy": "steps", "eval_steps": 3, "trainer_options": {"eval_dataset": Rows(4)}}
+    run_here(1, {**RUN, **SAVE, **best, "max_steps": 9, "save_total_limit": 1, "output_dir": str(tmp_path)})
+    assert names_in(tmp_path) == ["checkpoint-3", "checkpoint-9"]  # the loss falls
+    assert last_whole_checkpoint(tmp_path) == tmp_path / "checkpoint-9"
+
+
+def test_a_best_checkpoint_that_is_damaged_is_not_loaded(tmp_path):
+    class Damage(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 5:
+                flip(tmp_path / "checkpoint-3" / "model.safetensors")
+
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    best |= {"eval_strategy": "steps", "eval_steps": 3}
+    best["trainer_options"] = {"eval_dataset": Rows(4), "callbacks": [Damage()]}
+    message = refuse_here(1, {**RUN, **SAVE, **best, "output_dir": str(tmp_path)})
+    assert message is not None and "checkpoint-3/model.safetensors` is not the file that was saved" in message
+
+
+def test_what_an_earlier_attempt_left_is_not_taken_for_a_part(copied):
+    """Killed with two processes while it wrote checkpoint-6, then resumed with one."""
+    (copied / "checkpoint-6" / UNFINISHED).touch()
+    (copied / "checkpoint-6" / "rng_state_1.pth").touch()
+    run_here(1, {**RUN, **SAVE, "output_dir": str(copied), "resume": True})
+    assert last_whole_checkpoint(copied) == copied / "checkpoint-6"
+    assert not (copied / "checkpoint-6" / "rng_state_1.pth").exists()
+
+
+def test_a_checkpoint_of_the_stock_trainer_resumes(tmp_path):
+    options = {**RUN, "output_dir": str(tmp_path)}
+    whole = run_here(0, {**options, **SAVE})
+    assert not (tmp_path / "checkpoint-3" / "hf_longctx.json").exists()
+    resumed = run_here(1, {**options, "attention": "sdpa", "resume": str(tmp_path / "checkpoint-3")})
+    assert later_steps(resumed[0]) == later_steps(whole[0])
 
 
 def test_whole_checkpoint_carries_no_mark_and_says_what_run_it_is_of(saved):
