@@ -6,6 +6,7 @@ Whole runs that are saved, spoiled and resumed stand in `tests/world/test_resume
 from __future__ import annotations
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -222,3 +223,67 @@ def test_a_fault_in_the_share_of_one_rank_is_one_for_all_on_its_folder(checkpoin
     assert shares == [(0, 2)] and found == ["damaged.", "damaged.", None]
     places_of(monkeypatch, [here, "elsewhere"], [None, None])
     assert checkpoints._faults(trainer_of(checkpoint), checkpoint, lambda *_: None) == [None, None]
+
+
+# How one is written
+
+
+@pytest.fixture
+def writer(checkpoint, monkeypatch):
+    """Writes `checkpoint-3` anew, which is whole already; `write` is what transformers does."""
+    trainer = trainer_of(checkpoint.parent, should_save=True)
+    trainer.state = SimpleNamespace(best_model_checkpoint=None)
+    monkeypatch.setattr(checkpoints, "run_facts", lambda _: {})
+    return lambda write, **options: checkpoints.write_checkpoint(trainer, checkpoint, write, **options)
+
+
+def test_the_same_step_written_again_never_leaves_less_than_before(checkpoint, writer):
+    def write_state():
+        assert (checkpoint / checkpoints.UNFINISHED).is_file() and not (checkpoint / "optimizer.pt").exists()
+        write(checkpoint, "trainer_state.json", {"global_step": 3})
+
+    def fail(error):
+        raise error
+
+    content = (checkpoint / "model.safetensors").read_bytes()
+    with pytest.raises(RuntimeError, match="No space left.*removed. The last whole checkpoint is `.*checkpoint-3`"):
+        writer(lambda: fail(OSError("No space left")))
+    assert (checkpoint / "model.safetensors").read_bytes() == content
+    with pytest.raises(KeyboardInterrupt):  # as if killed: nothing is tidied up
+        writer(lambda: fail(KeyboardInterrupt()))
+    replaced = checkpoint.with_name("checkpoint-3.replaced")
+    assert checkpoints.last_whole_checkpoint(checkpoint.parent) == replaced
+    assert (replaced / "model.safetensors").read_bytes() == content
+    writer(write_state)
+    assert checkpoints.last_whole_checkpoint(checkpoint.parent) == checkpoint and not replaced.exists()
+
+
+def test_nothing_is_deleted_before_it_is_whole_on_every_node(checkpoint, writer, monkeypatch):
+    order = []
+    monkeypatch.setattr(checkpoints, "_wait", lambda _: order.append("all ranks"))
+    monkeypatch.setattr(checkpoints, "write_record", lambda *_: order.append("record"))
+    monkeypatch.setattr(checkpoints, "rotate_checkpoints", lambda *_: order.append("delete"))
+    writer(lambda: order.append("write"), limit=1)
+    assert order == ["all ranks", "write", "all ranks", "record", "all ranks", "delete"]
+
+
+def test_newest_without_its_schedule_is_passed_over_without_a_record_too(checkpoint, caplog):
+    torch.save({}, checkpoint / "scheduler.pt")
+    newer = checkpoint.with_name("checkpoint-6")
+    shutil.copytree(checkpoint, newer)
+    trainer = trainer_of(checkpoint.parent)
+    trainer.model = linear()
+    assert choose_checkpoint(trainer, True) == str(newer)
+    (newer / "scheduler.pt").unlink()
+    assert choose_checkpoint(trainer, True) == str(checkpoint)
+    assert (
+        "checkpoint-6` is passed over" in caplog.text and "scheduler.pt` is missing, so the optimizer" in caplog.text
+    )
+    assert "holds the random state of 0 processes" in caplog.text
+
+
+@pytest.mark.parametrize("facts", [{"epoch_rows": "18"}, {"rows_per_optimizer_step": True}, {"split": 3}])
+def test_facts_of_another_kind_are_a_sentence(checkpoint, facts):
+    write(checkpoint, RUN_FILE, facts)
+    with pytest.raises(ValueError, match="says `.*` .*, which no run writes: resume from another checkpoint"):
+        check_rows(trainer_of(checkpoint.parent), checkpoint)

@@ -196,7 +196,7 @@ class Mark:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """The folder of a run that stopped after the first of two steps, without the record, which a stranger can forge."""
+    """The folder of a run that stopped after the first of two steps; a stranger's has no record."""
     folder = tmp_path_factory.mktemp("run")
     train(1, output_dir=str(folder), max_steps=1, save_strategy="steps", save_steps=1, logging_steps=1)
     for record in (folder / "checkpoint-1").glob("hf_longctx.json*"):

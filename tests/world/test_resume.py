@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import resource
 import shutil
 from pathlib import Path
@@ -368,6 +369,17 @@ def test_a_best_checkpoint_that_is_damaged_is_not_loaded(tmp_path):
     best["trainer_options"] = {"eval_dataset": Rows(4), "callbacks": [Damage()]}
     message = refuse_here(1, {**RUN, **SAVE, **best, "output_dir": str(tmp_path)})
     assert message is not None and "checkpoint-3/model.safetensors` is not the file that was saved" in message
+
+
+def test_a_checkpoint_is_uploaded_once_it_is_whole(tmp_path, monkeypatch):
+    class Push(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            args.push_to_hub = True
+
+    seen = []
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", lambda _, folder: seen.append(set(os.listdir(folder))))
+    run_here(1, {**RUN, **SAVE, "output_dir": str(tmp_path), "trainer_options": {"callbacks": [Push()]}})
+    assert len(seen) == 2 and all(UNFINISHED not in names and "hf_longctx.json" in names for names in seen)
 
 
 def test_what_an_earlier_attempt_left_is_not_taken_for_a_part(copied):
