@@ -112,7 +112,7 @@ def _check_bytes(path: Path, name: str, part: Any) -> None:
     """Numbers, words and lists of an optimizer's state are pickled, and read so by torch."""
     try:
         if getattr(part, "transform_descriptors", None):
-            raise ValueError("it is compressed")
+            raise ValueError("it is compressed, so it cannot be read before torch does")
         with path.open("rb") as file:
             file.seek(part.offset)
             torch.load(io.BytesIO(file.read(part.length)), map_location="cpu", weights_only=True)

@@ -316,6 +316,33 @@ def test_metadata_that_leads_out_of_its_folder_is_refused(tmp_path):
             check_shards(tmp_path / "shards")
 
 
+@pytest.mark.filterwarnings("ignore:.*assuming the intent is to save in a single process")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda metadata: {"state_dict_metadata": {}}, "it holds a dict"),
+        (lambda metadata: metadata.state_dict_metadata.update(lr=3), "it describes `lr` by a int"),
+        (
+            lambda metadata: [
+                setattr(part, "transform_descriptors", ["zstd"]) for part in metadata.storage_data.values()
+            ],
+            "it is compressed, so it cannot be read before torch does",
+        ),
+    ],
+)
+def test_metadata_that_is_none_of_torchs_is_a_sentence(tmp_path, change, message):
+    import torch.distributed.checkpoint as dcp
+
+    from hf_longctx.resilience.shard_metadata import check_shards
+
+    dcp.save({"lr": 0.1}, checkpoint_id=tmp_path, no_dist=True)
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    changed = change(metadata)
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(changed if isinstance(changed, dict) else metadata))
+    with pytest.raises(ValueError, match=message):
+        check_shards(tmp_path)
+
+
 def test_torch_still_unpickles_the_metadata_of_sharded_checkpoints(tmp_path):
     """Why they are read before torch reads them. When torch mends it, this fails, and our reading can go."""
     from torch.distributed.checkpoint import FileSystemReader
