@@ -163,6 +163,7 @@ def validated(call: AttentionCall, shard: SequenceShard) -> AttentionCall:
     validate_positions(call.module, shard, call.extras)
     validate_unadapted(call.module, shard)
     _validate_inputs(call, name)
+    shard.readers.add(id(call.module))
     return call
 
 

@@ -55,6 +55,8 @@ class SequenceShard:
         group (`ProcessGroup`, *optional*): the `sp` axis; bound in the main process, since it cannot leave a data
             worker.
         stopwatch ([`Stopwatch`], *optional*): times the collectives of this batch.
+        readers (`set` of `int`): the `id` of every attention layer that read this shard, so that one which did not can
+            be found.
     """
 
     size: int
@@ -68,6 +70,7 @@ class SequenceShard:
     row_hash: int = 0
     group: dist.ProcessGroup | None = field(default=None, repr=False)
     stopwatch: Stopwatch | None = field(default=None, repr=False)
+    readers: set[int] = field(default_factory=set, repr=False)
 
     @property
     def num_local_tokens(self) -> int:
@@ -81,7 +84,7 @@ class SequenceShard:
 
     def bind(self, mesh: SequenceMesh) -> SequenceShard:
         """The same facts with this process's `sp` group, ready for the model."""
-        return dataclasses.replace(self, group=mesh.sp_group)
+        return dataclasses.replace(self, group=mesh.sp_group, readers=set())
 
     def to(self, device: torch.device | str, **kwargs) -> SequenceShard:
         """The same facts on `device`, so that the trainers' device placement moves a shard like a tensor."""

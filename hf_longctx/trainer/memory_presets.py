@@ -68,7 +68,8 @@ def apply_memory(trainer, preset: Preset) -> None:
     Raises:
         NotImplementedError: `mlp_tile_size` is set and the model has no MLP that can run in tiles.
     """
-    if trainer.memory.memory != "off":
+    watches = any(isinstance(callback, PlannedMemory) for callback in trainer.callback_handler.callbacks)
+    if trainer.memory.memory != "off" and not watches:
         watch = PlannedMemory(trainer.long_context, tiles_own_loss=not trainer.uses_model_loss)
         trainer.callback_handler.callbacks.insert(0, watch)  # before loggers and reports, which show what it adds
     size = trainer.memory.mlp_tile_size
@@ -97,6 +98,7 @@ def tile_trainer_loss(trainer, preset: Preset) -> None:
         try:
             with trainer.accelerator.autocast():
                 prove_tiled_loss(trainer.model)
+            trainer._tiled_loss = handle
         except NotImplementedError:
             handle.remove()
             raise

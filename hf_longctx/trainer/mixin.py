@@ -2,27 +2,42 @@
 
 Batches arrive from the data loader already cut, their labels shifted over whole rows. transformers then counts every
 token once over all ranks and accumulation steps and scales its loss by the world size, which is the gradient law; so
-`compute_loss` is not touched, and `training_step` only to look at what it gave.
+`compute_loss` is not touched. What a user overrides, passes or changes later is proven by numbers on the first batch,
+and compared when a run starts and on every batch; see `loss_check.py`, `step_check.py` and `run_watch.py`.
 """
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from ..adapters.instance_forward import PatchHandle
 from ..adapters.wrapped import unwrap
 from ..config.audiences import TRAINERS
 from ..config.memory import MemoryConfig
 from ..losses.token_mean import token_mean
 from .adaptation import adapt_model, predicts_next_token
 from .base import TrainerBase
+from .checks import check_arguments, check_trainer
 from .evaluation import ShardedEvaluationMixin
+from .loss_check import prove_loss
 from .memory_presets import apply_memory, prepare_memory, tile_trainer_loss
 from .packed_rows import check_collator
+from .run_watch import (
+    ShareWatch,
+    adopt_model,
+    changed_facts,
+    facts_of_run,
+    refuse_changes,
+    refuse_uncut,
+    validate_replaceable,
+)
 from .sanity_check import SanityResult, run_sanity_check
 from .shifting_loss import ShiftingLoss
+from .step_check import prove_prediction_step, prove_training_step
 
 
 class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
@@ -41,6 +56,14 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
     _loss_shifts_labels: bool
     configs = TRAINERS["LongContextTrainer"]
     _sanity: SanityResult | None = None
+    _proven: dict[str, Any] | None = None
+    _loss_is_proven = _step_is_proven = _prediction_is_proven = False
+    _tiled_loss: PatchHandle | None = None
+    proven_readers: frozenset[int] = frozenset()
+
+    @cached_property
+    def share_watch(self) -> ShareWatch:
+        return ShareWatch()
 
     def prepare_arguments(self, given: dict[str, Any]) -> None:
         self._preset = prepare_memory(
@@ -57,13 +80,64 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
             self._sanity = self._check_sanity()
         elif not self.shards_batches:
             tile_trainer_loss(self, self._preset)
+        self.share_watch.attach(self)
+        self._proven = facts_of_run(self)
+
+    def start_run(self) -> None:
+        """Prepare and prove again what is not what was proven, before the loaders of a run are made."""
+        assert self._proven is not None
+        self.share_watch.forget()
+        check_arguments(self.args, self.long_context)
+        check_trainer(self)
+        self.check_model()
+        adopt_model(self)
+        if not changed_facts(self, self._proven):
+            return
+        validate_replaceable(self, self._proven)
+        if self._tiled_loss is not None:  # the sanity check looks at the model's own loss
+            self._tiled_loss.remove()
+        self._sanity = None
+        self._loss_is_proven = self._step_is_proven = self._prediction_is_proven = False
+        self.prepare_model()
+
+    def _inner_training_loop(self, *args, **kwargs):
+        self.start_run()
+        return super()._inner_training_loop(*args, **kwargs)
+
+    def evaluate(self, *args, **kwargs):
+        if not self.is_in_train:
+            self.start_run()
+        return super().evaluate(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs):
+        if self.shards_batches and self.mesh.sequence_parallel_size > 1 and "sequence_shard" not in inputs:
+            refuse_uncut(self)
+        return super()._prepare_inputs(inputs)
 
     def check_share(self, inputs: dict[str, Any]) -> None:
-        if self._sanity is None:
-            self._sanity = self._check_sanity()
-        self._sanity.validate_batch(self.model, inputs["sequence_shard"], inputs)
+        if not self.is_on_trial:
+            self._prove_share(inputs)
         if self._takes_shifted_labels:
             inputs["labels"] = inputs["shift_labels"]
+
+    def _prove_share(self, inputs: dict[str, Any]) -> None:
+        """Every batch: what was proven runs. The first: all that needs a model in its place, or a batch."""
+        if self._proven is not None:
+            refuse_changes(self, self._proven)
+        if self._sanity is None:
+            self._sanity = self._check_sanity()
+            self._proven = facts_of_run(self)
+        if not self._loss_is_proven:
+            prove_loss(self, inputs)
+            self._loss_is_proven = True
+        if not self._is_evaluating and not self._step_is_proven:
+            prove_training_step(self, inputs)
+            self._step_is_proven = True
+        if self._is_evaluating and not self._prediction_is_proven:
+            prove_prediction_step(self, inputs)
+            self._prediction_is_proven = True
+        self._sanity.validate_batch(self.model, inputs["sequence_shard"], inputs)
+        self.share_watch.expect(self, inputs["sequence_shard"])
 
     def _check_sanity(self) -> SanityResult:
         """Check the model on a tiny batch; see [`run_sanity_check`]."""
@@ -76,6 +150,7 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
             check_loss=own_loss and self.uses_model_loss,
             context=self.accelerator.autocast(),
         )
+        self.proven_readers = result.readers
         if result.loss_ignores_count:
             self.compute_loss_func = token_mean
         tile_trainer_loss(self, self._preset)
@@ -100,9 +175,11 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
     def _wrap_losses(self) -> None:
         if self.mesh.sequence_parallel_size == 1:
             return
-        if self.compute_loss_func is not None:
+        shared = self.compute_loss_func is token_mean or isinstance(self.compute_loss_func, ShiftingLoss)
+        if self.compute_loss_func is not None and not shared:
             self.compute_loss_func = ShiftingLoss(self.compute_loss_func, self.shifts_labels, check=True)
-        if self.label_smoother is not None and self.shifts_labels:
+        smooths = self.label_smoother is not None and not isinstance(self.label_smoother, ShiftingLoss)
+        if smooths and self.shifts_labels:
             self.label_smoother = ShiftingLoss(self.label_smoother, shifts=True, check=False)
 
     def _get_num_items_in_batch(self, batch_samples, device):

@@ -40,11 +40,13 @@ class SanityResult:
         needs_position_ids (`bool`): the model would count positions on a share.
         loss_ignores_count (`bool`): its loss is a mean over its own tokens, whatever `num_items_in_batch` says.
         padding_predicts (`bool`): what the last of the padding on the left predicts is not what one process predicts.
+        readers (`frozenset` of `int`): the `id` of every attention layer that read the shard.
     """
 
     needs_position_ids: bool = False
     loss_ignores_count: bool = False
     padding_predicts: bool = False
+    readers: frozenset[int] = frozenset()
 
     def validate_batch(self, model, shard: SequenceShard, inputs: dict[str, Any]) -> None:
         """Refuse a share whose batch leaves out what this model needs, or trains what kernels disagree about.
@@ -125,6 +127,7 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityRe
             f"`{name}` returns {tuple(local.shape)} for {share['sequence_shard'].local_len} tokens a rank, not one "
             "vector a token: a head that pools a row cannot be sharded yet; set `sequence_parallel_size` to 1."
         )
+    readers = frozenset(share["sequence_shard"].readers)
     needs_position_ids = padding_predicts = False
     if size > 1 or "position_ids" in inspect.signature(type(unwrap(model)).forward).parameters:
         positions = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
@@ -145,7 +148,7 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityRe
             kernels = {kernel for _, kernel, *_ in share["sequence_shard"].kernel_plans}
             padding_predicts = len(kernels) > 1 or not _difference(*padding) <= _noise(explicit)
     ignores = check_loss and _loss_ignores_count(model, share, local.shape[-1], shift_labels)
-    return SanityResult(needs_position_ids, ignores, padding_predicts)
+    return SanityResult(needs_position_ids, ignores, padding_predicts, readers)
 
 
 def _on_a_share(model, name: str, share: dict[str, Any]) -> torch.Tensor:

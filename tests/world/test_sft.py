@@ -10,8 +10,10 @@ import pytest
 from trl import SFTConfig, SFTTrainer
 
 from hf_longctx import LongContextConfig, LongContextSFTTrainer, MemoryConfig
+from hf_longctx.proof.ranks import RanksError
 
 from ..models import build
+from ..overrides import scales, shifts_a_share, squares, sums_aligned, with_compute_loss
 from ..tokenizer import tiny_tokenizer, words
 from ..training import assert_same_trajectory, reset_state, steps, weights_of
 
@@ -40,6 +42,7 @@ def fit(
     collator=None,
     memory=None,
     stream: bool = False,
+    override=None,
     **changes,
 ):
     """Train with TRL's own trainer (`size` 0) or ours, and return (history, weights, eval metrics)."""
@@ -83,10 +86,12 @@ def fit(
             r=4, target_modules=["q_proj", "v_proj"], lora_alpha=64, init_lora_weights="pissa"
         )
     if stock:
-        trainer = SFTTrainer(**options)
+        base = SFTTrainer if override is None else with_compute_loss(SFTTrainer, override)
+        trainer = base(**options)
     else:
         long_context = LongContextConfig(sequence_parallel_size=size)
-        trainer = LongContextSFTTrainer(**options, long_context=long_context, memory=MemoryConfig(**(memory or {})))
+        base = LongContextSFTTrainer if override is None else with_compute_loss(LongContextSFTTrainer, override)
+        trainer = base(**options, long_context=long_context, memory=MemoryConfig(**(memory or {})))
     trainer.train()
     return trainer.state.log_history, weights_of(trainer), trainer.evaluate() if evaluate else None
 
@@ -141,6 +146,25 @@ def shifting_loss(outputs, labels, num_items_in_batch=None):
     logits, labels = outputs.logits[..., :-1, :].transpose(1, 2), labels[..., 1:]
     losses = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     return (losses * (1 - torch.exp(-losses))).sum() / num_items_in_batch
+
+
+@pytest.mark.parametrize("override", [scales, sums_aligned])
+@pytest.mark.parametrize("options", [{"kind": "completion"}, {"packing": True, "max_length": 24}], ids=str)
+def test_overrides_of_compute_loss(world2, override, options):
+    expected, results = compare(world2, 2, override=override, **options)
+    if override is scales:  # the proof ran the metrics of `SFTTrainer` too, and left nothing in them
+        for history, _, _ in results:
+            for ours, theirs in zip(history[:4], expected[0][:4]):
+                assert ours["num_tokens"] == theirs["num_tokens"]
+                assert ours["entropy"] == pytest.approx(theirs["entropy"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"), [(squares, "its means are local"), (shifts_a_share, "last target is on the next rank")]
+)
+def test_overrides_of_compute_loss_that_do_not_add_up_are_refused(world2, override, message):
+    with pytest.raises(RanksError, match=message):
+        world2.run(run_here, 2, {"override": override})
 
 
 def test_compute_loss_func(world2):
