@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_longctx import LongContextConfig, LongContextTrainer
+from hf_longctx import LongContextConfig, LongContextTrainer, MemoryConfig
 from hf_longctx.trainer.mixin import SequenceParallelMixin
 
 from ..models import build
@@ -167,7 +167,15 @@ def sets_arguments(trainer):
 
 
 def sets_attention_again(trainer):
-    trainer.model.set_attn_implementation(trainer.model.config._attn_implementation)
+    name = trainer.model.config._attn_implementation
+    trainer.model.set_attn_implementation("eager")
+    trainer.model.set_attn_implementation(name)
+
+
+def patches_a_module(trainer):
+    mlp = trainer.model.model.layers[1].mlp
+    own = mlp.forward
+    mlp.forward = lambda x: 2 * own(x)
 
 
 EXACT_CHANGES = [
@@ -179,6 +187,7 @@ EXACT_CHANGES = [
     sets_checkpointing,
     sets_arguments,
     sets_attention_again,
+    patches_a_module,
 ]
 
 
@@ -551,3 +560,14 @@ def test_on_one_process_any_loss_is_the_stock_trainers(function, attention):
 def test_labels_that_change_after_they_were_made_targets_are_refused_on_one_process_too(function):
     with pytest.raises(NotImplementedError, match="`labels`"):
         with_plain_attention((function, "packed"), 1)
+
+
+def tiled_and_changed(change, size, batch=2):
+    options = {"memory": MemoryConfig(loss_tile_size=3)} if size else {}
+    trainer = built(size, options, per_device_train_batch_size=batch)
+    change(trainer)
+    return result_of(trainer)
+
+
+def test_a_tiled_loss_is_put_on_again(world2):
+    compare(world2, tiled_and_changed, [sets_another_model, sets_compute_loss, patches_a_module])
