@@ -29,6 +29,8 @@ from ..overrides import (
     focal,
     scales,
     squares,
+    targets_of,
+    token_losses,
     with_compute_loss,
 )
 from ..training import Rows, arguments, assert_same_trajectory, pad_right, reset_state, weights_of
@@ -571,3 +573,37 @@ def tiled_and_changed(change, size, batch=2):
 
 def test_a_tiled_loss_is_put_on_again(world2):
     compare(world2, tiled_and_changed, [sets_another_model, sets_compute_loss, patches_a_module])
+
+
+# Keys of the user's own
+
+
+def with_weights(rows):
+    batch = pad_right(rows)
+    batch["token_weights"] = 0.5 + batch["input_ids"] % 5 / 5
+    return batch
+
+
+class Weighted:
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        weights, targets = inputs.pop("token_weights"), targets_of(inputs)
+        losses = token_losses(model(**inputs).logits, targets)
+        return (losses * weights).sum() / num_items_in_batch * self.accelerator.num_processes
+
+
+class NeedsLongRows:
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        assert inputs["input_ids"].shape[1] > 9, "rows are short"
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+
+def weighted(mixin, size, batch=2):
+    base = type("Own", (mixin, LongContextTrainer if size else Trainer), {})
+    return result_of(built(size, {"data_collator": with_weights}, base, per_device_train_batch_size=batch))
+
+
+def test_keys_of_the_users_own_are_in_the_tiny_rows(world2):
+    compare(world2, weighted, [Weighted])
+    refuse(
+        world2, with_mixin, [NeedsLongRows], ["failed on whole tiny rows .AssertionError: rows are short., so it can"]
+    )
