@@ -43,6 +43,9 @@ SHARDED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "a
 # Fields that say how many experts a token is routed to.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
 
+# Fields by which a model in training skips a layer now and then.
+LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
+
 # Parts of the names under which a batch holds images, video or audio.
 MULTIMODAL_INPUTS = ("pixel_values", "image_grid", "video_grid", "input_features", "image_sizes", "input_values")
 
@@ -61,6 +64,11 @@ LOGITS_DIVISORS = {"logits_scaling": ("granite", "minicpm3"), "logits_mup_width_
 def counts_positions(config) -> bool:
     """Whether a model of this configuration is a decoder that counts its tokens itself."""
     return config.model_type in COUNTS_POSITIONS and not getattr(config, "is_encoder_decoder", False)
+
+
+def skips_layers(config) -> bool:
+    """Whether a model of this configuration runs without some of its layers in some steps."""
+    return any(getattr(config.get_text_config(), name, None) for name in LAYER_DROPS)
 
 
 def expects_unshifted_labels(config) -> bool:

@@ -16,6 +16,7 @@ import torch
 from ..attention.call_documents import document_facts, shard_of_rows
 from ..attention.implicit_positions import packs_documents
 from ..attention.registry import name_that_shards, shards_rows
+from ..families import skips_layers
 from ..losses.token_mean import token_mean
 from ..parallel.adapted import Adapted
 from ..parallel.segments import DOCUMENT_BOUND_KEYS, positions_of
@@ -46,7 +47,10 @@ class LoopBatches(InstancePatch):
         if shard is None:
             return own(*args, **self._on_whole_rows(module, given, kwargs))
         self._validate_share(module, shard, given)
-        return self._counted(module, own(*args, **kwargs), given)
+        shard.readers.clear()
+        outputs = own(*args, **kwargs)
+        self._validate_readers(module, shard)
+        return self._counted(module, outputs, given)
 
     def _on_whole_rows(self, module, given: dict[str, Any], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Keyword arguments of a batch that no one cut: bounds without positions get them."""
@@ -87,6 +91,17 @@ class LoopBatches(InstancePatch):
         self.needs.validate_batch(module, shard, given)
         if given.get("labels") is not None:
             self._validate_labels(name, shard, given)
+
+    def _validate_readers(self, module, shard: SequenceShard) -> None:
+        """Every attention layer that read the shard when the model was checked has read this one."""
+        name, layers = type(module).__name__, len(self.needs.readers)
+        missing = layers - len(shard.readers)
+        if shard.size > 1 and missing > 0 and not skips_layers(module.config):
+            raise RuntimeError(
+                f"{missing} of {layers} attention layers of `{name}` did not read the "
+                "`sequence_shard` of the batch, so they saw this rank's tokens only: leave every layer on "
+                f"attn_implementation={name_that_shards()!r}, or call `hf_longctx.adapt(model, mesh)` anew."
+            )
 
     def _validate_labels(self, name: str, shard: SequenceShard, given: dict[str, Any]) -> None:
         shifts, are_shifted = self.adapted.shifts_labels, given.get("shift_labels") is not None

@@ -17,12 +17,12 @@ from transformers import TrainerCallback
 
 from ..adapters.wrapped import unwrap
 from ..attention.registry import name_that_shards
+from ..families import skips_layers
 from .trial import is_library
 
 
 # Methods between the loader and the optimizer. One that is replaced later is proven again.
 _METHODS = ("compute_loss", "training_step", "prediction_step", "_prepare_inputs", "_get_num_items_in_batch")
-_SKIPS_LAYERS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 
 def facts_of_run(trainer: Any, every_module: bool = True) -> dict[str, Any]:
@@ -172,9 +172,8 @@ class ShareWatch(TrainerCallback):
         if trainer.mesh.sequence_parallel_size == 1:  # whole rows may go to the model in any way
             return
         model = _bare(trainer, trainer.model)
-        config = unwrap(model).config.get_text_config()
         missing = set().union(*(trainer.proven_readers - readers for readers in seen))
-        if not missing or any(getattr(config, name, None) for name in _SKIPS_LAYERS):
+        if not missing or skips_layers(unwrap(model).config):
             return
         names = [name for name, module in model.named_modules() if id(module) in missing] or ["a layer"]
         raise RuntimeError(

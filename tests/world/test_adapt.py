@@ -119,11 +119,16 @@ def adapted_and_then_changed():
         with pytest.raises(ValueError) as raised:
             step()
         said.append(str(raised.value))
-    return said
+    model.set_attn_implementation("ulysses")
+    model.model.layers[1].self_attn.forward = lambda hidden_states, **_: (hidden_states, None)
+    with pytest.raises(RuntimeError) as raised:
+        model(**{**share, "num_items_in_batch": 4})
+    return [*said, str(raised.value)]
 
 
 def test_what_changed_after_adapt_is_refused_by_the_forward(world2):
-    for counted, positions, attention in world2.run(adapted_and_then_changed):
+    for counted, positions, attention, layer in world2.run(adapted_and_then_changed):
         assert "the share has `labels` and no `num_items_in_batch`" in counted
         assert "the collated batch has no `position_ids`" in positions
         assert "was changed to attn_implementation='sdpa' after it was adapted" in attention
+        assert "1 of 2 attention layers of `LlamaForCausalLM` did not read the `sequence_shard`" in layer
