@@ -54,11 +54,12 @@ def stock_loss(model, settings: dict) -> Callable:
 
 def ulysses_loss(model, settings: dict) -> Callable:
     """`attn_implementation="ulysses"` as in a plain loop of the user's own."""
-    from hf_longctx import SequenceMesh, shard_batch
+    from hf_longctx import SequenceMesh, adapt, shard_batch
 
     model.set_attn_implementation("ulysses")
     mesh = SequenceMesh.build(settings["ranks"])
-    return lambda batch: model(**shard_batch(batch, mesh, inner_attention=settings["kernel"])).loss
+    adapt(model, mesh, inner_attention=settings["kernel"])
+    return lambda batch: model(**shard_batch(batch, mesh, model)).loss
 
 
 def ringmaster_loss(model, settings: dict) -> Callable:
