@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import torch
 
+from hf_longctx import SequenceMesh, adapt, shard_batch
 from hf_longctx.adapters.instance_forward import InstancePatch, PatchHandle, put_on
 from hf_longctx.adapters.positions import follow_positions
 from hf_longctx.adapters.tiled_loss import tile_loss
@@ -117,6 +118,15 @@ def _put_final_norm(model) -> PatchHandle:
     return PatchHandle(model, _FinalNorm.name)
 
 
+def _counts(model) -> bool:
+    """Whether the loss of BERT, a mean over its own tokens, is one over the tokens of the step."""
+    mesh = SequenceMesh.build()
+    batch = {key: value for key, value in labelled().items() if key != "use_cache"}
+    share = shard_batch(batch, mesh, shift_labels=False)
+    once, twice = (model(**{**share, "num_items_in_batch": count}).loss for count in (10, 20))
+    return torch.allclose(once, 2 * twice)
+
+
 ADAPTERS = {
     "example": Adapter(
         lambda: build("llama", "sdpa").eval(),
@@ -145,6 +155,13 @@ ADAPTERS = {
         lambda model: model.get_decoder().layers[0].mlp,
         lambda model: model(**labelled()).logits,
         lambda model: _largest_tile(model) == 5,
+    ),
+    "loop": Adapter(
+        lambda: build("bert", "packed").eval(),
+        lambda model: adapt(model, SequenceMesh.build()),
+        lambda model: model,
+        lambda model: model(input_ids=labelled()["input_ids"]).logits,
+        _counts,
     ),
     "packed embeddings": Adapter(_embedder, _pack, lambda model: model[0], _embed, _is_flat),
 }
