@@ -19,7 +19,8 @@ from typing import Any
 
 from ..config.audiences import take_configs
 from ..config.run import LongContextConfig
-from ..data.packing.collator import READ_COLUMNS, PackingCollator, fills_rows
+from ..data.packing.collator import PackingCollator, fills_rows
+from ..data.packing.document_columns import READ_COLUMNS
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import validate_same_rows
 from ..resilience.fault_tolerance import FaultToleranceMixin

@@ -136,9 +136,12 @@ def _miniature(trainer, inputs: dict[str, Any], lengths: list[int], vocabulary: 
     batch = {"input_ids": random_tokens(vocabulary, 1, total).to(device)}
     positions = inputs.get("position_ids")
     if positions is not None:
-        start = int(positions[0, 0])  # RoBERTa-likes do not count from 0
+        # The earliest start: RoBERTa-likes do not count from 0, and from a later one a longer document could leave the
+        # table of positions.
+        real = positions if shard is None else positions[:, : shard.num_local_tokens]
+        start = int(real.min()) if real.numel() else torch.iinfo(torch.int64).max
         if shard is not None and shard.group is not None:
-            start = gather_integers(start, shard.group)[0]
+            start = min(gather_integers(start, shard.group))
         counts = torch.cat([start + torch.arange(size) for size in sizes])
         batch["position_ids"] = counts[None].to(device)
     if "cu_seq_lens_q" in inputs or shard is not None:

@@ -17,6 +17,8 @@ from hf_longctx.data.packing.collator import PackingCollator
 from hf_longctx.data.packing.datasets import PackedDataset, PackedRow, PackedStream
 from hf_longctx.parallel.segments import segment_rows
 
+from ..models import build
+
 
 def documents(seed: int, count: int = 6) -> list[dict]:
     rng = np.random.default_rng(seed)
@@ -118,7 +120,7 @@ def test_packed_rows_and_documents_flatten_alike():
 def test_a_batch_is_exactly_this():
     rows = [
         {"input_ids": [5, 6, 7], "labels": [5, -100, 7], "token_type_ids": [0, 1, 1], "attention_mask": [1, 1, 1]},
-        {"input_ids": [8], "token_type_ids": [1], "attention_mask": [1], "text": "h", "position_ids": [9]},
+        {"input_ids": [8], "token_type_ids": [1], "attention_mask": [1], "text": "h", "position_ids": [0]},
         {"input_ids": [9, 10], "token_type_ids": [0, 0], "weights": [0.5, 0.5]},
     ]
     batch = PackingCollator(pad_to_multiple_of=4, pad_token_id=3, position_ids_start=2)(rows)
@@ -253,6 +255,12 @@ IDS = {"input_ids": [1, 2, 3]}
         ([IDS | {"position_ids": [0, 1, 5]}], {}, "`position_ids` of row 0 do not go up by one within each document"),
         ([IDS | {"position_ids": [0, 1, 0]}], {}, "`seq_lengths` tells where documents begin"),
         ([IDS | {"position_ids": [0, 1]}], {}, r"`position_ids` of row 0 has shape \(2,\)"),
+        ([IDS | {"position_ids": [-1, 0, 1]}], {}, "`position_ids` of row 0 begin at -1, but no position is below 0"),
+        ([IDS | {"position_ids": [0, 0.5, 1]}], {}, "`position_ids` of row 0 have type float64.*whole numbers"),
+        ([IDS | {"position_ids": [False, True, True]}], {}, "`position_ids` of row 0 have type bool"),
+        ([IDS | {"position_ids": [[0, 1, 2]]}], {}, r"`position_ids` of row 0 has shape \(1, 3\)"),
+        ([IDS | {"position_ids": [4, 5, 6]}], {"position_ids_start": 2}, "begin at 4, but `position_ids_start` is 2"),
+        ([IDS | {"labels": [0.5, 1, 2]}], {}, "`labels` of row 0 have type float64.*whole numbers"),
         ([IDS, IDS], {"max_tokens": 5}, "the batch has 2 documents of 6 tokens together, over `max_tokens` .5."),
         ([IDS], {"max_tokens": 2}, r"row 0 has 3 tokens, over `max_tokens` \(2\): set `long_documents`"),
         ([IDS], {"max_tokens": 2, "long_documents": "split"}, "the batch has 1 documents of 3 tokens together"),
@@ -265,9 +273,43 @@ def test_rows_that_cannot_be_flattened_are_refused(rows, options, message):
         PackingCollator(**options)(rows)
 
 
-def test_positions_that_only_count_are_counted_anew():
-    rows = [IDS | {"position_ids": [4, 5, 6]}, IDS | {"position_ids": [0, 0, 1], "seq_lengths": [1, 2]}]
+def test_positions_that_count_from_0_begin_where_the_model_begins():
+    rows = [IDS | {"position_ids": [2, 3, 4]}, IDS | {"position_ids": [0, 0, 1], "seq_lengths": [1, 2]}]
     assert PackingCollator(position_ids_start=2)(rows)["position_ids"].tolist() == [[2, 3, 4, 2, 2, 3]]
+
+
+def test_a_document_keeps_the_position_where_it_begins():
+    rows = [
+        {"input_ids": [5, 6], "position_ids": [0.0, 1.0]},
+        {"input_ids": [7, 8], "position_ids": [2, 3]},
+        {"input_ids": [9, 10, 11], "position_ids": [7, 8, 0], "seq_lengths": [2, 1]},
+    ]
+    batch = PackingCollator(pad_to_multiple_of=8)(rows)
+    # The later part first: [0, 1] before [2, 3] would read as one document of four tokens.
+    assert batch["position_ids"].tolist() == [[7, 8, 2, 3, 0, 1, 0, 0]]
+    assert batch["input_ids"].tolist() == [[9, 10, 7, 8, 5, 6, 11, 0]]
+    assert batch["labels"].tolist() == [[-100, 10, -100, 8, -100, 6, -100, -100]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 2, 4, 6, 7, 8]
+    by_position, _ = segment_rows({"position_ids": batch["position_ids"]}, 1, 8, torch.device("cpu"))
+    assert torch.equal(by_position, batch["seq_idx"])
+
+
+def test_parts_of_a_document_train_a_table_of_positions_as_they_do_alone():
+    torch.manual_seed(0)
+    model = build("gpt2", "packed").double()
+    parts = [{"input_ids": [5, 6, 7], "position_ids": [0, 1, 2]}, {"input_ids": [8, 9], "position_ids": [3, 4]}]
+
+    def gradients(batches):
+        model.zero_grad()
+        for batch in batches:
+            model(**batch, num_items_in_batch=1, use_cache=False).loss.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    alone = [
+        {key: torch.tensor([value]) for key, value in (part | {"labels": part["input_ids"]}).items()} for part in parts
+    ]
+    expected, packed = gradients(alone), gradients([PackingCollator()(parts)])
+    assert torch.allclose(packed, expected, rtol=0, atol=1e-9 * float(expected.abs().max()))
 
 
 def test_a_batch_over_the_budget_is_told_who_counts_tokens():

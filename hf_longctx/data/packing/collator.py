@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,25 +18,12 @@ import torch
 from ...parallel.shard import IGNORE_INDEX
 from ..streams import is_stream
 from .datasets import PackedDataset, PackedRow, PackedStream, cut_document, validate_buffer_size
+from .document_columns import DocumentColumns, read_document
 from .lengths import cut_documents, validate_long_documents, validate_max_tokens, validate_strategy
 
 
 if TYPE_CHECKING:
     from torch.utils.data import Dataset, IterableDataset
-
-# Columns of TRL that say which tokens are trained (1) where there are no labels.
-TRAINED_TOKEN_MASKS = ("completion_mask", "assistant_masks")
-# Columns that are read and that no model takes, so that a trainer would drop them.
-READ_COLUMNS = ("seq_lengths", "seq_idx", *TRAINED_TOKEN_MASKS)
-# Columns that are read, made here or dropped, and so are not carried over.
-_OWN_KEYS = {"input_ids", "labels", "attention_mask", "position_ids", "seq_lengths", "seq_idx", *TRAINED_TOKEN_MASKS}
-
-
-class _Tokens(NamedTuple):
-    """One document, or several that TRL packed: its columns and the lengths of the documents inside."""
-
-    lengths: np.ndarray
-    columns: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +39,8 @@ class PackingCollator:
             Fill the row up to a multiple of it with one more document of pad tokens, which no loss counts.
         pad_token_id (`int`, *optional*, defaults to 0): token of that document.
         position_ids_start (`int`, *optional*, defaults to 0):
-            Position of the first token of each document. RoBERTa and similar models use `pad_token_id + 1`, 2.
+            Position of the first token of each document. RoBERTa and similar models use `pad_token_id + 1`, 2. A
+            document whose own `position_ids` begin above 0, such as the second part of a longer one, keeps them.
         mask_first_label (`bool`, *optional*, defaults to `True`):
             Give the first token of each document the label -100: no token of its document predicts it, and the last
             token of the document before must not. `False` for a masked language model, whose labels stand at their own
@@ -70,8 +58,8 @@ class PackingCollator:
         `attention_mask`: a model that sees one ignores the bounds.
 
     Raises on a call:
-        ValueError: an empty or padded row, columns of different lengths, positions that skip within a document, or
-            more than `max_tokens` tokens.
+        ValueError: an empty or padded row, columns of different lengths, positions or labels that are not whole
+            numbers, positions that skip within a document, or more than `max_tokens` tokens.
     """
 
     max_tokens: int | None = None
@@ -136,11 +124,11 @@ class PackingCollator:
         )
 
     def __call__(self, rows: Sequence[Mapping | PackedRow]) -> dict[str, object]:
-        parts: list[_Tokens] = []
+        parts: list[DocumentColumns] = []
         loose, num_loose = 0, 0
         for number, row in enumerate(rows):
             if isinstance(row, PackedRow):
-                inside = [_read(document, f"document {i} of row {number}") for i, document in enumerate(row)]
+                inside = [read_document(document, f"document {i} of row {number}") for i, document in enumerate(row)]
                 self._check_budget(sum(int(part.lengths.sum()) for part in inside), f"row {number} packs", len(row))
                 parts += inside
             else:
@@ -152,14 +140,14 @@ class PackingCollator:
             raise ValueError("the batch has no document: a row must hold at least one.")
         return self._flatten(parts)
 
-    def _read_alone(self, row: Mapping, number: int) -> _Tokens:
+    def _read_alone(self, row: Mapping, number: int) -> DocumentColumns:
         """A document that no one has packed, and so may be over the budget."""
-        part = _read(row, f"row {number}")
+        part = read_document(row, f"row {number}")
         num_tokens = int(part.lengths.sum())
         if self.max_tokens is None or num_tokens <= self.max_tokens or self.long_documents == "split":
             return part
         _rows, _starts, stops = cut_documents([num_tokens], self.max_tokens, self.long_documents, first_row=number)
-        return _read(cut_document(row, 0, int(stops[0])), f"row {number}")
+        return read_document(cut_document(row, 0, int(stops[0])), f"row {number}")
 
     def _check_budget(self, num_tokens: int, what: str, documents: int) -> None:
         if self.max_tokens is not None and num_tokens > self.max_tokens:
@@ -169,14 +157,30 @@ class PackingCollator:
                 "itself when `max_tokens` is set; in a loop use `PackedDataset` or `TokenBudgetSampler`."
             )
 
-    def _flatten(self, parts: list[_Tokens]) -> dict[str, object]:
+    def _starts(self, part: DocumentColumns) -> np.ndarray:
+        """At which position each document begins."""
+        first = self.position_ids_start
+        if part.starts is None:
+            return np.full(len(part.lengths), first)
+        starts = np.where(part.starts == 0, first, part.starts)
+        if first and np.any(starts != first):
+            raise ValueError(
+                f"a document's `position_ids` begin at {int(starts[starts != first][0])}, but `position_ids_start` is "
+                f"{first}, from which all are counted: let them begin at 0 or {first}, or set `position_ids_start=0` "
+                "and give every document its `position_ids`."
+            )
+        return starts
+
+    def _flatten(self, parts: list[DocumentColumns]) -> dict[str, object]:
         lengths = np.concatenate([part.lengths for part in parts])
         shared = set.intersection(*(set(part.columns) for part in parts))
         names = [name for name in parts[0].columns if name in shared]
         columns = {name: np.concatenate([part.columns[name] for part in parts]) for name in names}
+        starts = np.concatenate([self._starts(part) for part in parts])
+        lengths, starts = _latest_first(lengths, starts, columns)
         padding = -int(lengths.sum()) % (self.pad_to_multiple_of or 1)
         if padding:
-            lengths = np.append(lengths, padding)
+            lengths, starts = np.append(lengths, padding), np.append(starts, self.position_ids_start)
             fill = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX}
             for name, column in columns.items():
                 columns[name] = np.pad(column, (0, padding), constant_values=fill.get(name, 0))
@@ -184,7 +188,7 @@ class PackingCollator:
         if self.mask_first_label:
             columns["labels"][bounds[:-1]] = IGNORE_INDEX
         documents = np.repeat(np.arange(len(lengths)), lengths)
-        columns["position_ids"] = np.arange(bounds[-1]) - bounds[documents] + self.position_ids_start
+        columns["position_ids"] = np.arange(bounds[-1]) - bounds[documents] + starts[documents]
         batch: dict[str, object] = {name: torch.from_numpy(column)[None] for name, column in columns.items()}
         batch["seq_idx"] = torch.from_numpy(documents.astype(np.int32))[None]
         cu_seq_lens = torch.from_numpy(bounds.astype(np.int32))
@@ -197,92 +201,20 @@ class PackingCollator:
         }
 
 
-def _read(document: Mapping, name: str) -> _Tokens:
-    """The columns of one document as arrays, checked against one another."""
-    if not isinstance(document, Mapping) or "input_ids" not in document:
-        known = isinstance(document, Mapping)
-        found = f"only {', '.join(document)}" if known else f"but is a `{type(document).__name__}`"
-        raise ValueError(f"{name} has no `input_ids`, {found}: give tokenized documents.")
-    ids = np.asarray(document["input_ids"])
-    if not ids.size:
-        raise ValueError(f"{name} has no tokens, but every document needs at least one: filter the empty ones out.")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(
-            f"`input_ids` of {name} has shape {ids.shape} and type {ids.dtype}, but a document is a flat list of "
-            "whole numbers: drop the batch dimension."
-        )
-    if document.get("attention_mask") is not None and not np.all(document["attention_mask"]):
-        raise ValueError(
-            f"the `attention_mask` of {name} has zeros, so it is padded, and packed rows have no padding: tokenize "
-            "with `padding=False`."
-        )
-    columns = {"input_ids": ids.astype(np.int64), "labels": _labels(document, ids, name)}
-    for key, value in document.items():
-        if key not in _OWN_KEYS and (column := _numbers(value, len(ids))) is not None:
-            columns[key] = column
-    lengths = _inner_lengths(document, len(ids), name)
-    if document.get("position_ids") is not None:
-        _check_positions(_column(document, "position_ids", len(ids), name), lengths, name)
-    return _Tokens(lengths, columns)
+def _latest_first(lengths: np.ndarray, starts: np.ndarray, columns: dict[str, np.ndarray]) -> tuple:
+    """The documents of a row in an order in which positions never go on by one from one document into the next.
 
-
-def _check_positions(positions: np.ndarray, lengths: np.ndarray, name: str) -> None:
-    """Refuse positions that mean something; a part of a longer document may begin anywhere."""
-    is_first = np.zeros(len(positions), dtype=bool)
-    is_first[np.cumsum(lengths[:-1])] = True
-    if not np.all((np.diff(positions) == 1) | is_first[1:]):
-        raise ValueError(
-            f"`position_ids` of {name} do not go up by one within each document, and packing counts them anew: drop "
-            "the column if that is meant; `seq_lengths` tells where documents begin."
-        )
-
-
-def _labels(document: Mapping, ids: np.ndarray, name: str) -> np.ndarray:
-    if document.get("labels") is not None:
-        return _column(document, "labels", len(ids), name).astype(np.int64)
-    labels = ids.astype(np.int64)
-    for key in TRAINED_TOKEN_MASKS:
-        if document.get(key) is not None:
-            labels = np.where(_column(document, key, len(ids), name), labels, IGNORE_INDEX)
-    return labels
-
-
-def _column(document: Mapping, key: str, num_tokens: int, name: str) -> np.ndarray:
-    column = np.asarray(document[key])
-    if column.shape != (num_tokens,):
-        raise ValueError(
-            f"`{key}` of {name} has shape {column.shape}, but its `input_ids` have {num_tokens} tokens: give one "
-            "entry a token."
-        )
-    return column
-
-
-def _inner_lengths(document: Mapping, num_tokens: int, name: str) -> np.ndarray:
-    if document.get("seq_lengths") is None:
-        if document.get("seq_idx") is None:
-            return np.array([num_tokens])
-        index = _column(document, "seq_idx", num_tokens, name)
-        return np.diff(np.flatnonzero(np.diff(index, prepend=index[0] - 1, append=index[-1] + 1)))
-    lengths = np.asarray(document["seq_lengths"], dtype=np.int64)
-    if lengths.sum() != num_tokens or (lengths < 1).any():
-        raise ValueError(
-            f"`seq_lengths` of {name} ({lengths.tolist()[:8]}) sum to {lengths.sum()}, but must be positive and sum "
-            f"to its {num_tokens} `input_ids`: the row was cut or filled after it was packed, so pack it again."
-        )
-    return lengths
-
-
-def _numbers(value: object, num_tokens: int) -> np.ndarray | None:
-    """`value` as an array where it holds one number a token."""
-    if isinstance(value, (list, tuple)):
-        if len(value) != num_tokens or not isinstance(value[0], (bool, int, float)):
-            return None
-    elif not isinstance(value, (torch.Tensor, np.ndarray)):
-        return None
-    array = np.asarray(value)
-    if array.shape != (num_tokens,) or array.dtype.kind not in "biuf":
-        return None
-    return array.astype(np.float32 if array.dtype.kind == "f" else np.int64)
+    Kernels that read documents from positions would take two such neighbours for one. Those that begin later stand
+    first; documents that begin alike stay as they are. `columns` are changed in place.
+    """
+    order = np.argsort(-starts, kind="stable")
+    if np.array_equal(order, np.arange(len(order))):
+        return lengths, starts
+    bounds = np.concatenate(([0], np.cumsum(lengths)))
+    index = np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in order])
+    for name, column in columns.items():
+        columns[name] = column[index]
+    return lengths[order], starts[order]
 
 
 def fills_rows(collator: object) -> bool:
