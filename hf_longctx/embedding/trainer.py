@@ -54,6 +54,7 @@ class LongContextSentenceTransformerTrainer(TrainerBase, SentenceTransformerTrai
 
     configs = TRAINERS["LongContextSentenceTransformerTrainer"]
     data_collator_class = EmbeddingCollator
+    flattens_rows = True
     reads_own_shards = False  # every rank reads the sources of all, see `build_source_loader`
 
     def prepare_arguments(self, given: dict[str, object]) -> None:

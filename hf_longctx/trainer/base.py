@@ -24,9 +24,10 @@ from ..data.packing.document_columns import READ_COLUMNS
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import validate_same_rows
 from ..resilience.fault_tolerance import FaultToleranceMixin
-from .checks import check_arguments, check_model, check_trainer, warn_about_dropout
+from .checks import check_arguments, check_model, check_trainer
 from .loaders import build_loader, check_streams, never_ends
 from .packed_rows import check_packed_batch, pack_dataset
+from .random_draws import check_noise, check_noise_of_batch, warn_about_draws
 
 
 class TrainerBase(FaultToleranceMixin):
@@ -40,6 +41,7 @@ class TrainerBase(FaultToleranceMixin):
         configs (`dict[str, type]`): the configs that the trainer understands, by keyword; a row of `TRAINERS`.
         mesh ([`SequenceMesh`]): the axes of the run.
         shards_batches (`bool`): whether loaders cut rows into the shares of a group.
+        flattens_rows (`bool`): whether the trainer itself makes packed rows of whatever its collator gives.
         reads_own_shards (`bool`): whether every group reads its own shards of a training stream; see [`split_stream`].
     """
 
@@ -47,6 +49,7 @@ class TrainerBase(FaultToleranceMixin):
     long_context: LongContextConfig
     configs: Mapping[str, type] = {"long_context": LongContextConfig}
     shards_batches = False
+    flattens_rows = False
     reads_own_shards = True
 
     def __init__(self, *args, **kwargs) -> None:
@@ -60,7 +63,8 @@ class TrainerBase(FaultToleranceMixin):
         check_trainer(self)
         check_streams(self)
         self.check_model()
-        warn_about_dropout(self.model, self.long_context.sequence_parallel_size)
+        self._noise = check_noise(self)
+        warn_about_draws(self.model, self.long_context.sequence_parallel_size)
         self.mesh = SequenceMesh.build(
             self.long_context.sequence_parallel_size, timedelta(seconds=self.args.ddp_timeout)
         )
@@ -119,6 +123,7 @@ class TrainerBase(FaultToleranceMixin):
             inputs["sequence_shard"] = shard.bind(self.mesh).to(self.args.device)
             self.check_share(inputs)
             validate_same_rows(inputs["sequence_shard"])
+        check_noise_of_batch(self._noise, inputs)
         if self._checks_packing and check_packed_batch(self, inputs):
             self._checks_packing = False
         return inputs

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import logging
-
-import torch
 
 from ..adapters.wrapped import unwrap
 from ..attention.kernels import validate_kernel_available
@@ -13,9 +10,6 @@ from ..attention.registry import name_that_shards, shards_rows
 from ..attention.unadapted import validate_config
 from ..config.run import LongContextConfig
 from ..parallel.heads import validate_head_count
-
-
-logger = logging.getLogger(__name__)
 
 
 def check_arguments(args, config: LongContextConfig) -> None:
@@ -130,15 +124,4 @@ def check_model(model, config: LongContextConfig) -> None:
         raise NotImplementedError(
             f"`{name}.forward` takes no extra keyword arguments, so its attention cannot learn of the shard: set "
             "`sequence_parallel_size` to 1."
-        )
-
-
-def warn_about_dropout(model, size: int) -> None:
-    """Warn if a dropout layer outside attention draws on each rank: valid training, but not one process's numbers."""
-    active = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and module.p > 0]
-    if size > 1 and active:
-        logger.warning(
-            f"`{active[0]}` and {len(active) - 1} more dropout layers draw on every rank for its own tokens, from "
-            "equal seeds: training is valid, but losses are not those of one process; set dropout (also "
-            "`lora_dropout`) to 0 to compare."
         )

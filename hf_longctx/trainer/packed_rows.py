@@ -108,6 +108,12 @@ def check_packed_batch(trainer, inputs: dict[str, Any]) -> bool:
     return True
 
 
+def packs_rows_of(inputs: dict[str, object]) -> bool:
+    """Whether a batch of whole rows holds a row of several documents."""
+    segments = _segments_of_batch(inputs)
+    return segments is not None and bool(_document_lengths(segments))
+
+
 def _segments_of_batch(inputs: dict[str, Any]) -> torch.Tensor | None:
     """Documents of a batch that goes to the model's own attention."""
     ids, *others = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
