@@ -22,6 +22,7 @@ from ..parallel.segments import PAD_SEGMENT
 from .blocks import BlockPlan, plan_blocks, run_blocks, visible
 from .call import AttentionCall
 from .masks import AttentionRule, KernelPlan, build_mask, segment_bounds
+from .side_inputs import refuse_dropped_inputs
 from .varlen import VarlenBounds, fits, run_varlen
 
 
@@ -132,8 +133,10 @@ def run_plain(kernel: str, call: AttentionCall, mask: object, is_causal: bool | 
     module, tensors = call.module, (call.query, call.key, call.value)
     if kernel == "eager":
         own = getattr(sys.modules.get(type(module).__module__), "eager_attention_forward", eager_attention)
+        refuse_dropped_inputs(call, kernel, own)
         return own(module, *tensors, mask, **kwargs)
     function = flash_attention_forward if is_flash(kernel) else ALL_ATTENTION_FUNCTIONS[kernel]
+    refuse_dropped_inputs(call, kernel, function)
     return function(ModuleView(module, kernel), *tensors, mask, **kwargs)
 
 

@@ -24,12 +24,8 @@ from .kernels import choose_kernel, is_flash, plan_for_kernel, refuse_unsupporte
 from .masks import KernelPlan
 from .padding_masks import without_padding_mask
 from .registry import AttentionEntry, name_that_packs, name_that_shards
+from .side_inputs import refuse_added_keys, validate_side_inputs
 from .unadapted import validate_unadapted
-
-
-# Keyword arguments that change the result and that cannot be cut by heads.
-_REFUSED_EXTRAS = ("position_bias", "indices", "block_indices", "sinks", "cache", "head_mask")
-_KNOWN_EXTRAS = ("sliding_window", "softcap")
 
 
 def packed_attention(
@@ -107,6 +103,7 @@ def attend_documents(
             f"attn_implementation={call.entry.name!r}, which works on whole rows: call "
             f"`model.set_attn_implementation({name_that_shards()!r})`."
         )
+    refuse_added_keys(call)
     if shard is None and run_alone is not None:
         shard = documents_of_call(call)
         if shard is None:
@@ -141,6 +138,7 @@ def validated(call: AttentionCall, shard: SequenceShard) -> AttentionCall:
             what cannot be cut by heads.
         ValueError: a per-head input without one entry a head.
     """
+    refuse_added_keys(call)
     mask, is_causal = without_padding_mask(call.mask, call.is_causal, shard, len(call.query))
     call = replace(call, mask=mask, is_causal=is_causal)
     name, tokens, keys = type(call.module).__name__, call.query.shape[2], call.key.shape[2]
@@ -162,38 +160,9 @@ def validated(call: AttentionCall, shard: SequenceShard) -> AttentionCall:
         )
     validate_positions(call.module, shard, call.extras)
     validate_unadapted(call.module, shard)
-    _validate_inputs(call, name)
+    validate_side_inputs(call, name)
     shard.readers.add(id(call.module))
     return call
-
-
-def _validate_inputs(call: AttentionCall, name: str) -> None:
-    """Refuse what the attention of `call` would ignore, or could not cut by heads."""
-    for key_name, extra in call.extras.items():
-        bias_like = (
-            isinstance(extra, torch.Tensor)
-            and extra.dim() > 0
-            and extra.is_floating_point()
-            and key_name not in _KNOWN_EXTRAS
-        )
-        if extra is not None and (key_name in _REFUSED_EXTRAS or bias_like):
-            raise NotImplementedError(
-                f"`{name}` passes `{key_name}` to its attention, which cannot be split by heads yet: set "
-                "`sequence_parallel_size` to 1 for this model."
-            )
-    asked = {"dropout": call.dropout, "softcap": call.extras.get("softcap")}
-    for key_name, value in asked.items():
-        if value and key_name not in call.entry.takes:
-            raise NotImplementedError(
-                f"`{name}` asks for `{key_name}` ({value}), which attn_implementation={call.entry.name!r} does not "
-                "compute: set it to 0 in the model's configuration, or run the model on another attention."
-            )
-    for key_name, tensor in call.per_head.items():
-        if tensor is not None and (tensor.dim() == 0 or len(tensor) != call.query.shape[1]):
-            raise ValueError(
-                f"`{key_name}` has shape {tuple(tensor.shape)}, but attn_implementation={call.entry.name!r} cuts it "
-                f"by heads: its first dimension must be the {call.query.shape[1]} query heads of `{name}`."
-            )
 
 
 def attend_rows(call: AttentionCall, shard: SequenceShard) -> torch.Tensor:

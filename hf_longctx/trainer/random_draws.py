@@ -1,7 +1,8 @@
 """What a model draws at random outside attention: numbers a token, and noise that is scaled by the length of a row.
 
 Numbers a token are valid training under sharding, but not those of one process: a warning. NEFTune's noise shrinks
-with the square root of a row's tokens, so on a share, and in a row of several documents, it is another amount: refused.
+with the square root of a row's tokens, so on a share, and in a row of several documents, it is another amount:
+refused.
 Price: one pass over the modules when a trainer is built.
 """
 
@@ -33,8 +34,8 @@ def warn_about_draws(model: torch.nn.Module, size: int) -> None:
         value = getattr(model.get_submodule(places[0]), field)
         logger.warning(
             f"`{field}` ({value}) of `{places[0]}` and {len(places) - 1} more modules makes each rank draw for its "
-            "own tokens, from equal seeds: training is valid, but losses are not those of one process; set it to 0 in the "
-            "configuration to compare."
+            "own tokens, from equal seeds: training is valid, but losses are not those of one process; set it to 0 in "
+            "the configuration to compare."
         )
 
 
