@@ -12,6 +12,7 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from ..config.run import validate_sequence_parallel_size
+from .collectives import gather_integers
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,11 @@ class SequenceMesh:
             [`SequenceMesh`]: with `data_parallel_size = W / P`; rank `r` is `(r // P, r % P)`.
 
         Raises:
-            ValueError: `P` does not divide the number of processes.
+            ValueError: `P` does not divide the number of processes, or differs between them.
             RuntimeError: `P > 1` before `torch.distributed` was initialised.
 
-        Communication: creating the groups is collective, so every process must call it. With `P = 1` it creates
-        nothing and needs no process group; `dp_group` then is the whole world.
+        Communication: one all-gather of 8 bytes over the world, and creating the groups, so every process must call
+        it. With `P = 1` it creates nothing and needs no process group; `dp_group` then is the whole world.
         """
         validate_sequence_parallel_size(sequence_parallel_size)
         running = dist.is_available() and dist.is_initialized()
@@ -66,6 +67,8 @@ class SequenceMesh:
                 )
             return cls(1, 1, 0, 0)
         world_size, rank = dist.get_world_size(), dist.get_rank()
+        if world_size > 1:
+            _validate_same_size(gather_integers(sequence_parallel_size, dist.group.WORLD))
         validate_world_size(world_size, sequence_parallel_size)
         sp_group, dp_group = None, dist.group.WORLD if world_size > 1 else None
         if sequence_parallel_size > 1:
@@ -81,6 +84,15 @@ class SequenceMesh:
             sequence_parallel_rank=rank % sequence_parallel_size,
             sp_group=sp_group,
             dp_group=dp_group,
+        )
+
+
+def _validate_same_size(sizes: list[int]) -> None:
+    if len(set(sizes)) > 1:
+        raise ValueError(
+            f"`sequence_parallel_size` differs between ranks ({sizes[0]} on rank 0, "
+            + ", ".join(f"{size} on rank {sizes.index(size)}" for size in sorted(set(sizes)) if size != sizes[0])
+            + "): all processes of a run need the same; start them from one configuration."
         )
 
 

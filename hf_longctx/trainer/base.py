@@ -24,6 +24,7 @@ from ..data.packing.document_columns import READ_COLUMNS
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import validate_same_rows
 from ..resilience.fault_tolerance import FaultToleranceMixin
+from ..resilience.same_settings import validate_same_settings
 from .checks import check_arguments, check_model, check_trainer
 from .loaders import build_loader, check_streams, never_ends
 from .packed_rows import check_packed_batch, pack_dataset
@@ -51,14 +52,17 @@ class TrainerBase(FaultToleranceMixin):
     shards_batches = False
     flattens_rows = False
     reads_own_shards = True
+    _has_same_settings = False
 
     def __init__(self, *args, **kwargs) -> None:
         for name, config in take_configs(type(self).__name__, self.configs, kwargs).items():
             setattr(self, name, config)
         given = _by_name(type(self), args, kwargs)
+        self._compare_settings(given.get("args"))
         check_arguments(given.get("args"), self.long_context)
         self.prepare_arguments(given)
         super().__init__(**given)
+        self._compare_settings(self.args)
         check_arguments(self.args, self.long_context)
         check_trainer(self)
         check_streams(self)
@@ -71,6 +75,14 @@ class TrainerBase(FaultToleranceMixin):
         self._checks_packing = self.long_context.check_packing
         self._attach_guards()
         self.prepare_model()
+
+    def _compare_settings(self, args: Any) -> None:
+        """Compare the settings of all ranks, once: at first where the arguments started the processes' group."""
+        if args is None or self._has_same_settings:
+            return
+        configs = {name: getattr(self, name) for name in self.configs}
+        shares_rows = self.long_context.sequence_parallel_size > 1
+        self._has_same_settings = validate_same_settings(configs, args, shares_rows)
 
     # Hooks
 

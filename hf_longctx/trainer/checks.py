@@ -10,6 +10,7 @@ from ..attention.registry import name_that_shards, shards_rows
 from ..attention.unadapted import validate_config
 from ..config.run import LongContextConfig
 from ..parallel.heads import validate_head_count
+from .other_axes import refuse_axes_of_arguments, refuse_axes_of_model
 
 
 def check_arguments(args, config: LongContextConfig) -> None:
@@ -17,7 +18,7 @@ def check_arguments(args, config: LongContextConfig) -> None:
     if args is None or config.sequence_parallel_size == 1:
         return
     size = config.sequence_parallel_size
-    _refuse_host_axes(getattr(args, "parallelism_config", None), size)
+    refuse_axes_of_arguments(getattr(args, "parallelism_config", None), size)
     refusals = {
         "deepspeed": "its engine scales and partitions gradients by its own rules; use DDP or FSDP2",
         "torch_compile": "the exchange between ranks is not traced exactly; leave it off",
@@ -71,7 +72,7 @@ def check_trainer(trainer) -> None:
             '`fsdp_config={"fsdp_version": 2}`.'
         )
     # Once more: `accelerate launch` may have brought axes that the arguments do not show.
-    _refuse_host_axes(getattr(trainer.accelerator, "parallelism_config", None), size)
+    refuse_axes_of_arguments(getattr(trainer.accelerator, "parallelism_config", None), size)
     if trainer.compute_metrics is not None or trainer.preprocess_logits_for_metrics is not None:
         raise NotImplementedError(
             "`compute_metrics` needs the logits of whole rows, which no rank holds under sharding: drop it and read "
@@ -84,16 +85,6 @@ def check_trainer(trainer) -> None:
         )
 
 
-def _refuse_host_axes(parallelism, size: int) -> None:
-    for name in ("cp_size", "sp_size", "tp_size"):
-        value = getattr(parallelism, name, None) or 1
-        if value > 1:
-            raise ValueError(
-                f"`ParallelismConfig({name}={value})` is set next to `sequence_parallel_size` ({size}): both would "
-                f"cut the batch; leave `{name}` at 1."
-            )
-
-
 def check_model(model, config: LongContextConfig) -> None:
     """Refuse a model that cannot be sharded, by its configuration. The sanity check looks at what it does."""
     size = config.sequence_parallel_size
@@ -103,6 +94,7 @@ def check_model(model, config: LongContextConfig) -> None:
     base = unwrap(model)
     name = type(base).__name__
     text = base.config.get_text_config()
+    refuse_axes_of_model(model, size)
     if not shards_rows(text._attn_implementation):
         raise ValueError(
             f"`{name}` runs attn_implementation={text._attn_implementation!r}, which would see only this rank's "
