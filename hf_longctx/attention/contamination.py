@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 
+from ..families import SHARDED_LAYERS
 from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.segments import PAD_SEGMENT, segment_rows
 from ..parallel.shard import share_of_group
 from ..tiny_check import SAME_SUMS, evaluation_mode, first_ordinary_token
-from .registry import name_that_packs, name_that_shards
+from .registry import name_that_packs, name_that_shards, packs_rows
 
 
 _LABELS = ("labels", "shift_labels", "num_items_in_batch")
@@ -60,14 +61,14 @@ def assert_no_cross_document(
         )
     others = (segments != PAD_SEGMENT) & ~chosen & chosen.any(dim=1, keepdim=True)
     batch = {key: value for key, value in batch.items() if key not in _LABELS}
-    run = _Run(model, mesh, inner_attention)
+    run, remedy = _Run(model, mesh, inner_attention), _remedy(model)
     with evaluation_mode(model):
         with torch.no_grad():
             before = run.outputs(batch)
             after = run.outputs({**batch, "input_ids": _other_tokens(model, batch["input_ids"], chosen)})
-        _validate_moved(before, after, chosen, others)
+        _validate_moved(before, after, chosen, others, remedy)
         if check_gradients:
-            _validate_gradients(*run.gradients(batch, chosen), chosen, others)
+            _validate_gradients(*run.gradients(batch, chosen), chosen, others, remedy)
 
 
 class _Run:
@@ -143,16 +144,33 @@ def _other_tokens(model: torch.nn.Module, ids: torch.Tensor, chosen: torch.Tenso
     return torch.where(chosen, other, ids)
 
 
-def _validate_moved(before: torch.Tensor, after: torch.Tensor, chosen: torch.Tensor, others: torch.Tensor) -> None:
+def _remedy(model: Any) -> str:
+    """What to change, by the attention that the model runs already."""
+    text = model.config.get_text_config()
+    if not packs_rows(getattr(text, "_attn_implementation", None)):
+        return (
+            f"run the model with attn_implementation={name_that_packs()!r}, or {name_that_shards()!r} if rows are "
+            "shared, without a cache and without an `attention_mask`"
+        )
+    kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
+    other = sorted({str(kind) for kind in kinds if kind not in SHARDED_LAYERS})
+    named = f", of type {', '.join(other)}," if other else ""
+    return (
+        f"its attention, {text._attn_implementation!r}, keeps them apart, so another layer{named} mixes them: pad "
+        "documents instead of packing them for this model"
+    )
+
+
+def _validate_moved(
+    before: torch.Tensor, after: torch.Tensor, chosen: torch.Tensor, others: torch.Tensor, remedy: str
+) -> None:
     moved = (before - after).abs().amax(dim=-1) / before.abs().amax().clamp(min=1e-30)
     noise = SAME_SUMS.of(before.dtype)
     leak = float(moved[others].max())
     if not leak <= noise:
         raise AssertionError(
             f"documents packed in one row see each other: with one of them replaced, the outputs of others moved by "
-            f"{leak:.1e} of the largest (allowed {noise:.0e}); run the model with "
-            f"attn_implementation={name_that_packs()!r}, or {name_that_shards()!r} if rows are shared, without a "
-            "cache and without an `attention_mask`."
+            f"{leak:.1e} of the largest (allowed {noise:.0e}); {remedy}."
         )
     if not float(moved[chosen].max()) > 0:
         raise AssertionError(
@@ -161,12 +179,13 @@ def _validate_moved(before: torch.Tensor, after: torch.Tensor, chosen: torch.Ten
         )
 
 
-def _validate_gradients(size: torch.Tensor, largest: torch.Tensor, chosen: torch.Tensor, others: torch.Tensor) -> None:
+def _validate_gradients(
+    size: torch.Tensor, largest: torch.Tensor, chosen: torch.Tensor, others: torch.Tensor, remedy: str
+) -> None:
     noise = SAME_SUMS.of(size.dtype)
     leak = float(size[others].max() / largest.clamp(min=1e-30))
     if not leak <= noise or not float(largest) > 0:
         raise AssertionError(
             f"documents packed in one row see each other: the outputs of one send gradients of {leak:.1e} of its own "
-            f"largest ({float(largest):.1e}) to the embeddings of others (allowed {noise:.0e}); run the model with "
-            f"attn_implementation={name_that_packs()!r}, or {name_that_shards()!r} if rows are shared."
+            f"largest ({float(largest):.1e}) to the embeddings of others (allowed {noise:.0e}); {remedy}."
         )

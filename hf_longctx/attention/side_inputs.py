@@ -42,7 +42,7 @@ def validate_side_inputs(call: AttentionCall, name: str) -> None:
             isinstance(extra, torch.Tensor)
             and extra.dim() > 0
             and extra.is_floating_point()
-            and key_name not in _NO_SIDE_INPUTS
+            and key_name not in _BATCH_FACTS
         )
         refused = extra is not None and (key_name in (*_CHANGES_SCORES, "cache") or bias_like)
         if refused or _is_dropped(call.module, key_name, extra):

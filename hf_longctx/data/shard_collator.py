@@ -6,7 +6,7 @@ cuts the result, so labels are shifted over whole rows and the trainer counts ev
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import IGNORE_INDEX, cut_batch
@@ -46,7 +46,13 @@ class ShardCollator:
 
     def __call__(self, rows: list) -> dict[str, object]:
         real = [row for row in rows if not isinstance(row, DummySample)]
-        batch = dict(self.collator(real or [rows[0].row]))
+        collated = self.collator(real or [rows[0].row])
+        if not isinstance(collated, Mapping):
+            raise ValueError(
+                f"the collator returned a `{type(collated).__name__}`, but a batch is a mapping from names to "
+                "tensors: return a dictionary with `input_ids` and `labels`."
+            )
+        batch = dict(collated)
         if batch.get("labels") is None:
             raise ValueError(
                 f"the collated batch ({', '.join(batch)}) has no `labels`, so no token would be trained: add a "

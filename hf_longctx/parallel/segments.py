@@ -27,7 +27,8 @@ def segment_rows(
         document with padding on the right only.
 
     Raises:
-        ValueError: documents and a mask at once, or bounds that do not describe the rows.
+        ValueError: documents and a mask at once, bounds that do not describe the rows, or positions that are no whole
+            numbers without a mask.
     """
     mask, positions = batch.get("attention_mask"), batch.get("position_ids")
     valid = None if mask is None or bool(mask.all()) else mask.bool().expand(rows, -1)
@@ -35,7 +36,7 @@ def segment_rows(
     if documents is None:
         documents = _documents_from_index(batch.get("seq_idx"), rows)
     if documents is None and positions is not None:
-        documents = _documents_from_positions(positions.expand(rows, -1), valid)
+        documents = _documents_from_positions(positions.expand(rows, -1), valid, mask is not None)
     if documents is not None and mask is not None:
         raise ValueError(
             "the batch packs several documents in a row and also has an `attention_mask`: the mask would make the "
@@ -93,12 +94,24 @@ def _documents_from_index(index: torch.Tensor | None, rows: int) -> torch.Tensor
     return index.expand(rows, -1).to(torch.int32)
 
 
-def _documents_from_positions(positions: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor | None:
-    """A new document starts where positions do not go up by one, which is how transformers reads packed rows."""
-    restarts = torch.nn.functional.pad(positions.diff(dim=1) != 1, (1, 0))
+def _documents_from_positions(
+    positions: torch.Tensor, valid: torch.Tensor | None, has_mask: bool
+) -> torch.Tensor | None:
+    """A new document starts where positions do not go up by one, which is how transformers reads packed rows.
+
+    With a mask it reads none. Positions that only skip ahead (as in PoSE) then are those of one document; where they
+    restart, the batch means documents, and the mask is refused.
+    """
+    steps = positions.diff(dim=1)
     if valid is not None:
-        both_valid = valid[:, 1:] & valid[:, :-1]
-        restarts = restarts & torch.nn.functional.pad(both_valid, (1, 0))
-    if not bool(restarts.any()):
+        steps = torch.where(valid[:, 1:] & valid[:, :-1], steps, 1)
+    restarts = torch.nn.functional.pad(steps != 1, (1, 0))
+    if not bool(restarts.any()) or (has_mask and bool((steps > 0).all())):
         return None
+    if positions.is_floating_point() and bool((positions != positions.round()).any()):
+        raise ValueError(
+            f"`position_ids` ({positions[0, :3].tolist()} ...) are no whole numbers, and without an `attention_mask` "
+            "a document begins wherever they do not go up by one: pass an `attention_mask` of ones if a row is one "
+            "document."
+        )
     return restarts.cumsum(dim=1).to(torch.int32)

@@ -33,6 +33,7 @@ from .stopwatch import Stopwatch
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
+_TOKEN_KEYS = ("input_ids", "inputs_embeds", "labels", "shift_labels", "attention_mask", "position_ids", "seq_idx")
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,11 +242,14 @@ def validate_same_rows(shard: SequenceShard) -> None:
 
 
 def _validate_batch(batch: Mapping[str, Any]) -> tuple[int, int, torch.device]:
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"`batch` is a `{type(batch).__name__}`, but a batch is a mapping from names to tensors.")
     if "sequence_shard" in batch:
         raise ValueError("`batch` is already sharded (it has `sequence_shard`): shard full rows, once.")
     tokens = batch.get("input_ids") if batch.get("input_ids") is not None else batch.get("inputs_embeds")
     if tokens is None:
         raise ValueError(f"`batch` ({', '.join(batch)}) needs `input_ids` or `inputs_embeds` of shape (rows, tokens).")
+    _validate_tensors(batch, len(tokens[0]) if len(tokens) else 0)
     rows, num_tokens = tokens.shape[:2]
     for key, value in batch.items():
         if any(mark in key for mark in MULTIMODAL_INPUTS):
@@ -272,6 +276,20 @@ def _validate_batch(batch: Mapping[str, Any]) -> tuple[int, int, torch.device]:
                 "entry a token: drop the key, or give it a token dimension."
             )
     return rows, num_tokens, tokens.device
+
+
+def _validate_tensors(batch: Mapping[str, Any], num_tokens: int) -> None:
+    """Refuse rows of tokens that are no tensors: they would not be cut."""
+    for key, value in batch.items():
+        if isinstance(value, (list, tuple)):
+            is_rows = bool(value) and all(isinstance(row, (list, tuple)) and len(row) == num_tokens for row in value)
+        else:
+            is_rows = getattr(value, "shape", (0,))[1:2] == (num_tokens,)
+        if not isinstance(value, (torch.Tensor, type(None))) and (key in _TOKEN_KEYS or is_rows):
+            raise ValueError(
+                f"`{key}` is a `{type(value).__name__}`, but rows are cut as tensors: let the collator return "
+                "`torch.Tensor`s, for example `torch.as_tensor(...)`."
+            )
 
 
 def _cut(value: torch.Tensor, rank: int, local_len: int, fill: int) -> torch.Tensor:

@@ -93,6 +93,11 @@ def check_model(model, config: LongContextConfig) -> None:
         return
     base = unwrap(model)
     name = type(base).__name__
+    if hasattr(base, "_orig_mod"):
+        raise NotImplementedError(
+            f"the model is compiled (`{name}` from `torch.compile`), and the all-to-alls between ranks are not traced "
+            f"exactly, with `sequence_parallel_size` ({size}): pass the model itself, `model._orig_mod`."
+        )
     text = base.config.get_text_config()
     refuse_axes_of_model(model, size)
     if not shards_rows(text._attn_implementation):

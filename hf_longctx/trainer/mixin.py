@@ -38,6 +38,7 @@ from .run_watch import (
 from .sanity_check import SanityResult, run_sanity_check
 from .shifting_loss import ShiftingLoss
 from .step_check import prove_prediction_step, prove_training_step
+from .true_cause import check_loss_of_trainer, validate_labels
 
 
 class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
@@ -66,6 +67,7 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
         return ShareWatch()
 
     def prepare_arguments(self, given: dict[str, Any]) -> None:
+        check_loss_of_trainer(type(self), self.long_context.sequence_parallel_size, given.get("model"))
         self._preset = prepare_memory(
             self.memory, self.long_context, given.get("args"), given.get("model"), given.get("data_collator")
         )
@@ -115,6 +117,7 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
         return super()._prepare_inputs(inputs)
 
     def check_share(self, inputs: dict[str, Any]) -> None:
+        validate_labels(self, inputs)
         if not self.is_on_trial:
             self._prove_share(inputs)
         if self._takes_shifted_labels:

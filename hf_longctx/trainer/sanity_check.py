@@ -27,6 +27,7 @@ from ..parallel.mesh import SequenceMesh
 from ..parallel.segments import has_documents
 from ..parallel.shard import IGNORE_INDEX, SequenceShard, share_of_group
 from ..tiny_check import REORDERED_SUMS, evaluation_mode, random_tokens
+from .true_cause import refuse_broken_model, refuse_nonfinite_outputs
 
 
 _PACKAGE = str(Path(__file__).parents[1])
@@ -121,14 +122,12 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityRe
     valid = batch["attention_mask"].bool()
     share = share_of_group(batch, mesh, inner_attention=inner_attention, shift_labels=shift_labels)
     forward = {key: value for key, value in share.items() if key != "shift_labels"}
-    local = _on_a_share(model, name, forward)
-    if local.dim() != 3 or local.shape[1] != share["sequence_shard"].local_len:
-        raise NotImplementedError(
-            f"`{name}` returns {tuple(local.shape)} for {share['sequence_shard'].local_len} tokens a rank, not one "
-            "vector a token: a head that pools a row cannot be sharded yet; set `sequence_parallel_size` to 1."
-        )
+    local = _on_a_share(model, name, forward, batch)
+    _validate_one_vector_a_token(local, name, size, share["sequence_shard"].local_len)
     readers = frozenset(share["sequence_shard"].readers)
     needs_position_ids = padding_predicts = False
+    if size == 1:
+        refuse_nonfinite_outputs(model, name, local[valid])
     if size > 1 or "position_ids" in inspect.signature(type(unwrap(model)).forward).parameters:
         positions = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
         one_process = model(**batch, position_ids=positions)[0]
@@ -139,6 +138,7 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityRe
         unaware = _whole_rows(
             model(**{key: value for key, value in forward.items() if key != "sequence_shard"})[0], mesh, valid
         )
+        refuse_nonfinite_outputs(model, name, explicit)
         error, baseline_error = _difference(sharded, explicit), _difference(unaware, explicit)
         _validate_outputs(name, sharded, unaware, error, baseline_error)
         last_padding = ~valid & torch.nn.functional.pad(valid, (0, 1))[:, 1:]
@@ -151,7 +151,22 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityRe
     return SanityResult(needs_position_ids, ignores, padding_predicts, readers)
 
 
-def _on_a_share(model, name: str, share: dict[str, Any]) -> torch.Tensor:
+def _validate_one_vector_a_token(local: torch.Tensor, name: str, size: int, num_tokens: int) -> None:
+    if local.dim() == 3 and local.shape[1] == num_tokens:
+        return
+    if size == 1:
+        raise NotImplementedError(
+            f"`{name}` returns {tuple(local.shape)} for {num_tokens} tokens a row, not one vector a token: a head that "
+            "pools a row would pool the documents of a packed one together, and its loss is no mean over tokens; "
+            "train it on padded rows, with attn_implementation='sdpa'."
+        )
+    raise NotImplementedError(
+        f"`{name}` returns {tuple(local.shape)} for {num_tokens} tokens a rank, not one vector a token: a head that "
+        "pools a row cannot be sharded yet; set `sequence_parallel_size` to 1."
+    )
+
+
+def _on_a_share(model, name: str, share: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
     """Outputs of a share; an error of the model's own code, which never saw one, is reported as what it means."""
     try:
         return model(**share)[0]
@@ -159,6 +174,7 @@ def _on_a_share(model, name: str, share: dict[str, Any]) -> torch.Tensor:
         place = traceback.extract_tb(error.__traceback__)[-1].filename
         if share["sequence_shard"].size == 1 or place.startswith(_PACKAGE) or isinstance(error, DistError):
             raise
+        refuse_broken_model(model, name, batch)
         reason = " ".join(str(error).split())[:200]
         raise NotImplementedError(
             f"`{name}` cannot run on a share of a row ({type(error).__name__}: {reason}): one of its layers needs the "
