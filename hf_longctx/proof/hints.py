@@ -19,6 +19,13 @@ _INDEXER = {
 # Heads of a recurrent layer, whose size follows from the width.
 _STATE_HEADS = {"mamba_n_heads": 8, "mamba_d_head": "auto"}
 
+# Types whose default configuration has layers of one kind, where released models have several: a proof of the type
+# without them would not be one. Read where a type is named, never for a configuration that was given.
+LAYER_KINDS: dict[str, dict[str, list[str]]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
+}
+
 HINTS: dict[str, dict[str, Any]] = {
     # Sizes that the default configuration leaves out and the model needs.
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from ..config.run import LongContextConfig, validate_inner_attention
 from ..data.model_files import check_model_files
 from ..families import expects_unshifted_labels
+from .hints import LAYER_KINDS
 from .tiny import CannotShrink, shrink, without_dropout
 
 
@@ -168,7 +169,7 @@ def read_config(model: str) -> PretrainedConfig:
         ValueError: it is none of them, or cannot be read; the message says what to try.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
     path = _transformer_folder(Path(model).expanduser())
     if os.path.lexists(path):
@@ -180,7 +181,7 @@ def read_config(model: str) -> PretrainedConfig:
         except _UNREADABLE as error:
             raise ValueError(f"`{model}` cannot be read ({_reason(error)}): check the file.") from error
     if model in CONFIG_MAPPING_NAMES:
-        return CONFIG_MAPPING[model]()
+        return default_config(model)
     known = list(CONFIG_MAPPING_NAMES)
     nearest = _nearest(model, known)
     if os.sep not in model and "/" not in model and difflib.get_close_matches(model, known, 1, cutoff=0.8):
@@ -193,6 +194,18 @@ def read_config(model: str) -> PretrainedConfig:
             f"({_reason(error)}): check the name and the connection, or verify its model type without them, such as "
             f"{nearest}."
         ) from error
+
+
+def default_config(model_type: str) -> PretrainedConfig:
+    """The configuration of a type that is only named, with every kind of layer that its released models have."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    config = CONFIG_MAPPING[model_type]()
+    text = config.get_text_config()
+    for field, kinds in LAYER_KINDS.get(text.model_type, {}).items():
+        layers = text.num_hidden_layers
+        setattr(text, field, (kinds * layers)[:layers])
+    return config
 
 
 def _transformer_folder(path: Path) -> Path:

@@ -65,7 +65,34 @@ def shrink(config: PretrainedConfig, sequence_parallel_size: int = 2) -> Pretrai
     Raises:
         CannotShrink: transformers rejects the small sizes, or some size stays large; the field is named.
     """
-    values = shrink_values(config.to_dict(), sequence_parallel_size)
+    tiny = _shrunk(config, sequence_parallel_size, 2)
+    layers = 3
+    while (lost := lost_layer_kind(config, tiny)) and layers <= 2 * MOST_LAYERS:
+        # A pattern that repeats, not a list with one entry a layer: as many layers as it takes.
+        tiny, layers = _shrunk(config, sequence_parallel_size, layers), layers + 1
+    if lost:
+        field, kind = lost
+        raise CannotShrink(
+            f"`{config.model_type}` cannot be made tiny at `{field}`: {2 * MOST_LAYERS} layers hold none of kind "
+            f"{kind!r}, and a proof without it would not be one of this model; pass a configuration in which all "
+            "kinds come early."
+        )
+    return tiny
+
+
+def lost_layer_kind(config: PretrainedConfig, tiny: PretrainedConfig) -> tuple[str, str] | None:
+    """A field that tells the kinds of layers, and a kind that the tiny version has not; `None` if it has all."""
+    for field in ("layer_types", "layers_block_type", "mlp_layer_types", "block_types"):
+        ours, theirs = getattr(tiny, field, None), getattr(config, field, None)
+        if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
+            lost = sorted({str(kind) for kind in theirs} - {str(kind) for kind in ours})
+            if lost:
+                return field, lost[0]
+    return None
+
+
+def _shrunk(config: PretrainedConfig, size: int, least_layers: int) -> PretrainedConfig:
+    values = shrink_values(config.to_dict(), size, least_layers)
     _merge(values, HINTS.get(config.model_type, {}))
     try:
         return type(config).from_dict(values)
@@ -90,13 +117,13 @@ def validate_tiny(config: PretrainedConfig, num_parameters: int) -> None:
     )
 
 
-def shrink_values(values: Mapping[str, Any], size: int) -> dict[str, Any]:
+def shrink_values(values: Mapping[str, Any], size: int, least_layers: int = 2) -> dict[str, Any]:
     """The fields of a configuration, with those of the configurations inside it, made small."""
     values = dict(values)
     heads = _first(values, _HEADS)
     most = max(HEADS, size)
     heads = min(heads, most) if heads else most  # without any, it may hold a configuration that has
-    kept = _kept_layers(values)
+    kept = _kept_layers(values, least_layers)
     facts = _Facts(heads, kept, _first(values, _LAYERS) or 0, _head_size(values))
     small: dict[str, Any] = {name: _shrink_field(name, value, values, facts) for name, value in values.items()}
     tokens = [name for name, value in small.items() if _TOKEN.fullmatch(name) and isinstance(value, int) and value > 0]
@@ -219,9 +246,9 @@ def _share(parts: list | tuple, total: int) -> list[int]:
     return scaled
 
 
-def _kept_layers(values: Mapping) -> list[int]:
+def _kept_layers(values: Mapping, least: int = 2) -> list[int]:
     """Indices of the layers that stay: one of every kind that the lists with one entry a layer tell, and at least
-    two."""
+    `least`."""
     layers = _first(values, _LAYERS) or 0
     lists = [v for v in values.values() if isinstance(v, (list, tuple)) and layers and len(v) == layers]
     kinds: dict[tuple, int] = {}
@@ -229,7 +256,7 @@ def _kept_layers(values: Mapping) -> list[int]:
         kinds.setdefault(tuple(str(items[index]) for items in lists), index)
     kept = sorted(kinds.values())[:MOST_LAYERS]
     more = (index for index in range(layers) if index not in kept)
-    while len(kept) < min(2, layers):
+    while len(kept) < min(least, layers):
         kept.append(next(more))
     return sorted(kept)
 

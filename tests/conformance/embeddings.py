@@ -15,9 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 
 from transformers.models.auto import modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hf_longctx.proof.model_under_test import EMBEDDING_KINDS, ModelUnderTest, Setting
+from hf_longctx.proof.model_under_test import EMBEDDING_KINDS, ModelUnderTest, Setting, default_config
 from hf_longctx.proof.ranks import Ranks
 from hf_longctx.proof.result import EXACT, UNBUILDABLE, WRONG, RowsResult
 from hf_longctx.proof.verification import run_proof
@@ -50,7 +49,7 @@ def models() -> list[tuple[str, bool]]:
 def prove(ranks: Ranks, name: str, bidirectional: bool) -> dict:
     """The record of one model."""
     try:
-        config = CONFIG_MAPPING[name]()
+        config = default_config(name)
         if bidirectional:
             config.is_causal = False
         tested = ModelUnderTest.of(config, "embedding", SIZE)

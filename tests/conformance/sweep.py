@@ -23,7 +23,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_longctx.proof.bare_loop import prove_bare_loop
-from hf_longctx.proof.model_under_test import KINDS, ModelUnderTest, Setting
+from hf_longctx.proof.model_under_test import KINDS, ModelUnderTest, Setting, default_config
 from hf_longctx.proof.ranks import Ranks, RanksError
 from hf_longctx.proof.result import REFUSED, UNBUILDABLE, WRONG
 from hf_longctx.proof.verification import run_proof
@@ -67,7 +67,7 @@ def prove(ranks: Ranks, task: str, name: str) -> dict:
     """The record of one type."""
     began = time.perf_counter()
     try:
-        tested = ModelUnderTest.of(CONFIG_MAPPING[name](), task, SIZE)
+        tested = ModelUnderTest.of(default_config(name), task, SIZE)
     except Exception as error:
         bare, rows = (
             UNBUILDABLE,

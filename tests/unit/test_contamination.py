@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 from hf_longctx import PackingCollator, SequenceMesh, assert_no_cross_document
 from hf_longctx.attention.contamination import evaluation_mode
@@ -134,3 +135,20 @@ def test_padding_and_single_rows_are_left_out():
     assert_no_cross_document(build("llama", "packed"), batch)
     with pytest.raises(AssertionError, match="see each other"):
         assert_no_cross_document(build("modernbert", "sdpa"), batch)
+
+
+def test_a_hybrid_that_runs_our_attention_is_not_told_to_use_it():
+    config = transformers.Lfm2Config(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention"],
+    )
+    torch.manual_seed(0)
+    model = transformers.Lfm2ForCausalLM._from_config(config, attn_implementation="packed")
+    batch = {"input_ids": torch.arange(10, 22)[None], "position_ids": torch.arange(12)[None] % 6}
+    with pytest.raises(AssertionError, match="'packed', keeps them apart, so another layer, of type conv, mixes them"):
+        assert_no_cross_document(model, batch)

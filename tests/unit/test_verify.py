@@ -19,7 +19,7 @@ from hf_longctx.proof.numbers import Numbers, compare
 from hf_longctx.proof.random_rows import make_rows, num_tokens_of
 from hf_longctx.proof.ranks import RanksError
 from hf_longctx.proof.result import Errors, RowsResult, VerifyResult, judge, tolerance
-from hf_longctx.proof.tiny import shrink
+from hf_longctx.proof.tiny import CannotShrink, shrink
 from hf_longctx.proof.verification import merge, run_proof
 
 from ..conformance.page import worse
@@ -48,6 +48,31 @@ def test_shrinking_keeps_kinds_and_makes_sizes_small(kind, expected):
     with torch.device("meta"):
         auto = tf.AutoModelForMaskedLM if kind == "bert" else tf.AutoModelForCausalLM
         assert sum(p.numel() for p in auto.from_config(tiny).parameters()) < 500_000
+
+
+def kinds_of(config) -> set[str]:
+    return set(getattr(config, "layer_types", None) or config.layers_block_type)
+
+
+@pytest.mark.parametrize("kind", ["lfm2", "minimax_m3_vl_text", "recurrent_gemma", "gemma3_text", "jamba"])
+def test_a_tiny_version_has_a_layer_of_every_kind(kind):
+    if kind not in CONFIG_MAPPING:
+        pytest.skip("a model type of newer transformers")
+    config = read_config(kind)
+    assert kinds_of(shrink(config)) == kinds_of(config)
+    assert len(kinds_of(config)) == 2
+
+
+def test_a_configuration_that_is_given_keeps_its_own_kinds():
+    mixed = tf.Lfm2Config(num_hidden_layers=16, full_attn_idxs=[2, 5, 8])
+    assert kinds_of(shrink(mixed)) == {"conv", "full_attention"}
+    assert kinds_of(shrink(tf.Lfm2Config())) == {"full_attention"}
+
+
+def test_a_kind_that_no_tiny_version_has_is_named():
+    config = tf.RecurrentGemmaConfig(num_hidden_layers=20, block_types=["recurrent"] * 12 + ["attention"])
+    with pytest.raises(CannotShrink, match="cannot be made tiny at `.*`: 8 layers hold none of kind '.*attention'"):
+        shrink(config)
 
 
 FITTED = ("bamba", "dory", "dots3_note", "dots3_note_text", "falcon_h1", "granitemoehybrid", "hy_v4_vl_text", "jamba")
