@@ -236,3 +236,25 @@ def test_fsdp2_modules_have_the_state_that_gradient_caching_reads():
 
     assert callable(FSDPModule._get_fsdp_state)
     assert callable(FSDPModule.set_requires_gradient_sync)
+
+
+def test_which_peft_transformers_own_adapters_take(tmp_path):
+    """transformers 5.24 asks for peft 0.22, and peft's newest release is 0.21.2: `get_peft_model` takes both."""
+    peft = pytest.importorskip("peft")
+    from packaging.version import Version
+    from transformers.integrations.peft import MIN_PEFT_VERSION
+
+    config = transformers.LlamaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    lora = peft.LoraConfig(target_modules=["q_proj"])
+    assert type(peft.get_peft_model(transformers.LlamaForCausalLM(config), lora)).__name__ == "PeftModel"
+    model = transformers.LlamaForCausalLM(config)
+    is_old = Version(peft.__version__) < Version(MIN_PEFT_VERSION)
+    assert is_old == (
+        Version(transformers.__version__) >= Version("5.24") and Version(peft.__version__) < Version("0.22")
+    )
+    if is_old:
+        with pytest.raises(ValueError, match="version of PEFT you are using is not compatible"):
+            model.add_adapter(lora)
+    else:
+        model.add_adapter(lora)
+        assert model.active_adapters() == ["default"]
