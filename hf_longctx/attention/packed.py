@@ -159,8 +159,8 @@ def validated(call: AttentionCall, shard: SequenceShard) -> AttentionCall:
             f"`model.set_attn_implementation({name_that_packs()!r})`, or pad documents instead of packing them."
         )
     validate_positions(call.module, shard, call.extras)
-    validate_unadapted(call.module, shard)
     validate_side_inputs(call, name)
+    validate_unadapted(call.module, shard)
     shard.readers.add(id(call.module))
     return call
 

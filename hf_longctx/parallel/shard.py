@@ -22,9 +22,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..families import MULTIMODAL_INPUTS
 from .adapted import adapted_for
 from .collectives import gather_integers
+from .full_rows import validate_full_rows
 from .mesh import SequenceMesh
 from .segments import DOCUMENT_BOUND_KEYS, has_documents, positions_of, segment_rows
 from .stopwatch import Stopwatch
@@ -33,7 +33,6 @@ from .stopwatch import Stopwatch
 logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
-_TOKEN_KEYS = ("input_ids", "inputs_embeds", "labels", "shift_labels", "attention_mask", "position_ids", "seq_idx")
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,7 +191,7 @@ def cut_batch(
 
     See [`shard_batch`] for the arguments and errors. Communication: none.
     """
-    rows, num_tokens, device = _validate_batch(batch)
+    rows, num_tokens, device = validate_full_rows(batch)
     local_len = -(-num_tokens // size)
     segments, only_right_padding = segment_rows(batch, rows, num_tokens, device)
     padding = local_len * size - num_tokens
@@ -239,57 +238,6 @@ def validate_same_rows(shard: SequenceShard) -> None:
             "must read the same data in the same order; split the data set by `mesh.data_parallel_rank`, not by the "
             "process rank, and seed a random collator by it."
         )
-
-
-def _validate_batch(batch: Mapping[str, Any]) -> tuple[int, int, torch.device]:
-    if not isinstance(batch, Mapping):
-        raise ValueError(f"`batch` is a `{type(batch).__name__}`, but a batch is a mapping from names to tensors.")
-    if "sequence_shard" in batch:
-        raise ValueError("`batch` is already sharded (it has `sequence_shard`): shard full rows, once.")
-    tokens = batch.get("input_ids") if batch.get("input_ids") is not None else batch.get("inputs_embeds")
-    if tokens is None:
-        raise ValueError(f"`batch` ({', '.join(batch)}) needs `input_ids` or `inputs_embeds` of shape (rows, tokens).")
-    _validate_tensors(batch, len(tokens[0]) if len(tokens) else 0)
-    rows, num_tokens = tokens.shape[:2]
-    for key, value in batch.items():
-        if any(mark in key for mark in MULTIMODAL_INPUTS):
-            raise NotImplementedError(
-                f"`{key}` belongs to an image, video or audio input, which `ulysses` does not shard: train the text "
-                "model alone, or set `sequence_parallel_size` to 1."
-            )
-        if not isinstance(value, torch.Tensor) or key in DOCUMENT_BOUND_KEYS:
-            continue
-        if key == "position_ids" and value.dim() == 3:
-            raise NotImplementedError(
-                f"`position_ids` has shape {tuple(value.shape)}: 3-D multimodal rotary positions are not sharded; "
-                "pass 2-D positions of shape (rows, tokens)."
-            )
-        if key == "attention_mask" and value.dim() != 2:
-            raise NotImplementedError(
-                f"`attention_mask` has shape {tuple(value.shape)}: a hand-made mask cannot be cut by heads; pass a "
-                "2-D padding mask, or `position_ids` that restart at each document."
-            )
-        fits = value.dim() >= 2 and value.shape[1] == num_tokens and value.shape[0] in (rows, 1)
-        if not fits and value.dim() > 0:
-            raise ValueError(
-                f"`{key}` has shape {tuple(value.shape)}, but a sharded batch needs ({rows}, {num_tokens}, ...), one "
-                "entry a token: drop the key, or give it a token dimension."
-            )
-    return rows, num_tokens, tokens.device
-
-
-def _validate_tensors(batch: Mapping[str, Any], num_tokens: int) -> None:
-    """Refuse rows of tokens that are no tensors: they would not be cut."""
-    for key, value in batch.items():
-        if isinstance(value, (list, tuple)):
-            is_rows = bool(value) and all(isinstance(row, (list, tuple)) and len(row) == num_tokens for row in value)
-        else:
-            is_rows = getattr(value, "shape", (0,))[1:2] == (num_tokens,)
-        if not isinstance(value, (torch.Tensor, type(None))) and (key in _TOKEN_KEYS or is_rows):
-            raise ValueError(
-                f"`{key}` is a `{type(value).__name__}`, but rows are cut as tensors: let the collator return "
-                "`torch.Tensor`s, for example `torch.as_tensor(...)`."
-            )
 
 
 def _cut(value: torch.Tensor, rank: int, local_len: int, fill: int) -> torch.Tensor:

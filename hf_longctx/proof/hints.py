@@ -5,6 +5,12 @@ Fields are set as written after everything else was made small.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 from typing import Any
 
 
@@ -72,3 +78,14 @@ HINTS: dict[str, dict[str, Any]] = {
     "qwen2_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     "reformer": {"axial_pos_embds": False},
 }
+
+
+def lost_layer_kind(config: PretrainedConfig, tiny: PretrainedConfig) -> tuple[str, str] | None:
+    """A field that tells the kinds of layers, and a kind that the tiny version has not; `None` if it has all."""
+    for field in ("layer_types", "layers_block_type", "mlp_layer_types", "block_types"):
+        ours, theirs = getattr(tiny, field, None), getattr(config, field, None)
+        if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
+            lost = sorted({str(kind) for kind in theirs} - {str(kind) for kind in ours})
+            if lost:
+                return field, lost[0]
+    return None

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from .hints import HINTS
+from .hints import HINTS, lost_layer_kind
 
 
 if TYPE_CHECKING:
@@ -78,17 +78,6 @@ def shrink(config: PretrainedConfig, sequence_parallel_size: int = 2) -> Pretrai
             "kinds come early."
         )
     return tiny
-
-
-def lost_layer_kind(config: PretrainedConfig, tiny: PretrainedConfig) -> tuple[str, str] | None:
-    """A field that tells the kinds of layers, and a kind that the tiny version has not; `None` if it has all."""
-    for field in ("layer_types", "layers_block_type", "mlp_layer_types", "block_types"):
-        ours, theirs = getattr(tiny, field, None), getattr(config, field, None)
-        if isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple)):
-            lost = sorted({str(kind) for kind in theirs} - {str(kind) for kind in ours})
-            if lost:
-                return field, lost[0]
-    return None
 
 
 def _shrunk(config: PretrainedConfig, size: int, least_layers: int) -> PretrainedConfig:

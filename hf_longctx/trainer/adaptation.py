@@ -23,7 +23,8 @@ from ..families import COUNTS_FROM_PADDING, expects_unshifted_labels
 from ..parallel.adapted import Adapted
 from ..parallel.mesh import SequenceMesh
 from ..tiny_check import random_tokens
-from .checks import check_model, warn_about_dropout
+from .checks import check_model
+from .random_draws import warn_about_draws
 from .sanity_check import SanityResult, run_sanity_check
 
 
@@ -56,7 +57,7 @@ def adapt(model: torch.nn.Module, mesh: SequenceMesh, *, inner_attention: str = 
         sequence_parallel_size=mesh.sequence_parallel_size, inner_attention=inner_attention, check_packing=True
     )
     check_model(model, config)
-    warn_about_dropout(model, mesh.sequence_parallel_size)
+    warn_about_draws(model, mesh.sequence_parallel_size)
     inner = unwrap(model)
     shifts, has_loss = predicts_next_token(inner), "labels" in inspect.signature(type(inner).forward).parameters
     adapted = Adapted(mesh.sequence_parallel_size, inner_attention, shifts if has_loss else None)

@@ -27,6 +27,7 @@ from ..tiny_check import REORDERED_SUMS, SAME_SUMS, random_tokens
 from .captured_outputs import CapturedOutputs
 from .shifting_loss import ShiftingLoss
 from .trial import is_overridden, on_trial, one_process
+from .true_cause import validate_labels
 
 
 _PATH = ("compute_loss", "_prepare_inputs", "_get_num_items_in_batch", "compute_loss_context_manager")
@@ -49,7 +50,7 @@ def prove_loss(trainer: Any, inputs: Mapping[str, Any]) -> None:
     overridden, sharded = is_overridden(trainer, *_PATH), trainer.mesh.sequence_parallel_size > 1
     own_function = isinstance(trainer.compute_loss_func, ShiftingLoss) or trainer.label_smoother is not None
     if not overridden and not (sharded and own_function):
-        return
+        return validate_labels(trainer, inputs)
     rows = tiny_rows(trainer, inputs)
     if not sharded:
         return _refuse_late_labels(trainer, rows)

@@ -38,7 +38,7 @@ from .run_watch import (
 from .sanity_check import SanityResult, run_sanity_check
 from .shifting_loss import ShiftingLoss
 from .step_check import prove_prediction_step, prove_training_step
-from .true_cause import check_loss_of_trainer, validate_labels
+from .true_cause import check_loss_of_trainer
 
 
 class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
@@ -117,7 +117,6 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
         return super()._prepare_inputs(inputs)
 
     def check_share(self, inputs: dict[str, Any]) -> None:
-        validate_labels(self, inputs)
         if not self.is_on_trial:
             self._prove_share(inputs)
         if self._takes_shifted_labels:

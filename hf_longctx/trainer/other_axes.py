@@ -1,4 +1,4 @@
-"""Tensor, pipeline and expert parallelism next to shared rows: refused by name, whoever brings them.
+"""Tensor, pipeline and expert parallelism next to shared rows: refused by name.
 
 They come with the arguments (`ParallelismConfig`), with the launcher, or with the model: `tp_plan`, a
 `distributed_config`, a `device_map` over several devices, or parameters that are pieces already. All of them take the

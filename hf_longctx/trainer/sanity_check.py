@@ -156,8 +156,8 @@ def _validate_one_vector_a_token(local: torch.Tensor, name: str, size: int, num_
         return
     if size == 1:
         raise NotImplementedError(
-            f"`{name}` returns {tuple(local.shape)} for {num_tokens} tokens a row, not one vector a token: a head that "
-            "pools a row would pool the documents of a packed one together, and its loss is no mean over tokens; "
+            f"`{name}` returns {tuple(local.shape)} for {num_tokens} tokens a row, not one vector a token: a head "
+            "that pools a row would pool the documents of a packed one together, and its loss is no mean over tokens; "
             "train it on padded rows, with attn_implementation='sdpa'."
         )
     raise NotImplementedError(

@@ -5,7 +5,7 @@ A model that one process cannot run, or whose numbers are not finite there, is n
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -89,8 +89,8 @@ def check_loss_of_trainer(trainer: type, size: int, model: Any) -> None:
             )
 
 
-def validate_labels(trainer: Any, inputs: dict[str, Any]) -> None:
-    """Refuse labels that are no whole numbers where the loss is the model's own, a cross entropy of classes.
+def validate_labels(trainer: Any, inputs: Mapping[str, Any]) -> None:
+    """Refuse labels that are no whole numbers where `compute_loss` is the library's, a cross entropy of classes.
 
     Raises:
         ValueError: they are floats.

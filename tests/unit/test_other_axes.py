@@ -1,4 +1,4 @@
-"""Tensor, pipeline and expert parallelism next to shared rows are refused by name, whoever brings them."""
+"""Tensor, pipeline and expert parallelism next to shared rows are refused by name."""
 
 from __future__ import annotations
 

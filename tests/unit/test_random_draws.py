@@ -1,4 +1,4 @@
-"""What a model draws at random outside attention: jitter is told, and noise that is scaled by rows is refused."""
+"""What a model draws at random outside attention: jitter is a warning, and noise that is scaled by rows is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ranks that were started with different settings are told so at once, with the field and the values."""
+"""Ranks that were started with different settings end at once, with the field and the values."""
 
 from __future__ import annotations
 
