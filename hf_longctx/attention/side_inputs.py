@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from types import CodeType
+from typing import Any
 
 import torch
 
@@ -114,7 +115,8 @@ def _is_dropped(module: torch.nn.Module, name: str, extra: object) -> bool:
     sizes = [tensor.dim() for tensor in _tensors(extra)]
     if not any(sizes) and not inspect.isfunction(extra):
         return False
-    return max(sizes, default=0) > 2 or name in _names_in_code(type(module))
+    layer: Any = type(module)
+    return max(sizes, default=0) > 2 or name in _names_in_code(layer)
 
 
 def _tensors(extra: object) -> Iterator[torch.Tensor]:

@@ -10,6 +10,7 @@ import transformers
 
 from hf_longctx import PackingCollator, SequenceMesh, assert_no_cross_document
 from hf_longctx.attention.contamination import evaluation_mode
+from hf_longctx.parallel.adapted import MARK
 
 from ..models import MASKED_LM, VOCAB, build
 from .test_packed import documents_of
@@ -149,6 +150,8 @@ def test_a_hybrid_that_runs_our_attention_is_not_told_to_use_it():
     )
     torch.manual_seed(0)
     model = transformers.Lfm2ForCausalLM._from_config(config, attn_implementation="packed")
+    for module in model.modules():  # as a trainer that is about to check it
+        vars(module)[MARK] = True
     batch = {"input_ids": torch.arange(10, 22)[None], "position_ids": torch.arange(12)[None] % 6}
     with pytest.raises(AssertionError, match="'packed', keeps them apart, so another layer, of type conv, mixes them"):
         assert_no_cross_document(model, batch)
