@@ -7,6 +7,9 @@ rooms because attention and losses look facts up as well as adapters and trainer
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 # Decoders that count their tokens from 0, whatever `position_ids` say.
 COUNTS_POSITIONS = frozenset(
@@ -36,6 +39,30 @@ COUNTS_FROM_PADDING = frozenset(
 )
 # Causal language models whose own loss compares the logits of a token with the label of the same token.
 UNSHIFTED_LABELS = COUNTS_POSITIONS | {"whisper"}
+
+# Kinds of rotary embeddings whose frequencies depend on the largest position of a call.
+LENGTH_ROPE_KINDS = ("dynamic", "longrope")
+# Fields with the length from which on they change; that of the configuration, which most kinds only read when they are
+# built; and the beginning of a field that scales queries by position from that length on.
+ROPE_THRESHOLDS = ("original_max_position_embeddings",)
+ROPE_THRESHOLD = "max_position_embeddings"
+POSITION_SCALE = "llama_4_scaling"
+# Fields with the number of positions after which a scale of queries changes, again and again.
+POSITION_STEPS = ("floor_scale", "log_scaling_n_floor")
+# A field that scales the embeddings of all tokens by how many of the row are masked.
+ROW_COUNT_FIELD = "token_dropout"
+
+# PEFT adapters whose effect on a token depends on other tokens of the batch: by kind, and by a field that turns it on.
+ROW_ADAPTERS = {
+    "LILY": "mixes its experts by their mean over the tokens of the batch",
+    "POLY": "chooses its modules by one `task_ids` entry a row",
+    "SHADOW": "runs a model of its own beside, over the tokens of the batch",
+}
+ROW_ADAPTER_FIELDS = {
+    "is_prompt_learning": "puts virtual tokens in front of the tokens of the batch",
+    "alora_invocation_tokens": "acts from the last place on at which a row holds these token ids",
+    "velora_config": "compresses activations by a mean over the tokens of the batch",
+}
 
 # Kinds of layers, as in `config.layer_types`, whose whole reach over the sequence is attention that reads the shard.
 SHARDED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse")
@@ -78,3 +105,49 @@ def expects_unshifted_labels(config) -> bool:
     as they are. The trainers compare the loss on a tiny batch before the first step, so a wrong answer shows.
     """
     return config.model_type in UNSHIFTED_LABELS
+
+
+def rope_settings(config) -> list[dict[str, Any]]:
+    """The rotary settings of a configuration, one for each kind of layer that has its own."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    if not isinstance(rope, dict):
+        return []
+    inside = [value for value in rope.values() if isinstance(value, dict)]
+    return inside or [rope]
+
+
+def rope_kind(settings: Mapping[str, Any]) -> str:
+    """The kind of rotary settings: `"default"`, `"yarn"`, ..."""
+    return settings.get("rope_type", settings.get("type")) or "default"
+
+
+def length_rope(config) -> tuple[str, int] | None:
+    """The kind of rotary embedding of this configuration whose frequencies depend on a row's length, if it has one.
+
+    Returns:
+        tuple of the kind and the smallest length up to which all rows are rotated alike.
+    """
+    kinds = [(_threshold(config, item), rope_kind(item)) for item in rope_settings(config)]
+    found = [(longest, kind) for longest, kind in kinds if kind in LENGTH_ROPE_KINDS]
+    return None if not found else (min(found)[1], min(found)[0])
+
+
+def length_thresholds(config) -> list[int]:
+    """Positions of this configuration from which on a layer computes something else, in order."""
+    settings = [
+        item
+        for item in rope_settings(config)
+        if rope_kind(item) in LENGTH_ROPE_KINDS or any(name.startswith(POSITION_SCALE) for name in item)
+    ]
+    return sorted({_threshold(config, item) for item in settings} - {0})
+
+
+def _threshold(config, settings: Mapping[str, Any]) -> int:
+    named = None if rope_kind(settings) == "dynamic" else settings.get(ROPE_THRESHOLDS[0])
+    return named or getattr(config, ROPE_THRESHOLD, None) or 0
+
+
+def scales_by_count(layer) -> bool:
+    """Whether an attention layer scales queries by positions that it counts itself: Llama 4 where nothing rotates."""
+    fields = ("attn_temperature_tuning", "floor_scale", "attn_scale", "use_rope")
+    return all(hasattr(layer, name) for name in fields) and bool(layer.attn_temperature_tuning) and not layer.use_rope

@@ -11,9 +11,11 @@ import torch
 from hf_longctx import SequenceMesh, adapt, shard_batch
 from hf_longctx.adapters.instance_forward import InstancePatch, PatchHandle, put_on
 from hf_longctx.adapters.positions import follow_positions
+from hf_longctx.adapters.row_lengths import follow_lengths
 from hf_longctx.adapters.tiled_loss import tile_loss
 from hf_longctx.adapters.tiled_mlp import tile_mlp
 
+from .lengths import build_with_lengths
 from .models import VOCAB, build
 
 
@@ -138,6 +140,13 @@ ADAPTERS = {
     "positions": Adapter(
         lambda: build("bart", "packed").eval(),
         follow_positions,
+        lambda model: model.get_decoder(),
+        _whole_row,
+        _follows,
+    ),
+    "lengths": Adapter(
+        lambda: build_with_lengths("llama", "dynamic", "packed", torch.float32),
+        follow_lengths,
         lambda model: model.get_decoder(),
         _whole_row,
         _follows,

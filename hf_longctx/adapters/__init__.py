@@ -9,11 +9,13 @@ from ..lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from .positions import follow_positions as follow_positions
+    from .row_lengths import follow_lengths as follow_lengths
     from .tiled_loss import tile_loss as tile_loss
     from .tiled_mlp import tile_mlp as tile_mlp
 
 _EXPORTS = {
     "positions": ("follow_positions",),
+    "row_lengths": ("follow_lengths",),
     "tiled_loss": ("tile_loss",),
     "tiled_mlp": ("tile_mlp",),
 }

@@ -8,6 +8,7 @@ from ..parallel.adapted import Adapted, mark, unmark
 from .instance_forward import PatchHandle, take_off
 from .loop_batches import LOOP_BATCHES
 from .positions import follow_positions
+from .row_lengths import follow_lengths
 from .wrapped import unwrap
 
 
@@ -32,7 +33,7 @@ def attach_adapters(model: torch.nn.Module, adapted: Adapted | None = None) -> A
     Raises:
         NotImplementedError: an adapter does not know this version of the model.
     """
-    names = follow_positions(model).names
+    names = (*follow_positions(model).names, *follow_lengths(model).names)
     take_off(unwrap(model), LOOP_BATCHES)  # a trainer looks after its batches itself
     mark(model, adapted)
     return AttachedAdapters(model, *names, LOOP_BATCHES)

@@ -18,9 +18,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..attention.cache_names import CACHE_LENGTH_NAMES, find_cache
-from ..attention.call_documents import document_facts, refuse_cache, shard_of_rows
+from ..attention.call_documents import documents_of_forward, refuse_cache
 from ..attention.implicit_positions import FOLLOWED, local_positions, longest_document
-from ..attention.registry import find_attention
 from ..families import counts_positions
 from ..parallel.shard import SequenceShard
 from .instance_forward import InstancePatch, PatchHandle, named_arguments, patch_on, put_on
@@ -110,16 +109,8 @@ class _TablePatch(InstancePatch):
 
 def _documents_of_batch(decoder: torch.nn.Module, given: dict[str, Any]) -> SequenceShard | None:
     """The documents of a batch that no one has cut. The decoder makes a mask of ones, behind which they would hide."""
-    tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
-    if (
-        tokens is None
-        or given.get("attention_mask") is not None
-        or find_attention(decoder.config._attn_implementation) is None
-    ):
-        return None
-    rows, num_tokens = tokens.shape[:2]
-    shard = shard_of_rows(document_facts(given, num_tokens), rows, num_tokens, tokens.device)
-    if shard.segment_ids is None:
+    shard = documents_of_forward(decoder.config, given)
+    if shard is None:
         return None
     use_cache = given.get("use_cache")
     fills_cache = getattr(decoder.config, "use_cache", False) if use_cache is None else use_cache

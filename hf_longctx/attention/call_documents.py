@@ -13,11 +13,16 @@ from typing import Any
 
 import torch
 
-from ..parallel.segments import DOCUMENT_BOUND_KEYS, segment_rows
+from ..parallel.segments import DOCUMENT_BOUND_KEYS, position_facts, segment_rows
 from ..parallel.shard import SequenceShard
 from .call import AttentionCall
 from .deferred import DeferredMask
 from .masks import packed_documents
+from .registry import find_attention
+
+
+# What the tokens of a forward are called.
+TOKEN_NAMES = ("input_ids", "inputs_embeds", "hidden_states")
 
 
 def documents_of_call(call: AttentionCall) -> SequenceShard | None:
@@ -107,6 +112,33 @@ def document_facts(given: Mapping[str, object], num_tokens: int) -> dict[str, ob
     if isinstance(positions, torch.Tensor) and positions.dim() == 2 and positions.shape[1] == num_tokens:
         facts["position_ids"] = positions
     return facts
+
+
+def documents_of_forward(config, given: Mapping[str, Any]) -> SequenceShard | None:
+    """The documents of a batch that no one has cut, from the arguments of a module's forward.
+
+    Args:
+        config (`PretrainedConfig`, *optional*): of the module; without an attention of ours there are none.
+        given (`Mapping`): the arguments by name.
+
+    Returns:
+        [`SequenceShard`] of one process, or `None` for rows of one document each.
+    """
+    tokens = next((given[name] for name in TOKEN_NAMES if given.get(name) is not None), None)
+    mask = given.get("attention_mask")
+    is_padded = isinstance(mask, torch.Tensor) or getattr(mask, "padding", None) is not None
+    if tokens is None or is_padded or find_attention(getattr(config, "_attn_implementation", None)) is None:
+        return None
+    rows, num_tokens = tokens.shape[:2]
+    facts = document_facts(given, num_tokens)
+    shard = shard_of_rows(facts, rows, num_tokens, tokens.device)
+    if shard.segment_ids is None and isinstance(mask, DeferredMask):  # a layer inside the model sees no positions
+        segments = packed_documents(mask.mask_function)
+        return None if segments is None else SequenceShard(1, 0, num_tokens, num_tokens, segments, False)
+    if shard.segment_ids is None:
+        return None
+    positions = facts.get("position_ids")
+    return shard if positions is None else replace(shard, **position_facts(shard.segment_ids, positions))
 
 
 def shard_of_rows(facts: Mapping[str, object], rows: int, num_tokens: int, device: torch.device) -> SequenceShard:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ..adapters.instance_forward import InstancePatch, PatchHandle, patch_on, put_on
+from ..adapters.row_lengths import LENGTH_PATCHES, follow_lengths
 from ..parallel.adapted import mark, unmark
 from ..parallel.mesh import SequenceMesh
 from ..parallel.pooling import Spans, pool_spans
@@ -95,6 +96,7 @@ def pack_embeddings(
             module.model_forward_params = module.model_forward_params | _PASSED_KEYS
         module.can_flatten_inputs = True
         put_on(module, _TransformerPatch(layout, before))
+        follow_lengths(module)
     for module in model.modules():
         if isinstance(module, Pooling):
             put_on(module, _PoolingPatch())
@@ -120,7 +122,7 @@ def unpack_embeddings(model: SentenceTransformer) -> SentenceTransformer:
             for name in _CHANGED:
                 vars(module).pop(name, None)
             vars(module).update(patch.before)
-    PatchHandle(model, PACKED).remove()
+    PatchHandle(model, PACKED, *LENGTH_PATCHES).remove()
     unmark(model)
     return model
 

@@ -63,8 +63,44 @@ def positions_of(segments: torch.Tensor | None, num_tokens: int, device: torch.d
     index = torch.arange(num_tokens, device=device)
     if segments is None or not has_documents(segments):
         return index[None]
-    begins = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
-    return index - torch.where(begins, index, 0).cummax(dim=1).values
+    return index - torch.where(_begins(segments), index, 0).cummax(dim=1).values
+
+
+def document_lengths(segments: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
+    """For every token the length of its document: one more than the largest position in it.
+
+    Args:
+        segments (`torch.Tensor` of shape `(B, T)`): the document of every token.
+        positions (`torch.Tensor` of shape `(B, T)`, *optional*): default: those that begin at 0 in every document.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`, int64.
+    """
+    if positions is None:
+        positions = positions_of(segments, segments.shape[1], segments.device)
+    runs = _begins(segments).cumsum(dim=1) - 1
+    return torch.zeros_like(runs).scatter_reduce(1, runs, positions.long() + 1, "amax").gather(1, runs)
+
+
+def position_facts(segments: torch.Tensor | None, positions: torch.Tensor | None) -> dict[str, Any]:
+    """What a shard keeps of the positions of whole rows, of which a rank sees its share.
+
+    Args:
+        segments (`torch.Tensor` of shape `(B, T)`, *optional*): the document of every token.
+        positions (`torch.Tensor` of shape `(B, T)` or `(1, T)`, *optional*): of every token.
+    """
+    if positions is None or not positions.numel():
+        return {}
+    facts: dict[str, Any] = {"num_positions": int(positions.max()) + 1}
+    if segments is not None and has_documents(segments):
+        positions = positions.expand_as(segments)
+        if not torch.equal(positions, positions_of(segments, segments.shape[1], segments.device)):
+            facts["document_lengths"] = document_lengths(segments, positions)
+    return facts
+
+
+def _begins(segments: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
 
 
 def _documents_from_bounds(

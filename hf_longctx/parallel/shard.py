@@ -26,7 +26,7 @@ from .adapted import adapted_for
 from .collectives import gather_integers
 from .full_rows import validate_full_rows
 from .mesh import SequenceMesh
-from .segments import DOCUMENT_BOUND_KEYS, has_documents, positions_of, segment_rows
+from .segments import DOCUMENT_BOUND_KEYS, has_documents, position_facts, positions_of, segment_rows
 from .stopwatch import Stopwatch
 
 
@@ -51,6 +51,9 @@ class SequenceShard:
         inner_attention (`str`): the kernel that `"ulysses"` runs.
         has_own_positions (`bool`): `position_ids` are the batch's or, on one process, counted by the model; otherwise
             they were added and count from 0 in each document.
+        num_positions (`int`, *optional*): one more than the largest position of the whole rows.
+        document_lengths (`torch.Tensor` of shape `(B, T)`, *optional*): the same of every token's document, if
+            positions do not begin at 0 in each.
         row_hash (`int`): checksum of the full rows, equal on the ranks of a group.
         group (`ProcessGroup`, *optional*): the `sp` axis; bound in the main process, since it cannot leave a data
             worker.
@@ -67,6 +70,8 @@ class SequenceShard:
     only_right_padding: bool = True
     inner_attention: str = "auto"
     has_own_positions: bool = False
+    num_positions: int | None = None
+    document_lengths: torch.Tensor | None = None
     row_hash: int = 0
     group: dist.ProcessGroup | None = field(default=None, repr=False)
     stopwatch: Stopwatch | None = field(default=None, repr=False)
@@ -88,9 +93,9 @@ class SequenceShard:
 
     def to(self, device: torch.device | str, **kwargs) -> SequenceShard:
         """The same facts on `device`, so that the trainers' device placement moves a shard like a tensor."""
-        if self.segment_ids is None:
-            return self
-        return dataclasses.replace(self, segment_ids=self.segment_ids.to(device, **kwargs))
+        facts = {"segment_ids": self.segment_ids, "document_lengths": self.document_lengths}
+        moved = {name: fact.to(device, **kwargs) for name, fact in facts.items() if fact is not None}
+        return dataclasses.replace(self, **moved) if moved else self
 
 
 def shard_batch(
@@ -224,6 +229,7 @@ def cut_batch(
         only_right_padding=only_right_padding,
         inner_attention=inner_attention,
         has_own_positions=has_own_positions,
+        **position_facts(segments, full.get("position_ids")),
         row_hash=_hash(batch),
     )
     return share

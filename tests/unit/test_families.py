@@ -11,11 +11,13 @@ import pytest
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import hf_longctx
 from hf_longctx import families
+from hf_longctx.adapters import rotary_lengths
 from hf_longctx.proof.tiny import shrink
 
 
@@ -48,6 +50,50 @@ def test_other_decoders_use_position_ids():
     assert uses_positions(tiny("llama")) and uses_positions(tiny("opt"))
     assert not families.counts_positions(transformers.LlamaConfig())
     assert not families.counts_positions(transformers.BartConfig())  # with its encoder it is another model
+
+
+def rope_of(kind: str) -> dict[str, object]:
+    """Settings that every kind of rotary embedding takes what it needs from."""
+    longrope = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8} if kind == "longrope" else {}
+    llama3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0} if kind == "llama3" else {}
+    scaled = {"original_max_position_embeddings": 64} if kind in ("longrope", "llama3", "yarn") else {}
+    factor = {} if kind == "default" else {"factor": 4.0}
+    return {"rope_type": kind, "rope_theta": 1e4, **factor, **longrope, **llama3, **scaled}
+
+
+@pytest.mark.parametrize("kind", ["default", *ROPE_INIT_FUNCTIONS])
+def test_rotary_kinds_that_depend_on_the_length_are_those_of_the_table(kind, monkeypatch):
+    config = shrink(CONFIG_MAPPING["llama"](rope_parameters=rope_of(kind)))
+    named = families.length_rope(config)
+    assert (named is not None) == (kind in families.LENGTH_ROPE_KINDS)
+    assert families.length_thresholds(config) == ([12] if named else [])
+    monkeypatch.setattr(rotary_lengths, "length_rope", lambda config: None)  # by what it does, not by its name
+    rotary = AutoModelForCausalLM.from_config(config).model.rotary_emb
+    assert rotary_lengths.depends_on_length(rotary) == (named is not None)
+
+
+# What reads the largest position of a call, or scales by a position, in transformers' modeling files. Those that take
+# the position of an image's last token compute it in the outermost model, which no share reaches.
+READS_LENGTHS = {
+    b"max(position_ids": {"phimoe"},
+    b"position_ids.max(": {"hunyuan_vl", "hy_v4_vl", "qwen2_5_omni", "qwen3_omni_moe", "reformer"},
+    b"position_ids.amax(": {"minicpmv4_7"},
+    b"log1p(torch.floor": {"llama4"},
+    b"torch.floor(position": {"ministral3", "mistral4"},
+    b"token_dropout and": {"esm", "evolla"},
+    b"log_scaling_n_floor": {"inkling", "inkling2", "inkling2_loop"},
+}
+
+
+def test_no_other_modeling_file_reads_a_length():
+    """A new one is read by eye, and is exact or refused before it is added."""
+    found: dict[bytes, set[str]] = {pattern: set() for pattern in READS_LENGTHS}
+    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        source = path.read_bytes()
+        for pattern, names in found.items():
+            if pattern in source:
+                names.add(path.parent.name)
+    assert all(found[pattern] <= names for pattern, names in READS_LENGTHS.items()), found
 
 
 @pytest.mark.parametrize("kind", [*sorted(families.UNSHIFTED_LABELS), "llama"])
