@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 from transformers.utils import logging
 
+from ..adapters.instance_forward import InstancePatch
+from ..adapters.rotary_lengths import forget_lengths
 from ..parallel.pooling import POOLING_MODES
 from .build import build_model, loading_options, turn_dropout_off
 from .model_under_test import ModelUnderTest, read_config
@@ -61,6 +63,25 @@ def _as_it_is(tested: ModelUnderTest, weights: str, options: dict[str, object]) 
     config: Any = tested.config
     changed = {name: value for name, value in config.to_dict().items() if given.get(name, given) != value}
     return SentenceTransformer(weights, model_kwargs=options, config_kwargs=changed, device="cpu")
+
+
+class OneByOne(InstancePatch):
+    """On a `Transformer` that reads the length of its rows: every text of a padded batch alone, as if it were first.
+
+    A padded batch would give its short texts the length of the longest.
+    """
+
+    name = "texts one by one"
+
+    def call(self, module: Transformer, own: Callable, features: dict, **kwargs):
+        mask, name = features["attention_mask"].bool(), module.module_output_name
+        rows = []
+        for row, valid in enumerate(mask):
+            forget_lengths(module)
+            text = {key: features[key][row : row + 1, valid] for key in ("input_ids", "attention_mask")}
+            rows.append(own({**features, **text}, **kwargs)[name][0])
+        padded = rows[0].new_zeros(*mask.shape, rows[0].shape[-1])
+        return {**features, name: padded.masked_scatter(mask[..., None], torch.cat(rows))}
 
 
 @contextlib.contextmanager

@@ -14,10 +14,12 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
+from ..adapters.instance_forward import put_on
 from ..embedding.packed_model import pack_embeddings, shared_rows
 from ..embedding.tiled_ranking_loss import TiledMultipleNegativesRankingLoss
+from ..families import length_rope
 from ..parallel.mesh import SequenceMesh
-from .embedder import TEXTS_OF_A_GROUP, build_embedder, num_modes_of, num_tokens_of, texts_of_group
+from .embedder import TEXTS_OF_A_GROUP, OneByOne, build_embedder, num_modes_of, num_tokens_of, texts_of_group
 from .embedding_numbers import (
     compare_embeddings,
     embed,
@@ -86,6 +88,8 @@ class EmbeddingPair:
             raise Outcome(UNBUILDABLE, self.tested.problem)
         try:
             model = build_embedder(self.tested, None, getattr(torch, self.dtype))
+            if length_rope(self.tested.config.get_text_config()) is not None:
+                put_on(model[0], OneByOne())
             embeddings = torch.cat([embed(model, columns) for columns in self.groups])
             numbers = train(MultipleNegativesRankingLoss(model), model, self.columns, embeddings)
         except CannotShrink as error:

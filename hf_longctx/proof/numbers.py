@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..adapters.rotary_lengths import forget_lengths
 from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import shard_batch
@@ -53,10 +54,12 @@ class Numbers:
 def of_one_process(model: torch.nn.Module, task: str, rows: Rows) -> Numbers:
     """The reference implementation: the model as transformers runs it, on one process."""
     model.zero_grad()
+    forget_lengths(model)
     outputs, loss, scale = _whole_rows(model.train(), task, rows)
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
+    forget_lengths(model)
     with torch.no_grad():
         evaluation = _whole_rows(model.eval(), task, rows)[1]
     model.train()
@@ -72,6 +75,7 @@ def _whole_rows(model: torch.nn.Module, task: str, rows: Rows) -> tuple[torch.Te
         return outputs, total / rows.num_items, _scale(task, outputs, rows, total)
     pieces, total = [], 0.0
     for row, start, stop in rows.documents:
+        forget_lengths(model)  # every document is alone
         document = {name: value[row : row + 1, start:stop] for name, value in batch.items()}
         output, part = _one_batch(model, task, document, rows, (row, start))
         pieces.append(output[0])
@@ -110,10 +114,12 @@ def on_the_ranks(model: torch.nn.Module, task: str, rows: Rows, mesh: SequenceMe
     """
     share = _share_of(model, rows, mesh, setting)
     model.zero_grad()
+    forget_lengths(model)
     outputs, loss = loss_of_share(model.train(), task, share, rows)
     loss.backward()
     gradients = mean_gradients(model, setting.wrapper)
     model.zero_grad()
+    forget_lengths(model)
     with torch.no_grad():
         evaluation = loss_of_share(model.eval(), task, share, rows)[1]
     model.train()
@@ -129,6 +135,7 @@ def outputs_without_communication(
     """Outputs of ranks that see their own tokens only: the error that the exchange prevents."""
     share = _share_of(model, rows, mesh, setting)
     dropped = ("sequence_shard", "labels", "shift_labels", "num_items_in_batch", "weights")
+    forget_lengths(model)
     with torch.no_grad():
         outputs = model(**{name: value for name, value in share.items() if name not in dropped}, **_settings(model))[0]
     return gather_sequence(outputs, mesh.sp_group)[:, : rows.valid.shape[1]]

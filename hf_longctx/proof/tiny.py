@@ -11,19 +11,21 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..families import POSITION_STEPS, ROPE_THRESHOLD, ROPE_THRESHOLDS
 from .hints import HINTS, lost_layer_kind
+from .tiny_rope import HEAD_SIZE, THRESHOLD, rotates_by_length, scales_positions, shrink_rope
 
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-HEAD_SIZE = 16
 HEADS = 4
 VOCABULARY = 128
 FIRST_TOKEN = 10  # of random text; the special tokens of a tiny model are below
 MOST_LAYERS = 4
 MOST_PARAMETERS = 8_000_000
 _WINDOW = 6
+_STEP = 5  # of a scale that changes every so many positions
 
 _HEADS = re.compile(r"(num_|n_|(en|de)coder_|num_(en|de)coder_)?(attention_)?heads?(_count)?|n_head")
 _KEY_VALUE_HEADS = re.compile(r"(\w+_)?(num_(key_value|kv)_heads|n_kv_heads|n_head_kv|kv_n_heads|num_key_value_heads)")
@@ -147,9 +149,13 @@ def _shrink_field(name: str, value: object, values: Mapping, facts: _Facts) -> o
             key: {n: _shrink_field(n, v, {**values, **item}, facts) for n, v in item.items()}
             for key, item in kept.items()
         }
+    if name in POSITION_STEPS and isinstance(value, int):
+        return min(value, _STEP)
+    if name in (ROPE_THRESHOLD, *ROPE_THRESHOLDS) and isinstance(value, int) and rotates_by_length(values):
+        return min(value, THRESHOLD) if name != ROPE_THRESHOLD or rotates_by_length(values, "dynamic") else value
     if isinstance(value, Mapping):
         if "rope" in name:
-            return _shrink_rope(value, facts)
+            return shrink_rope(value, facts.head_size)
         return shrink_values(value, facts.heads) if _is_config(value) else value
     if isinstance(value, (list, tuple)):
         return _shrink_list(name, value, facts)
@@ -186,7 +192,7 @@ def _shrink_number(name: str, value: int, values: Mapping, facts: _Facts) -> int
             return min(value, size)
     if name in ("query_pre_attn_scalar", "rotary_dim"):
         return min(value, HEAD_SIZE)
-    if _POSITIONS.fullmatch(name) and not _scales_positions(values):
+    if _POSITIONS.fullmatch(name) and not scales_positions(values):
         return min(value, 256)
     return value
 
@@ -214,27 +220,6 @@ def _shrink_list(name: str, value: list | tuple, facts: _Facts) -> list:
     return list(value)
 
 
-def _shrink_rope(rope: Mapping, facts: _Facts) -> dict:
-    """Rotary settings whose lists have one entry a pair of a head's numbers."""
-    small = {}
-    for name, value in rope.items():
-        if isinstance(value, Mapping):
-            value = _shrink_rope(value, facts)
-        elif name in ("short_factor", "long_factor") and isinstance(value, (list, tuple)):
-            value = list(value)[: max(1, len(value) * HEAD_SIZE // max(facts.head_size, HEAD_SIZE))]
-        elif name == "mrope_section" and isinstance(value, (list, tuple)):
-            value = _share(value, HEAD_SIZE // 2 * sum(value) * 2 // max(facts.head_size, 1))
-        small[name] = value
-    return small
-
-
-def _share(parts: list | tuple, total: int) -> list[int]:
-    """`parts` scaled to whole numbers that sum to `total`."""
-    scaled = [max(1, part * total // sum(parts)) for part in parts]
-    scaled[0] += total - sum(scaled)
-    return scaled
-
-
 def _kept_layers(values: Mapping, least: int = 2) -> list[int]:
     """Indices of the layers that stay: one of every kind that the lists with one entry a layer tell, and at least
     `least`."""
@@ -260,12 +245,6 @@ def _head_size(values: Mapping) -> int:
     given = values.get("head_dim")
     heads, width = _first(values, _HEADS), _first(values, _WIDTH)
     return given or (width // heads if heads and width else HEAD_SIZE)
-
-
-def _scales_positions(values: Mapping) -> bool:
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    inside = [rope, *(value for value in rope.values() if isinstance(value, Mapping))]
-    return any(item.get("rope_type", item.get("type", "default")) not in ("default", None) for item in inside)
 
 
 def _first(values: Mapping, pattern: re.Pattern) -> int | None:

@@ -14,6 +14,8 @@ from hf_longctx.proof.model_under_test import EMBEDDING_KINDS, ModelUnderTest, S
 from hf_longctx.proof.result import EXACT, REFUSED, WRONG
 from hf_longctx.proof.verification import merge
 
+from ..lengths import rope_of
+
 
 def outcomes(world, config, setting, function=compare.prove):
     return merge(world.run(function, ModelUnderTest.of(config, "embedding", setting.sequence_parallel_size), setting))
@@ -33,6 +35,14 @@ def test_embeddings_loss_and_gradients_of_ranks_are_those_of_the_padded_model(wo
     assert [(rows.rows, rows.outcome) for rows in results] == [(kind, EXACT) for kind in setting.kinds], results
     for rows in results:
         assert 0 < rows.errors.worst <= rows.tolerance < rows.baseline / 100
+
+
+@pytest.mark.parametrize("rope", ["dynamic", "longrope"])
+def test_a_rotary_embedding_that_reads_the_length_gets_that_of_each_text(world2, rope):
+    """Texts on both sides of its threshold; the reference embeds them one by one, without padding."""
+    config = tf.Qwen3Config(rope_parameters=rope_of(rope, pairs=64), max_position_embeddings=4096)
+    results = outcomes(world2, config, Setting(2, kinds=EMBEDDING_KINDS))
+    assert [(rows.rows, rows.outcome) for rows in results] == [(kind, EXACT) for kind in EMBEDDING_KINDS], results
 
 
 def prove_without_the_gradient_of_others(tested, setting):
