@@ -3,8 +3,9 @@
 What a configuration says can be wrong; what a model does cannot. Two short rows (one padded on the left) go through
 the model unsharded, sharded, and cut without communication. Sharded must equal unsharded; if it equals the run
 without communication instead, some layer never saw the shard. The loss is checked the same way: it must be a token
-mean that obeys `num_items_in_batch`.
-Price: three forwards of `4 P - 1` tokens, and one exchange each.
+mean that obeys `num_items_in_batch`. Gradients, and lengths at which a configuration changes, are in
+[`gradient_check`][hf_longctx.trainer.gradient_check].
+Price: three forwards of `4 P - 1` tokens, and one exchange each, and those of the gradients.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch.distributed import DistError
 
+from ..adapters.rotary_lengths import lengths_forgotten
 from ..adapters.wrapped import unwrap
 from ..families import COUNTS_FROM_PADDING
 from ..losses.token_mean import token_mean
@@ -27,6 +29,7 @@ from ..parallel.mesh import SequenceMesh
 from ..parallel.segments import has_documents
 from ..parallel.shard import IGNORE_INDEX, SequenceShard, share_of_group
 from ..tiny_check import REORDERED_SUMS, evaluation_mode, random_tokens
+from .gradient_check import check_gradients, zeros_drawn
 from .true_cause import refuse_broken_model, refuse_nonfinite_outputs
 
 
@@ -110,10 +113,13 @@ def run_sanity_check(
     Raises:
         NotImplementedError: the two differ, or the loss is not a token mean.
 
-    Communication: that of three forwards.
+    Communication: that of three forwards, and of the forwards and backwards of [`check_gradients`].
     """
-    with evaluation_mode(model), context or contextlib.nullcontext():
-        return _compare(model, mesh, inner_attention, shift_labels, check_loss)
+    with evaluation_mode(model), lengths_forgotten(model), zeros_drawn(model), context or contextlib.nullcontext():
+        result = _compare(model, mesh, inner_attention, shift_labels, check_loss)
+        if mesh.sequence_parallel_size > 1:
+            check_gradients(model, mesh, inner_attention, _padded_rows(model, mesh.sequence_parallel_size))
+        return result
 
 
 def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityResult:
