@@ -7,6 +7,7 @@ from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import CNN, LSTM, WordWeights
 from transformers.utils.generic import is_flash_attention_requested
 
+from ..adapters.peft_kinds import check_peft
 from ..attention.kernels import validate_kernel_available
 from ..attention.registry import name_that_packs, name_that_shards, packs_rows, shards_rows
 from ..parallel.heads import validate_head_count
@@ -39,6 +40,7 @@ def _check_transformer(module: Transformer) -> None:
             f" load the model with `SentenceTransformer(name, model_kwargs={{'attn_implementation': "
             f"{name_that_packs()!r}}})`, or {name_that_shards()!r} for several processes a row."
         )
+    check_peft(module.model, "in a row of several texts", "leave the model padded")
     if module.unpad_inputs is False:
         raise ValueError(
             f"`unpad_inputs` is False, so `{name}` was asked to pad: set `model[0].unpad_inputs = None` first, or "

@@ -15,6 +15,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..adapters.attach import AttachedAdapters, attach_adapters
 from ..adapters.instance_forward import put_on
 from ..adapters.loop_batches import LoopBatches
+from ..adapters.peft_kinds import PACKED_ROWS, check_peft
 from ..adapters.wrapped import runs_our_attention, unwrap
 from ..attention.contamination import assert_no_cross_document
 from ..attention.registry import packs_rows
@@ -51,7 +52,7 @@ def adapt(model: torch.nn.Module, mesh: SequenceMesh, *, inner_attention: str = 
         NotImplementedError: its numbers on shares would not be those of one process; the message says which layer or
             loss it is. Packed rows are refused by the forward that gets them, if that is all that is wrong.
 
-    Communication: that of at most seven forwards and one backward of a few tokens; every rank of the world calls this.
+    Communication: that of a few forwards and backwards of a few tokens; every rank of the world calls this.
     """
     config = LongContextConfig(
         sequence_parallel_size=mesh.sequence_parallel_size, inner_attention=inner_attention, check_packing=True
@@ -65,7 +66,8 @@ def adapt(model: torch.nn.Module, mesh: SequenceMesh, *, inner_attention: str = 
     try:
         if runs_our_attention(model):
             needs = run_sanity_check(inner, mesh, inner_attention, shifts, check_loss=has_loss)
-            put_on(inner, LoopBatches(adapted, needs, _find_leaks(inner, mesh, inner_attention, needs)))
+            leaks = _adapters_across_documents(model) or _find_leaks(inner, mesh, inner_attention, needs)
+            put_on(inner, LoopBatches(adapted, needs, leaks))
     except Exception:
         handle.remove()
         raise
@@ -80,6 +82,15 @@ def predicts_next_token(model) -> bool:
     loss_type = getattr(model, "loss_type", None)
     # transformers falls back to this loss for a class whose name it does not know, such as GPT-2's.
     return loss_type not in LOSS_MAPPING or LOSS_MAPPING[loss_type] is ForCausalLMLoss
+
+
+def _adapters_across_documents(model) -> dict[str, str]:
+    """Why packed rows are refused, by the way in which a batch tells them, for an adapter that reads across tokens."""
+    try:
+        check_peft(model, *PACKED_ROWS)
+    except NotImplementedError as error:
+        return dict.fromkeys(("shard", "position_ids", "seq_idx", "cu_seq_lens_q"), str(error))
+    return {}
 
 
 def _find_leaks(model, mesh: SequenceMesh, inner_attention: str, needs: SanityResult) -> dict[str, str]:

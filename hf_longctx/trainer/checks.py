@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+from ..adapters.peft_kinds import check_peft
 from ..adapters.wrapped import unwrap
 from ..attention.kernels import validate_kernel_available
 from ..attention.registry import name_that_shards, shards_rows
@@ -108,12 +109,7 @@ def check_model(model, config: LongContextConfig) -> None:
             f"`model.set_attn_implementation({name_that_shards()!r})`."
         )
     validate_config(name, base.config)
-    for adapter in getattr(model, "peft_config", {}).values():
-        if getattr(adapter, "is_prompt_learning", False):
-            raise NotImplementedError(
-                f"`{type(adapter).__name__}` puts virtual tokens in front of every rank's share: use LoRA or another "
-                "adapter that adds no tokens."
-            )
+    check_peft(model, "on a share of a row", "set `sequence_parallel_size` to 1")
     heads = getattr(text, "num_attention_heads", None)
     if isinstance(heads, int):
         validate_head_count(heads, size)

@@ -11,9 +11,10 @@ import torch
 from torch.utils.data import IterableDataset
 from transformers.utils import is_datasets_available
 
+from ..adapters.peft_kinds import PACKED_ROWS, check_peft
 from ..adapters.wrapped import unwrap
 from ..attention.contamination import assert_no_cross_document
-from ..data.packing.collator import PackingCollator
+from ..data.packing.collator import PackingCollator, fills_rows
 from ..data.packing.samplers import BalancedSampler
 from ..parallel.collectives import gather_integers
 from ..parallel.segments import PAD_SEGMENT, segment_rows
@@ -25,7 +26,7 @@ _CHECKED_DOCUMENTS, _CHECKED_TOKENS = 8, 12
 
 
 def check_collator(trainer) -> None:
-    """Refuse a packing collator whose labels would train one document on the next."""
+    """Refuse a packing collator whose labels would train one document on the next, or such adapters."""
     collator = trainer.data_collator
     if isinstance(collator, PackingCollator) and trainer.shifts_labels and not collator.mask_first_label:
         raise ValueError(
@@ -33,6 +34,8 @@ def check_collator(trainer) -> None:
             f"document before would learn to predict in `{type(unwrap(trainer.model)).__name__}`: leave it at True; "
             "False is for masked language models."
         )
+    if fills_rows(collator):
+        check_peft(trainer.model, *PACKED_ROWS)
 
 
 def pack_dataset(trainer, dataset, description: str, group_size: int, sampler_fn, is_training: bool):
@@ -93,6 +96,7 @@ def check_packed_batch(trainer, inputs: dict[str, Any]) -> bool:
         lengths = lengths if packed else [_CHECKED_TOKENS] * 3
     elif not packed:
         return shard is None  # reading the documents of every batch again would slow an unsharded run
+    check_peft(trainer.model, *PACKED_ROWS)
     model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.accelerator.unwrap_model(trainer.model)
     batch = _miniature(trainer, inputs, lengths, unwrap(model).config.get_text_config().vocab_size)
     # The wrapper that shards the weights owns their backward.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 from transformers import TrainingArguments
 
+from ..lengths import build_with_lengths
 from ..training import Rows, Stream, assert_same_trajectory, pad_right, train
 
 
@@ -102,6 +103,15 @@ def with_lora(model):
 
 def test_lora(world2):
     compare(world2, 2, prepare=with_lora, learning_rate=1.0)
+
+
+def with_dynamic_rotations(model):
+    """Rows on both sides of the length at which the frequencies change, in training and evaluation."""
+    return build_with_lengths("llama", "dynamic", model.config._attn_implementation, model.dtype).train()
+
+
+def test_a_rotary_embedding_that_reads_the_length_and_remembers_it(world2):
+    compare(world2, 2, prepare=with_dynamic_rotations)
 
 
 def test_bf16_autocast(world2):
