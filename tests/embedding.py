@@ -26,6 +26,18 @@ def embedder_config(name: str):
         kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         settings = {key: settings[key] for key in (*kept, "hidden_dropout_prob", "attention_probs_dropout_prob")}
         config = tf.RobertaConfig(**settings, max_position_embeddings=258, pad_token_id=0, type_vocab_size=1)
+    elif kind == "embeddinggemma":  # looks 3 tokens to both sides in its odd layers, everywhere in the others
+        settings = config_of("llama").to_diff_dict()
+        kept = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+        config = tf.Gemma3TextConfig(
+            **{key: settings[key] for key in kept if key in settings},
+            num_hidden_layers=2,
+            head_dim=8,
+            layer_types=["sliding_attention", "full_attention"],
+            sliding_window=6,
+            use_bidirectional_attention=True,
+            pad_token_id=0,
+        )
     elif kind == "eurobert":
         config = tf.EuroBertConfig(**config_of("llama").to_diff_dict() | {"pad_token_id": 0})
     else:

@@ -77,6 +77,8 @@ def _collect_facts(mask_function: Callable, facts: dict[str, list[int]]) -> None
             _collect_facts(part, facts)
     elif maker == "or_masks" and (only := _without_empty_blocks(inside["mask_functions"])) is not None:
         _collect_facts(only, facts)
+    elif maker == "or_masks" and (distance := _opened_ahead(inside["mask_functions"])) is not None:
+        facts["around"].extend([distance] if distance >= 0 else [])
     elif maker == "remap_positions_for_packed_sequence":
         _collect_facts(inside["mask_function"], facts)
     elif maker == "sliding_window_overlay":
@@ -101,6 +103,34 @@ def _without_empty_blocks(mask_functions: tuple[Callable, ...]) -> Callable | No
         if ids is None or bool((ids >= 0).any()):
             left.append(function)
     return left[0] if len(left) == 1 else None
+
+
+def _always(*args):
+    return torch.tensor(True, dtype=torch.bool)
+
+
+def _opened_ahead(mask_functions: tuple[Callable, ...]) -> int | None:
+    """The reach to both sides of a causal rule that a Gemma opens ahead for embeddings; -1 for all, `None` for others.
+
+    Its models write `causal OR always` for full layers, and `causal within a window OR within it on either side`.
+    """
+    if len(mask_functions) != 2:
+        return None
+    behind, ahead = mask_functions
+    module, name = getattr(ahead, "__module__", "") or "", getattr(ahead, "__qualname__", "")
+    if not module.startswith("transformers.models."):
+        return None
+    facts: dict[str, list[int]] = {"causal": [], "behind": [], "around": [], "chunk": []}
+    _collect_facts(behind, facts)
+    if not facts["causal"] or facts["chunk"] or facts["around"]:
+        return None
+    code = getattr(ahead, "__code__", None)
+    if code is not None and (code.co_code, code.co_names) == (_always.__code__.co_code, _always.__code__.co_names):
+        return -1 if True in code.co_consts else None
+    if name != "_bidirectional_window_overlay.<locals>.inner_mask":
+        return None
+    window = inspect.getclosurevars(ahead).nonlocals["sliding_window"]  # the query included
+    return window - 1 if facts["behind"] and min(facts["behind"]) <= window else None
 
 
 def packed_documents(mask_function: Callable) -> torch.Tensor | None:

@@ -34,13 +34,12 @@ try:
 except ImportError as error:
     raise ImportError("`pack_embeddings` needs sentence-transformers: `pip install hf-longctx[embedding]`.") from error
 
-from .flat_rows import FlatCollator
+from .flat_rows import PACKED, FlatCollator, ReaderPatch, drop_outputs, plain_ids
 from .packable import check_packable, check_shardable, refuse_leak
 from .packing_check import prove_packing
 from .spans import spans_of_rows
 
 
-PACKED = "packed embeddings"
 # Of a `Transformer`, which are changed beyond its forward.
 _CHANGED = ("data_collator", "_flatten_position_offset", "model_forward_params", "can_flatten_inputs")
 _CUT_KEYS = ("input_ids", "position_ids", "token_type_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")
@@ -100,6 +99,7 @@ def pack_embeddings(
     for module in model.modules():
         if isinstance(module, Pooling):
             put_on(module, _PoolingPatch())
+    put_on(model, ReaderPatch())
     put_on(model, _EncodePatch(layout), "encode")
     mark(model)
     if prove:
@@ -173,8 +173,13 @@ class _TransformerPatch(InstancePatch):
         flat = "cu_seq_lens_q" in features
         if flat:
             refuse_leak(module)
-        # What only pooling reads, and what an earlier forward left here.
-        inputs = {key: value for key, value in features.items() if key not in ("span_ids", "sequence_shard")}
+        # Less what only pooling reads, and what an earlier forward left here.
+        inputs = drop_outputs(features)
+        inputs = {key: value for key, value in inputs.items() if key not in ("span_ids", "sequence_shard")}
+        if flat:
+            inputs["input_ids"] = plain_ids(inputs["input_ids"])
+        if flat and "position_ids" in inputs:
+            inputs["position_ids"] = _positions(inputs["cu_seq_lens_q"], module._flatten_position_offset)
         shard = None
         if self.layout.mesh is not None:
             if not flat:
@@ -192,6 +197,13 @@ class _TransformerPatch(InstancePatch):
         if shard is not None:
             features["sequence_shard"] = shard
         return features
+
+
+def _positions(bounds: torch.Tensor, offset: int) -> torch.Tensor:
+    """The place of every token in its text, `(1, T)`: the model that made the row may count from another number."""
+    lengths, starts = bounds.diff(), bounds[:-1].long()
+    index = torch.arange(int(bounds[-1]), device=bounds.device)
+    return (index - starts.repeat_interleave(lengths) + offset)[None]
 
 
 def _my_share(inputs: dict[str, Any], mesh: SequenceMesh, inner_attention: str):

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from .flat_rows import plain_ids
+
 
 # The constants of SplitMix64, as the signed integers that torch knows.
 _GOLDEN, _FIRST, _SECOND = 0x9E3779B97F4A7C15 - 2**64, 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
@@ -30,7 +32,7 @@ def text_hashes(features: Mapping[str, Any]) -> torch.Tensor:
     """
     if "text_hashes" in features:
         return features["text_hashes"]
-    ids, bounds = features.get("input_ids"), features.get("cu_seq_lens_q")
+    ids, bounds = plain_ids(features.get("input_ids")), features.get("cu_seq_lens_q")
     # A model leaves its embeddings behind in the batch, which is no input.
     inputs = [key for key, x in features.items() if isinstance(x, torch.Tensor) and x.is_floating_point()]
     inputs = [key for key in inputs if not key.endswith(("embedding", "embeddings"))]

@@ -14,6 +14,18 @@ except ImportError as error:
     ) from error
 
 from .evaluators import evaluate_everywhere
+from .held_models import (
+    average_gradients,
+    bare_model,
+    holds_model,
+    named_row_readers,
+    pad_for_held_models,
+    put_wrapper,
+    refuse_direct_calls,
+    refuse_losses_of_rows,
+    refuse_trained_copies,
+    same_parameters,
+)
 from .loss_checkpoint import load_loss, save_loss
 from .packable import check_packable
 from .packed_model import pack_embeddings, shared_rows
@@ -64,6 +76,7 @@ class LongContextSentenceTransformerTrainer(TrainerBase, SentenceTransformerTrai
 
     def check_model(self) -> None:
         check_packable(self.model)
+        refuse_losses_of_rows(self.loss, self.model)
 
     def prepare_model(self) -> None:
         # The proof is run on rows as training has them. Outside its own steps every process has rows of its own, so
@@ -75,11 +88,34 @@ class LongContextSentenceTransformerTrainer(TrainerBase, SentenceTransformerTrai
         check_losses(self.loss, self.mesh)
         # A step that is to be skipped must not raise in its forward.
         bind_losses(self.loss, self.mesh, refuse_nonfinite=self.long_context.on_nonfinite == "raise")
+        self._adapt_losses()
         report_truncation(self)
 
     def call_model_init(self, trial=None):
         model = super().call_model_init(trial)
         return pack_embeddings(model, prove=False)
+
+    def override_model_in_loss(self, loss, model):
+        """Every attribute that is the model, whatever its name; sentence-transformers looks at `model` alone."""
+        if hasattr(self, "model"):
+            put_wrapper(loss, bare_model(self.model), model)
+        return loss if holds_model(loss, bare_model(model)) else super().override_model_in_loss(loss, model)
+
+    def _adapt_losses(self) -> None:
+        """What `prepare_model` does to losses; again where a loss was set, or a model was built, since."""
+        self._adapted = (self.loss, self.model)
+        pad_for_held_models(self.loss, bare_model(self.model))
+        if self.args.world_size > 1:
+            same_parameters(self.loss, bare_model(self.model))
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self._adapted[0] is not self.loss or self._adapted[1] is not self.model:
+            self._adapt_losses()
+        trained = bare_model(self.model)
+        if model is self.model_wrapped:
+            put_wrapper(self.loss, trained, model)
+        with named_row_readers(self.loss, trained, inputs.get("label") is not None):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def get_train_dataloader(self):
         loader = build_training_loader(self)
@@ -94,8 +130,13 @@ class LongContextSentenceTransformerTrainer(TrainerBase, SentenceTransformerTrai
         return build_evaluation_loader(self, self.eval_dataset if eval_dataset is None else eval_dataset)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        with self._shared_rows():
-            return super().training_step(model, inputs, num_items_in_batch)
+        trained = bare_model(self.model)
+        with self._shared_rows(), refuse_direct_calls(model, trained):
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.world_size > 1 and self.accelerator.sync_gradients:
+            refuse_trained_copies(self.loss, trained)
+            average_gradients(self.loss, trained)
+        return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         with self._shared_rows():

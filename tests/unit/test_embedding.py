@@ -21,11 +21,16 @@ from hf_longctx.embedding.packed_model import is_packed, pack_embeddings, unpack
 from ..embedding import columns, embedder, gradients_of, texts
 
 
-MODELS = ("bert", "roberta", "modernbert", "llama", "qwen3", "llama both ways", "eurobert")
+MODELS = ("bert", "roberta", "modernbert", "llama", "qwen3", "llama both ways", "eurobert", "embeddinggemma")
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
 QUERIES, DOCUMENTS = (5, 1, 9, 3), (17, 4, 2, 30)
 # Both run in float64; what is left is the order of sums.
 TOLERANCE = 1e-9
+
+
+def tolerance_of(name: str) -> float:
+    """Gemma's norms compute in single precision, whatever the model's is."""
+    return 1e-7 if name == "embeddinggemma" else TOLERANCE
 
 
 def assert_same_gradients(expected, actual, tolerance: float = TOLERANCE) -> None:
@@ -69,8 +74,8 @@ def test_packed_embeddings_and_gradients_equal_padded_ones(name, mode):
     model = pack_embeddings(embedder(name, "packed", mode))
     assert "attention_mask" not in columns(model, QUERIES)[0]
     loss, actual = step(model, "mnrl")
-    assert torch.allclose(loss, expected_loss, rtol=TOLERANCE)
-    assert_same_gradients(expected, actual)
+    assert torch.allclose(loss, expected_loss, rtol=tolerance_of(name))
+    assert_same_gradients(expected, actual, tolerance_of(name))
 
 
 KINDS = ("cached", "cached by tokens", "cosent", "matryoshka", "cached matryoshka", "ours")

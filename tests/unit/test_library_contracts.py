@@ -16,6 +16,7 @@ from accelerate.utils import send_to_device
 from transformers import Trainer, masking_utils
 from transformers.integrations import flash_attention, sdpa_attention
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.utils.generic import GeneralInterface
 
 from hf_longctx.parallel.shard import SequenceShard
@@ -80,6 +81,15 @@ def test_transformers_mask_functions_are_named_and_closed_as_we_read_them():
     for maker, (function, variable) in makers.items():
         assert function.__qualname__.split(".")[0] == maker, f"transformers changed `masking_utils.{maker}`"
         assert variable in inspect.getclosurevars(function).nonlocals, f"transformers changed `masking_utils.{maker}`"
+
+
+def test_gemmas_embedding_masks_are_named_and_closed_as_we_read_them():
+    overlay = modeling_gemma3._bidirectional_window_overlay(4)
+    assert overlay.__qualname__ == "_bidirectional_window_overlay.<locals>.inner_mask"
+    assert inspect.getclosurevars(overlay).nonlocals == {"sliding_window": 4}
+    assert [overlay(0, 0, 9, key) for key in (5, 6, 12, 13)] == [False, True, True, False]
+    source = inspect.getsource(modeling_gemma3.Gemma3TextModel.forward)
+    assert "lambda *args: torch.tensor(True, dtype=torch.bool)" in source
 
 
 def test_transformers_passes_a_mask_function_what_we_keep():

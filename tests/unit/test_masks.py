@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import Gemma2Config, Llama4TextConfig, LlamaConfig, MistralConfig, masking_utils
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.gemma3 import modeling_gemma3
 
 from hf_longctx.attention import kernels
 from hf_longctx.attention.blocks import BlockPlan
@@ -101,6 +102,34 @@ def test_union_and_block_rules_of_the_host_are_refused_by_name():
         read_rule(masking_utils.or_masks(CAUSAL, CAUSAL))
     with pytest.raises(NotImplementedError, match="blockwise_overlay"):
         read_rule(masking_utils.and_masks(CAUSAL, blocks))
+
+
+GEMMA = modeling_gemma3._bidirectional_window_overlay
+OPENED = {
+    "within the window": (masking_utils.sliding_window_causal_mask_function(4), GEMMA(4), AttentionRule(window=3)),
+    "a shorter window behind": (
+        masking_utils.sliding_window_causal_mask_function(2),
+        GEMMA(4),
+        AttentionRule(window=3),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OPENED)
+def test_a_causal_rule_that_gemma_opens_ahead_is_read(case):
+    behind, ahead, rule = OPENED[case]
+    union = masking_utils.or_masks(behind, ahead)
+    assert read_rule(union) == rule
+    with pytest.raises(NotImplementedError, match="or_masks"):
+        read_rule(masking_utils.or_masks(ahead, behind))
+    seen = [[bool(union(0, 0, torch.tensor(q), torch.tensor(k))) for k in range(9)] for q in range(9)]
+    assert seen == [[abs(q - k) <= rule.window for k in range(9)] for q in range(9)]
+
+
+def test_a_union_that_is_no_single_rule_is_refused():
+    for behind in (CAUSAL, masking_utils.sliding_window_causal_mask_function(5), GEMMA(4)):
+        with pytest.raises(NotImplementedError):
+            read_rule(masking_utils.or_masks(behind, GEMMA(4)))
 
 
 def test_function_without_a_name_is_refused_too():
