@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+
+import torch
+
 from ..config.audiences import TRAINERS
 from ..trainer.base import TrainerBase
 
@@ -13,6 +17,7 @@ except ImportError as error:
         "`LongContextSentenceTransformerTrainer` needs sentence-transformers: `pip install hf-longctx[embedding]`."
     ) from error
 
+from .evaluation_rounds import ALONE, ROWS, EvaluationSums, count_rows, without_gathering
 from .evaluators import evaluate_everywhere
 from .held_models import (
     average_gradients,
@@ -67,6 +72,7 @@ class LongContextSentenceTransformerTrainer(TrainerBase, SentenceTransformerTrai
     configs = TRAINERS["LongContextSentenceTransformerTrainer"]
     data_collator_class = EmbeddingCollator
     flattens_rows = True
+    _evaluated_rows: int = 1  # of the batch whose loss is computed
     reads_own_shards = False  # every rank reads the sources of all, see `build_source_loader`
 
     def prepare_arguments(self, given: dict[str, object]) -> None:
@@ -125,7 +131,7 @@ class LongContextSentenceTransformerTrainer(TrainerBase, SentenceTransformerTrai
         return loader
 
     def get_eval_dataloader(self, eval_dataset=None):
-        if self.mesh.sequence_parallel_size == 1 or (eval_dataset is None and self.eval_dataset is None):
+        if eval_dataset is None and self.eval_dataset is None:
             return super().get_eval_dataloader(eval_dataset)
         return build_evaluation_loader(self, self.eval_dataset if eval_dataset is None else eval_dataset)
 
@@ -139,14 +145,41 @@ class LongContextSentenceTransformerTrainer(TrainerBase, SentenceTransformerTrai
         return loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        with self._shared_rows():
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        inputs = dict(inputs)
+        alone = inputs.pop(ALONE, False)
+        self._evaluated_rows = inputs.pop(ROWS, None)
+        if self._evaluated_rows is None:
+            self._evaluated_rows = count_rows(inputs)
+        with self._shared_rows(), without_gathering(self.loss) if alone else contextlib.nullcontext():
+            output = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self._evaluation_sums.add(output[0], self._evaluated_rows, self.args.logging_nan_inf_filter)
+        return output
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        """sentence-transformers' loop, with `eval_loss` as the mean of batches weighed by their rows, on any mesh."""
+        self._evaluation_sums = EvaluationSums()
         if self.mesh.sequence_parallel_size == 1 or self.evaluator is None:
-            return super().evaluation_loop(*args, **kwargs)
-        with self._shared_rows():
-            return evaluate_everywhere(self, super().evaluation_loop, *args, **kwargs)
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        else:
+            with self._shared_rows():
+                output = evaluate_everywhere(
+                    self, super().evaluation_loop, *args, metric_key_prefix=metric_key_prefix, **kwargs
+                )
+        loss = self._evaluation_sums.mean(self.accelerator)
+        if loss is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss
+        return output
+
+    def track_loss_components(self, loss):
+        """sentence-transformers' own; in an evaluation, weighed by rows as their sum is."""
+        if self.model.training:
+            return super().track_loss_components(loss)
+        sums = self.accum_loss_components["eval"]
+        for name, value in loss.items():
+            value = value.detach() * self._evaluated_rows
+            sums[name] = sums[name] + value if name in sums else value
+        device = next(iter(loss.values())).device
+        sums["steps"] = sums.get("steps", torch.tensor(0, device=device)) + self._evaluated_rows
 
     def _save_optimizer_and_scheduler(self, output_dir):
         super()._save_optimizer_and_scheduler(output_dir)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from ..config.sources import SourcesConfig
 from ..data.sources.loader import build_source_loader
 from ..trainer.loaders import assign_to_groups
+from .evaluation_rounds import gathers_negatives, in_rounds
 
 
 def describe_streams(dataset):
@@ -57,12 +58,19 @@ def build_training_loader(trainer) -> DataLoader | None:
 
 
 def build_evaluation_loader(trainer, dataset) -> DataLoader:
-    """The stock evaluation batches, distributed to groups."""
+    """The stock evaluation batches, distributed to groups; every row counts once."""
     if isinstance(dataset, str):
         dataset = trainer.eval_dataset[dataset]
-    trainer.accelerator.even_batches = True
-    loader = trainer._build_dataloader(dataset, trainer.args.eval_batch_size, dataset_kind="eval")
-    return assign_to_groups(trainer, loader, trainer.mesh.data_parallel_size)
+    mesh, args = trainer.mesh, trainer.args
+    # sentence-transformers sets this on several processes, where its ranks must have equal batches; ours need not.
+    dropped, args.dataloader_drop_last = args.dataloader_drop_last, args.dataloader_drop_last and args.world_size == 1
+    try:
+        loader = trainer._build_dataloader(dataset, args.eval_batch_size, dataset_kind="eval")
+    finally:
+        args.dataloader_drop_last = dropped
+    gathers = gathers_negatives(trainer.loss)
+    loader = in_rounds(loader, mesh.data_parallel_size, mesh.data_parallel_rank, gathers)
+    return assign_to_groups(trainer, loader, 1)
 
 
 def _host_order(args) -> str | None:

@@ -11,8 +11,13 @@ import torch
 pytest.importorskip("sentence_transformers")
 
 from datasets import Dataset
+from sentence_transformers.sentence_transformer import losses
 
-from hf_longctx import LongContextConfig, LongContextSentenceTransformerTrainer
+from hf_longctx import (
+    LongContextConfig,
+    LongContextSentenceTransformerTrainer,
+    TiledMultipleNegativesRankingLoss,
+)
 
 from ..embedding import embedder, texts
 from ..embedding_losses import CASES, built, guide
@@ -141,3 +146,73 @@ def test_guides_and_what_losses_train_on_shared_documents(world2):
         for name, one, run in zip(names, expected, actual):
             assert not isinstance(run, str), (name, run)
             assert_same_run(one, run, TOLERANCE)
+
+
+def evaluate(name: str, batch: int, size: int, rows: int, streamed: bool) -> dict:
+    """`eval_loss` of the untrained model, on the ranks of a world or on one process."""
+    reset_state()
+    model = embedder("bert", "ulysses" if size > 1 else "packed")
+    lengths = [2 + (7 * index) % 19 for index in range(rows)]
+    data = Dataset.from_dict({"anchor": texts(tuple(lengths)), "positive": texts(tuple(reversed(lengths)), 500)})
+    trainer = LongContextSentenceTransformerTrainer(
+        model=model,
+        args=arguments(tempfile.mkdtemp(), per_device_eval_batch_size=batch),
+        eval_dataset=data.to_iterable_dataset() if streamed else data,
+        loss=evaluated_loss(name, model),
+        long_context=LongContextConfig(sequence_parallel_size=size),
+    )
+    logged = trainer.evaluate()
+    return {key: value for key, value in logged.items() if "loss" in key or key.startswith("eval_sum")}
+
+
+def evaluated_loss(name: str, model):
+    if name == "tiled":
+        return TiledMultipleNegativesRankingLoss(model, mini_batch_size=3, loss_tile_size=3)
+    if name == "gathering":
+        return losses.MultipleNegativesRankingLoss(model, gather_across_devices=True)
+    return losses.MultipleNegativesRankingLoss(model)
+
+
+def evaluate_all(calls: list[tuple]) -> list[dict]:
+    return [evaluate(*call) for call in calls]
+
+
+def padded_evaluation(batch: int, rows: int, streamed: bool = False) -> float:
+    """sentence-transformers' own, padded."""
+    from sentence_transformers import SentenceTransformerTrainer
+
+    reset_state()
+    model = embedder("bert")
+    lengths = [2 + (7 * index) % 19 for index in range(rows)]
+    data = Dataset.from_dict({"anchor": texts(tuple(lengths)), "positive": texts(tuple(reversed(lengths)), 500)})
+    trainer = SentenceTransformerTrainer(
+        model=model,
+        args=arguments(tempfile.mkdtemp(), per_device_eval_batch_size=batch),
+        eval_dataset=data.to_iterable_dataset() if streamed else data,
+        loss=losses.MultipleNegativesRankingLoss(model),
+    )
+    return trainer.evaluate()["eval_loss"]
+
+
+# Ragged in every way: a short last batch, a last round without a batch for one group, less rows than groups.
+SIZES = (10, 6, 1)
+
+
+def test_the_evaluation_loss_of_a_ragged_set_is_one_process_mean_over_rows(world2, world4):
+    cases = [(10, True), *((rows, False) for rows in SIZES)]
+    expected = {case: padded_evaluation(4, *case) for case in cases}
+    for rows, streamed in cases:
+        one = evaluate("mnrl", 4, 1, rows, streamed)["eval_loss"]
+        assert one == pytest.approx(expected[rows, streamed], rel=1e-6, abs=1e-9), (rows, streamed)
+    for world, size in ((world2, 1), (world2, 2), (world4, 2)):
+        for ranks in world.run(evaluate_all, [("mnrl", 4, size, *case) for case in cases]):
+            for case, actual in zip(cases, ranks):
+                assert actual["eval_loss"] == pytest.approx(expected[case], rel=1e-6, abs=1e-9), (case, size)
+
+
+def test_negatives_from_all_groups_are_evaluated_as_on_one_process(world2):
+    expected = {rows: padded_evaluation(4, rows) for rows in SIZES}
+    calls = [(name, 2, 1, rows, False) for name in ("tiled", "gathering") for rows in SIZES]
+    for ranks in world2.run(evaluate_all, calls):
+        for (_, _, _, rows, _), actual in zip(calls, ranks):
+            assert actual["eval_loss"] == pytest.approx(expected[rows], rel=1e-6, abs=1e-9), rows
