@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Router, Transformer
 from sentence_transformers.sentence_transformer.modules import CNN, LSTM, WordWeights
@@ -29,7 +32,43 @@ def check_packable(model: object) -> list[Transformer]:
         )
     for module in transformers:
         _check_transformer(module)
+    for route, modules in pipelines(model).items():
+        _check_pipeline(route, modules)
     return transformers
+
+
+def pipelines(model: SentenceTransformer) -> dict[str, list[torch.nn.Module]]:
+    """The modules that a text may go through, in order, by the routes of the `Router`s on the way (`""` for none)."""
+    return {"/".join(dict.fromkeys(path)): modules for path, modules in _paths(model.children(), ())}
+
+
+def _paths(modules: Iterable[torch.nn.Module], path: tuple[str, ...]) -> list[tuple[tuple[str, ...], list]]:
+    """Every way through `modules` for a text that has taken the routes of `path`; it keeps a name where it can."""
+    found: list[tuple[tuple[str, ...], list]] = [(path, [])]
+    for module in modules:
+        if isinstance(module, Router):
+            found = [
+                (longer, [*passed, *inside])
+                for taken, passed in found
+                for name in [name for name in module.sub_modules if name in taken] or module.sub_modules
+                for longer, inside in _paths(module.sub_modules[name], (*taken, name))
+            ]
+        else:
+            found = [(taken, [*passed, module]) for taken, passed in found]
+    return found
+
+
+def _check_pipeline(route: str, modules: list[torch.nn.Module]) -> None:
+    """Refuse what reads rows of tokens behind a transformer, whose texts stand in one row."""
+    if not any(isinstance(module, Transformer) for module in modules):
+        return
+    for module in modules:
+        if isinstance(module, (CNN, LSTM, WordWeights)):
+            where = f" in route {route!r}" if route else ""
+            raise NotImplementedError(
+                f"`{type(module).__name__}`{where} reads texts side by side, which packed texts are not: use `Pooling`,"
+                " or leave the model padded."
+            )
 
 
 def _check_transformer(module: Transformer) -> None:

@@ -103,7 +103,7 @@ def pack_embeddings(
     put_on(model, _EncodePatch(layout), "encode")
     mark(model)
     if prove:
-        prove_packing(model, transformers, PACKED, shared=layout.mesh is not None)
+        prove_packing(model, PACKED, shared=layout.mesh is not None)
     return model
 
 
