@@ -66,8 +66,8 @@ def _check_pipeline(route: str, modules: list[torch.nn.Module]) -> None:
         if isinstance(module, (CNN, LSTM, WordWeights)):
             where = f" in route {route!r}" if route else ""
             raise NotImplementedError(
-                f"`{type(module).__name__}`{where} reads texts side by side, which packed texts are not: use `Pooling`,"
-                " or leave the model padded."
+                f"`{type(module).__name__}`{where} reads texts side by side, which packed texts are not: use "
+                "`Pooling`, or leave the model padded."
             )
 
 

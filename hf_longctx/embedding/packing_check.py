@@ -58,8 +58,8 @@ def _prove_route(model, route: str, modules: list, module: Transformer, name: st
         where = f" on route {route!r}" if route else ""
         raise NotImplementedError(
             f"`{type(module.model).__name__}` embeds texts {way}{where} otherwise than alone (by {difference:.2g} of "
-            f"the largest coordinate, {tolerance:.0e} allowed): something in it reads across texts or counts positions "
-            "itself; leave it padded, with attn_implementation='sdpa'."
+            f"the largest coordinate, {tolerance:.0e} allowed): something in it reads across texts or counts "
+            "positions itself; leave it padded, with attn_implementation='sdpa'."
         )
 
 

@@ -48,11 +48,12 @@ def mark_spans(
 
     Returns:
         `torch.Tensor` of shape `(1, T)`: the number of the token's span within its document, -1 for none. A token
-        belongs to the span in which its first character lies.
+        belongs to the span in which its first character that is no white space lies: many tokenizers count the space
+        before a word to the word.
 
     Raises:
         ValueError: spans that overlap, are empty, or have no token because the document was cut off before them.
-        NotImplementedError: the model pads, or rewrites its texts by a chat template.
+        NotImplementedError: the model pads, rewrites its texts by a chat template, or has a tokenizer without offsets.
     """
     if features.get("modality") != "text" or "cu_seq_lens_q" not in features or "offset_mapping" not in features:
         raise NotImplementedError(
@@ -62,9 +63,26 @@ def mark_spans(
     bounds, shift = features["cu_seq_lens_q"].tolist(), len(prompt or "")
     marks = torch.full((bounds[-1],), NO_SPAN)
     for document, (start, end) in enumerate(zip(bounds, bounds[1:])):
-        offsets = features["offset_mapping"][start:end] - shift
+        offsets = features["offset_mapping"][start:end]
+        if not bool((offsets[:, 1] > offsets[:, 0]).any()):
+            raise NotImplementedError(
+                f"the tokenizer gives empty offsets for all {end - start} tokens of document {document}, so "
+                "characters cannot be traced to tokens: use a fast tokenizer with offsets, or leave spans out."
+            )
+        offsets = _without_leading_space(offsets, (prompt or "") + documents[document]) - shift
         _mark_document(marks[start:end], offsets, spans[document], document, len(documents[document]))
     return marks[None]
+
+
+def _without_leading_space(offsets: torch.Tensor, text: str) -> torch.Tensor:
+    """Offsets `(T, 2)` that begin at the first character that is no white space, where a token has one."""
+    # From each character to the next that is no white space, itself included.
+    index = torch.arange(len(text) + 1)
+    index[:-1][torch.tensor([character.isspace() for character in text], dtype=torch.bool)] = len(text)
+    following = index.flip(0).cummin(0).values.flip(0).to(offsets.device)
+    first, last = offsets.unbind(1)
+    moved = following[first.clamp(max=len(text))]
+    return torch.stack([torch.where(moved < last, moved, first), last], dim=1)
 
 
 def _mark_document(marks: torch.Tensor, offsets: torch.Tensor, spans, document: int, num_characters: int) -> None:

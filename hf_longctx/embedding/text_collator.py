@@ -43,9 +43,14 @@ class EmbeddingCollator(SentenceTransformerDataCollator):
 
 
 def refuse_empty_texts(rows: list[dict]) -> None:
-    """Raise `ValueError` if a row has a text of nothing but white space: its embedding would mean nothing."""
+    """Raise `ValueError` if a row has no text, or one of nothing but white space: its embedding would mean nothing."""
     for index, row in enumerate(rows):
         for column, value in row.items():
+            if value is None or (isinstance(value, float) and value != value):
+                raise ValueError(
+                    f"column `{column}` in row {index} of a batch of {len(rows)} is {value}: remove such rows, for "
+                    f"example with `dataset.filter(lambda row: row[{column!r}] is not None)`."
+                )
             if isinstance(value, str) and column != "dataset_name" and not value.strip():
                 neighbor = next((text for text in row.values() if isinstance(text, str) and text.strip()), "")
                 raise ValueError(

@@ -17,6 +17,7 @@ from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimil
 
 from hf_longctx import TiledMultipleNegativesRankingLoss, encode_spans
 from hf_longctx.embedding.packed_model import is_packed, pack_embeddings, unpack_embeddings
+from hf_longctx.embedding.spans import WITH_OFFSETS, mark_spans
 
 from ..embedding import columns, embedder, gradients_of, texts
 
@@ -316,6 +317,67 @@ def test_a_span_behind_the_last_kept_token_is_refused():
         ValueError, match=r"has no token: the tokenizer keeps 8 characters; raise `model.max_seq_length`"
     ):
         encode_spans(packed, ["w1 w2 w3 w4 w5"], [[(0, 2), (9, 14)]])
+
+
+def spaced(kind: str):
+    """A packed model whose tokenizer counts the space before a word to the word, as Qwen's, GPT-2's and Gemma's do."""
+    from tokenizers import Regex, pre_tokenizers
+
+    packed = pack_embeddings(embedder("bert", "packed"))
+    backend = packed[0].tokenizer.backend_tokenizer
+    splits = {
+        "space before": (Regex(r"\s*[^\s]+"), "isolated"),
+        "alone": (Regex(r"\s+|[^\s]+"), "isolated"),
+    }
+    backend.pre_tokenizer = pre_tokenizers.Split(*splits[kind])
+    return packed
+
+
+@pytest.mark.parametrize("prompt", [None, "w1 w2 ", "w1:"])
+@pytest.mark.parametrize("kind", ["space before", "alone"])
+def test_spaces_that_belong_to_a_token_do_not_move_it_out_of_its_span(kind, prompt):
+    """Every word of the spans is marked with its span, whatever stands before it."""
+    document = "w1 w2  w3\nw4 w5"
+    spans = [(0, 5), (7, 12), (13, 15)]  # w1 w2 | w3 w4 | w5
+    packed = spaced(kind)
+    features = packed.preprocess([document], prompt=prompt, processing_kwargs=WITH_OFFSETS)
+    marks = mark_spans(features, [document], [spans], prompt)[0].tolist()
+    text, shift = (prompt or "") + document, len(prompt or "")
+    words = {}
+    for (start, end), mark in zip(features["offset_mapping"].tolist(), marks):
+        if text[start:end].strip() and end > shift:
+            words[text[max(start, shift) : end].strip()] = mark
+    assert words == {"w1": 0, "w2": 0, "w3": 1, "w4": 1, "w5": 2} or prompt == "w1:", words
+    assert [words[word] for word in ("w2", "w3", "w4", "w5")] == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma"])
+def test_real_kinds_of_offsets_keep_the_first_word_of_every_span(kind):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    document, spans = "alpha beta gamma delta", [[(0, 10), (11, 22)]]
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    if kind == "gpt2":
+        vocabulary = {character: index for index, character in enumerate([*letters, "\u0120"])}
+        backend = Tokenizer(models.BPE(vocabulary, []))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    else:
+        words = ["\u2581alpha", "\u2581beta", "\u2581gamma", "\u2581delta"]
+        backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token=words[0]))
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    encoded = backend.encode(document)
+    offsets = torch.tensor(encoded.offsets)
+    features = {"modality": "text", "offset_mapping": offsets, "cu_seq_lens_q": torch.tensor([0, len(offsets)])}
+    marks = mark_spans(features, [document], spans)[0].tolist()
+    for (start, end), mark in zip(encoded.offsets, marks):
+        if document[start:end].strip():
+            assert mark == int(end > 11), (start, end, mark)
+
+
+def test_offsets_that_are_all_empty_are_refused():
+    features = {"modality": "text", "offset_mapping": torch.zeros(3, 2).long(), "cu_seq_lens_q": torch.tensor([0, 3])}
+    with pytest.raises(NotImplementedError, match="empty offsets for all 3 tokens of document 0"):
+        mark_spans(features, ["w1 w2 w3"], [[(0, 2)]])
 
 
 def test_spans_of_a_padded_model_are_refused():

@@ -166,6 +166,15 @@ def test_an_empty_text_is_refused_by_row_and_column():
         refuse_empty_texts(rows)
 
 
+@pytest.mark.parametrize("nothing", [None, float("nan")])
+@pytest.mark.parametrize("column", ["anchor", "positive", "label"])
+def test_nothing_in_a_column_is_refused_by_row_and_column(column, nothing):
+    rows = [{"anchor": "w1", "positive": "w2", "label": 1.0}, {"anchor": "w3", "positive": "w4", "label": 0.0}]
+    rows[1][column] = nothing
+    with pytest.raises(ValueError, match=f"column `{column}` in row 1 of a batch of 2 is {nothing}: remove such rows"):
+        refuse_empty_texts(rows)
+
+
 REFUSED = {
     "`source_temperature` (2.0) speaks of sources by name, but `train_dataset` is one `Dataset`": (
         ValueError,
