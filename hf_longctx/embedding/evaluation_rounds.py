@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -120,7 +121,7 @@ def without_gathering(losses: Losses) -> Iterator[None]:
             part.gather_across_devices = True
 
 
-def count_rows(inputs: Mapping[str, object]) -> int:
+def count_rows(inputs: Mapping[str, Any]) -> int:
     """Rows of a batch, whose columns may each be one flat row."""
     for key, value in inputs.items():
         if key.endswith("_cu_seq_lens_q"):

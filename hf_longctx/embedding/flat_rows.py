@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ class FlatIds(torch.Tensor):
 _LEAVES_SUBCLASS = {torch.Tensor.__reduce_ex__, torch.Tensor.as_subclass}
 
 
-def _as_ids(result: object) -> object:
+def _as_ids(result: Any) -> Any:
     """Whole numbers that come out of token ids are taken for token ids; nothing else is."""
     if isinstance(result, list | tuple) and type(result) in (list, tuple):
         return type(result)(map(_as_ids, result))
@@ -103,13 +104,13 @@ def _refuse_reader() -> None:
     )
 
 
-def drop_outputs(features: Mapping[str, object]) -> dict[str, object]:
+def drop_outputs(features: Mapping[str, Any]) -> dict[str, Any]:
     """Features without what the modules of a model wrote into them: they may be read again, by the same or another."""
     outputs = (*features.get(MODULE_OUTPUTS, ()), MODULE_OUTPUTS)
     return {key: value for key, value in features.items() if key not in outputs}
 
 
-def pad_flat(features: Mapping[str, object], tokenizer) -> dict[str, object]:
+def pad_flat(features: Mapping[str, Any], tokenizer) -> dict[str, Any]:
     """A flat row as sentence-transformers' padded batch, for a model that was not packed.
 
     Args:
@@ -137,13 +138,14 @@ class ReaderPatch(InstancePatch):
 
     name = PACKED
 
-    def call(self, module: torch.nn.Module, own: Callable, features: dict, *args, **kwargs):
+    def call(self, module: torch.nn.Module, own: Callable, *args: Any, **kwargs: Any) -> Any:
+        features, *rest = args or (kwargs.pop("input"),)
         if "cu_seq_lens_q" not in features:
-            return own(features, *args, **kwargs)
+            return own(features, *rest, **kwargs)
         before, ids = {*features, "input_ids"}, features["input_ids"]
         features["input_ids"] = plain_ids(ids)
         try:
-            output = own(features, *args, **kwargs)
+            output = own(features, *rest, **kwargs)
         finally:
             features["input_ids"] = ids
         written = [key for key in output if key not in before]

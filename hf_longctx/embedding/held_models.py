@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -30,7 +31,7 @@ _ASKED = (
     "device",
 )
 
-Losses = torch.nn.Module | Mapping[str, torch.nn.Module]
+Losses: TypeAlias = torch.nn.Module | Mapping[str, torch.nn.Module]
 
 
 def each_loss(losses: Losses) -> list[torch.nn.Module]:
@@ -91,7 +92,7 @@ def put_wrapper(losses: Losses, model: torch.nn.Module, wrapper: torch.nn.Module
         if not hasattr(wrapper, name) and hasattr(model, name):
             setattr(wrapper, name, getattr(model, name))
 
-    def swap(value: object) -> object:
+    def swap(value: Any) -> Any:
         if isinstance(value, torch.nn.Module):
             return wrapper if is_model(value, model) else value
         if type(value) in (list, tuple):
@@ -138,14 +139,15 @@ class _HeldPatch(InstancePatch):
 
     name = PADDED
 
-    def call(self, module: BaseModel, own: Callable, features: dict, *args, **kwargs):
+    def call(self, module: torch.nn.Module, own: Callable, *args: Any, **kwargs: Any) -> Any:
+        features, *rest = args or (kwargs.pop("input"),)
         if "cu_seq_lens_q" not in features:
-            return own(features, *args, **kwargs)
+            return own(features, *rest, **kwargs)
         if is_packed(module):
             mine = drop_outputs(features)
         else:
             mine = pad_flat(features, getattr(module, "tokenizer", None))
-        output = own(mine, *args, **kwargs)
+        output = own(mine, *rest, **kwargs)
         if isinstance(output, Mapping) and "sentence_embedding" in output:
             features["sentence_embedding"] = output["sentence_embedding"]
             features[MODULE_OUTPUTS] = (*features.get(MODULE_OUTPUTS, ()), "sentence_embedding")
@@ -209,7 +211,7 @@ def own_parameters(losses: Losses, model: torch.nn.Module) -> list[torch.nn.Para
     known = {id(parameter) for parameter in model.parameters()}
     for held in held_models(losses, model).values():
         known |= {id(parameter) for parameter in held.parameters()}
-    found = {}
+    found: dict[int, torch.nn.Parameter] = {}
     for loss in each_loss(losses):
         found |= {id(p): p for p in loss.parameters() if p.requires_grad and id(p) not in known}
     return list(found.values())

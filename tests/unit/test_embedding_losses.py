@@ -131,6 +131,16 @@ def test_features_may_go_through_several_models_and_the_same_one_twice(student):
     assert_same_gradients(expected, actual)
 
 
+def test_features_may_be_given_by_name():
+    packed, teacher = pack_embeddings(embedder("bert", "packed")), guide()
+    loss = built(Case(lambda model: Distillation(model, teacher), (A,)), packed)
+    pad_for_held_models(loss, packed)
+    for model in (packed, teacher):
+        (features,), (again,) = columns(packed, A), columns(packed, A)
+        expected = model(features)["sentence_embedding"]
+        assert torch.equal(model(input=again)["sentence_embedding"], expected)
+
+
 # In a trainer
 
 
