@@ -18,8 +18,18 @@ _LOOKUPS = {F.embedding, F.embedding_bag, torch.embedding, torch.embedding_bag}
 _LOOKUPS |= {torch.index_select, torch.Tensor.index_select}
 # In features: the names of what a model's modules wrote into them.
 MODULE_OUTPUTS = "module_outputs"
+# In features: the position of the first token of a text, which sentence-transformers adds to `position_ids`.
+POSITION_OFFSET = "position_offset"
 # Of a flat row, and of no padded one.
-_FLAT_KEYS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx", "position_ids")
+_FLAT_KEYS = (
+    POSITION_OFFSET,
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "seq_idx",
+    "position_ids",
+)
 
 
 class FlatCollator(DataCollatorWithFlattening):
@@ -33,7 +43,8 @@ class FlatCollator(DataCollatorWithFlattening):
         ValueError: a text has no token, so that there is nothing to pool.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, position_offset: int = 0) -> None:
+        self.position_offset = position_offset
         super().__init__(return_seq_idx=True, return_flash_attn_kwargs=True, return_position_ids=True)
 
     def __call__(self, features, return_tensors=None, separator_id=None):
@@ -45,6 +56,7 @@ class FlatCollator(DataCollatorWithFlattening):
             )
         batch = super().__call__(features, return_tensors, separator_id)
         batch["input_ids"] = batch["input_ids"].as_subclass(FlatIds)
+        batch[POSITION_OFFSET] = self.position_offset
         types = [kind for text in features for kind in text.get("token_type_ids", ())]
         if any(types):
             batch["token_type_ids"] = torch.tensor([types])

@@ -34,7 +34,7 @@ try:
 except ImportError as error:
     raise ImportError("`pack_embeddings` needs sentence-transformers: `pip install hf-longctx[embedding]`.") from error
 
-from .flat_rows import PACKED, FlatCollator, ReaderPatch, drop_outputs, plain_ids
+from .flat_rows import PACKED, POSITION_OFFSET, FlatCollator, ReaderPatch, drop_outputs, plain_ids
 from .packable import check_packable, check_shardable, refuse_leak
 from .packing_check import prove_packing
 from .spans import spans_of_rows
@@ -89,8 +89,8 @@ def pack_embeddings(
         former = patch_on(module, PACKED)
         before = {name: vars(module)[name] for name in _CHANGED if name in vars(module)}
         before = before if former is None else former.before
-        module.data_collator = FlatCollator()
         module._flatten_position_offset = module._infer_flatten_position_offset()
+        module.data_collator = FlatCollator(module._flatten_position_offset)
         if module.model_forward_params is not None:
             module.model_forward_params = module.model_forward_params | _PASSED_KEYS
         module.can_flatten_inputs = True
@@ -178,8 +178,9 @@ class _TransformerPatch(InstancePatch):
         inputs = {key: value for key, value in inputs.items() if key not in ("span_ids", "sequence_shard")}
         if flat:
             inputs["input_ids"] = plain_ids(inputs["input_ids"])
-        if flat and "position_ids" in inputs:
-            inputs["position_ids"] = _positions(inputs["cu_seq_lens_q"], module._flatten_position_offset)
+        offset = inputs.pop(POSITION_OFFSET, None)  # of the model that made the row, which may be another one
+        if flat and offset is not None and "position_ids" in inputs:
+            inputs["position_ids"] = inputs["position_ids"] + module._flatten_position_offset - offset
         shard = None
         if self.layout.mesh is not None:
             if not flat:
@@ -197,13 +198,6 @@ class _TransformerPatch(InstancePatch):
         if shard is not None:
             features["sequence_shard"] = shard
         return features
-
-
-def _positions(bounds: torch.Tensor, offset: int) -> torch.Tensor:
-    """The place of every token in its text, `(1, T)`: the model that made the row may count from another number."""
-    lengths, starts = bounds.diff(), bounds[:-1].long()
-    index = torch.arange(int(bounds[-1]), device=bounds.device)
-    return (index - starts.repeat_interleave(lengths) + offset)[None]
 
 
 def _my_share(inputs: dict[str, Any], mesh: SequenceMesh, inner_attention: str):

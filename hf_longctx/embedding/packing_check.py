@@ -43,6 +43,7 @@ def _prove_route(model, route: str, modules: list, module: Transformer, name: st
     device = next(module.model.parameters()).device
     texts = _texts(module)
     flat = module.data_collator([{"input_ids": ids} for ids in texts])
+    flat["position_ids"] = flat["position_ids"] + module._flatten_position_offset
     flat = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in flat.items()}
     flat["modality"] = "text"
     with evaluation_mode(model), torch.no_grad():

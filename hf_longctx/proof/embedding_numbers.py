@@ -88,8 +88,8 @@ def embeddings_without_communication(
     bounds, num_tokens = features["cu_seq_lens_q"].long(), features["input_ids"].shape[1]
     length = -(-num_tokens // size)
     start, stop = min(rank * length, num_tokens), min((rank + 1) * length, num_tokens)
-    if size == 1:  # one text as far as attention knows, and one token: without any bound it would ask the positions
-        bounds = torch.tensor([0, num_tokens - 1, num_tokens])
+    if size == 1:  # the first text, and one text of all others: without any bound attention would ask the positions
+        bounds = torch.tensor([0, int(bounds[1]), num_tokens])
     bounds = torch.cat([torch.tensor([start]), bounds[(bounds > start) & (bounds < stop)], torch.tensor([stop])])
     module, *others = model.children()
     hidden = torch.zeros(1, num_tokens, module.get_embedding_dimension(), dtype=model.dtype)

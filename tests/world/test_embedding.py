@@ -142,7 +142,7 @@ def test_refusals_under_shared_rows(world2):
     assert first == second
     kernel_message, module_message, tokens_message, padded_message, count = first
     assert "runs attn_implementation='packed', which works on whole rows, with `sequence_par" in kernel_message
-    assert "`LSTM` reads the vectors of whole rows of tokens, which no rank holds with" in module_message
+    assert "`LSTM` reads texts side by side, which packed texts are not: use `Pooling`" in module_message
     assert "`output_value` ('token_embeddings') asks for the vector of every token, but" in tokens_message
     assert "reached a model whose rows are shared by 2 processes: query expansion, images" in padded_message
     assert count == 2
