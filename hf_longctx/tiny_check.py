@@ -40,11 +40,7 @@ OTHER_ROW_LENGTHS = Rounding(float64=1e-8, float32=1e-4, half=5e-2)
 
 @contextlib.contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
-    """Run a block without dropout; every module gets its own mode back, and FSDP2 its shards.
-
-    A forward without a backward leaves the weights of FSDP2's root gathered, and an optimizer that is built next
-    would hold those in place of the shards.
-    """
+    """Run a block without dropout; every module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -52,8 +48,20 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-            if hasattr(module, "reshard") and hasattr(module, "set_requires_gradient_sync"):
-                module.reshard()
+
+
+@contextlib.contextmanager
+def whole_model(model: torch.nn.Module) -> Iterator[None]:
+    """[`evaluation_mode`] for a block that runs the whole model, after which FSDP2 has its shards again.
+
+    A forward without a backward leaves the weights of FSDP2's root gathered, and an optimizer that is built next
+    would hold those in place of the shards.
+    """
+    with evaluation_mode(model):
+        yield
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "set_requires_gradient_sync"):
+            module.reshard()
 
 
 def first_ordinary_token(vocab_size: int) -> int:

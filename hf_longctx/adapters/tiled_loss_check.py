@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ..parallel.shard import IGNORE_INDEX
-from ..tiny_check import REORDERED_SUMS, evaluation_mode, random_tokens
+from ..tiny_check import REORDERED_SUMS, random_tokens, whole_model
 from .instance_forward import patch_on
 from .tiled_loss import TILED_LOSS, TiledLossHandle, find_causal_lm, tile_loss
 
@@ -38,7 +38,7 @@ def prove_tiled_loss(model: torch.nn.Module) -> None:
     patched = patch_on(inner, TILED_LOSS) is not None
     handle = TiledLossHandle(inner) if patched else tile_loss(inner)
     try:
-        with evaluation_mode(model):
+        with whole_model(model):
             with handle.paused():
                 expected = _loss_and_gradient(model, inner)
             actual = _loss_and_gradient(model, inner)

@@ -19,7 +19,7 @@ from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.segments import PAD_SEGMENT, segment_rows
 from ..parallel.shard import share_of_group
-from ..tiny_check import SAME_SUMS, evaluation_mode, first_ordinary_token
+from ..tiny_check import SAME_SUMS, first_ordinary_token, whole_model
 from .registry import name_that_packs, name_that_shards, packs_rows
 
 
@@ -62,7 +62,7 @@ def assert_no_cross_document(
     others = (segments != PAD_SEGMENT) & ~chosen & chosen.any(dim=1, keepdim=True)
     batch = {key: value for key, value in batch.items() if key not in _LABELS}
     run, remedy = _Run(model, mesh, inner_attention), _remedy(model)
-    with evaluation_mode(model):
+    with whole_model(model):
         with torch.no_grad():
             before = run.outputs(batch)
             after = run.outputs({**batch, "input_ids": _other_tokens(model, batch["input_ids"], chosen)})

@@ -15,7 +15,7 @@ import torch
 
 from ..parallel.segments import PAD_SEGMENT
 from ..parallel.shard import SequenceShard, cut_batch
-from ..tiny_check import evaluation_mode
+from ..tiny_check import whole_model
 from .blocks import BlockPlan
 from .kernels import is_flash
 from .masks import AttentionRule, KernelPlan
@@ -79,7 +79,7 @@ def explain_attention(model: torch.nn.Module, batch: Mapping[str, Any]) -> Atten
         batch = cut_batch(batch, 1, 0)
         shard = batch["sequence_shard"]
     inputs = {key: value for key, value in batch.items() if "labels" not in key and key != "num_items_in_batch"}
-    with evaluation_mode(model):
+    with whole_model(model):
         model.base_model(**inputs)
     if not shard.kernel_plans:
         raise ValueError(

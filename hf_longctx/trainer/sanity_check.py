@@ -28,7 +28,7 @@ from ..parallel.collectives import gather_integers, gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.segments import has_documents
 from ..parallel.shard import IGNORE_INDEX, SequenceShard, share_of_group
-from ..tiny_check import REORDERED_SUMS, evaluation_mode, random_tokens
+from ..tiny_check import REORDERED_SUMS, random_tokens, whole_model
 from .gradient_check import check_gradients, zeros_drawn
 from .true_cause import refuse_broken_model, refuse_nonfinite_outputs
 
@@ -115,7 +115,7 @@ def run_sanity_check(
 
     Communication: that of three forwards, and of the forwards and backwards of [`check_gradients`].
     """
-    with evaluation_mode(model), lengths_forgotten(model), zeros_drawn(model), context or contextlib.nullcontext():
+    with whole_model(model), lengths_forgotten(model), zeros_drawn(model), context or contextlib.nullcontext():
         result = _compare(model, mesh, inner_attention, shift_labels, check_loss)
         if mesh.sequence_parallel_size > 1:
             check_gradients(model, mesh, inner_attention, _padded_rows(model, mesh.sequence_parallel_size))

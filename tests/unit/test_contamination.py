@@ -9,8 +9,8 @@ import torch
 import transformers
 
 from hf_longctx import PackingCollator, SequenceMesh, assert_no_cross_document
-from hf_longctx.attention.contamination import evaluation_mode
 from hf_longctx.parallel.adapted import MARK
+from hf_longctx.tiny_check import evaluation_mode
 
 from ..models import MASKED_LM, VOCAB, build
 from .test_packed import documents_of

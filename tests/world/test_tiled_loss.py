@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_longctx import SequenceMesh
+from hf_longctx import SequenceMesh, adapt
 from hf_longctx.adapters.tiled_loss import tile_loss
 from hf_longctx.adapters.tiled_loss_check import prove_tiled_loss
 
@@ -115,6 +115,7 @@ def trajectory(wrapper: str, tile: bool, size: int, attention: str):
     """The documented loop: four steps of two uneven micro-batches."""
     mesh, plain = SequenceMesh.build(size), build("llama", attention)
     model = wrap(plain, wrapper)
+    adapt(plain, mesh)
     if tile:
         tile_loss(model, TILE)
     optimizer = torch.optim.SGD(plain.parameters(), lr=0.3)
