@@ -65,6 +65,11 @@ class DeferredMask:
         return arguments["batch_size"], 1, arguments["q_length"], arguments["kv_length"]
 
     @property
+    def num_keys(self) -> int | None:
+        """Keys that transformers describes, or `None` where it does not say."""
+        return self._arguments.get("kv_length")
+
+    @property
     def ndim(self) -> int:
         return 4
 

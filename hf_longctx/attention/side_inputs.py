@@ -95,10 +95,11 @@ def refuse_added_keys(call: AttentionCall) -> None:
     Raises:
         NotImplementedError: there are more keys than transformers' mask has columns.
     """
-    if not isinstance(call.mask, DeferredMask) or call.key.shape[2] <= call.mask.shape[-1]:
+    num_keys = call.mask.num_keys if isinstance(call.mask, DeferredMask) else None
+    if num_keys is None or call.key.shape[2] <= num_keys:
         return
     raise NotImplementedError(
-        f"`{type(call.module).__name__}` attends to {call.key.shape[2]} keys, {call.mask.shape[-1]} of tokens and the "
+        f"`{type(call.module).__name__}` attends to {call.key.shape[2]} keys, {num_keys} of tokens and the "
         f"rest its own (such as compressed blocks), and attn_implementation={call.entry.name!r} cannot tell who sees "
         "those: load the model with attn_implementation='eager', without sharding or packed rows."
     )

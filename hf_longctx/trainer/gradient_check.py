@@ -20,7 +20,7 @@ from ..adapters.wrapped import unwrap
 from ..families import length_thresholds, scales_by_count
 from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
-from ..parallel.shard import shard_batch
+from ..parallel.shard import share_of_group
 from ..tiny_check import REORDERED_SUMS
 
 
@@ -59,7 +59,7 @@ def check_gradients(model, mesh: SequenceMesh, inner_attention: str, batch: dict
 
 def _compare(model, mesh, inner_attention, full, name: str, start: int) -> None:
     valid, group = full["attention_mask"].bool(), mesh.sp_group
-    share = shard_batch(full, mesh, inner_attention=inner_attention)
+    share = share_of_group(full, mesh, inner_attention=inner_attention, shift_labels=True)
     share = {key: value for key, value in share.items() if key != "shift_labels"}
     shard = share["sequence_shard"]
     first = shard.rank * shard.local_len

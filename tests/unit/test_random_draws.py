@@ -35,7 +35,7 @@ def test_jitter_of_a_router_is_told_as_dropout_is(field, caplog):
     model = tf.AutoModelForCausalLM.from_config(JITTER[field])
     with caplog.at_level(logging.WARNING, "hf_longctx"):
         warn_about_draws(model, 1)
-        assert not caplog.records
+        assert not [record for record in caplog.records if record.name.startswith("hf_longctx")]
         warn_about_draws(model, 2)
     assert f"`{field}` (0.1) of `model." in caplog.text or f"`{field}` (0.1) of `transformer." in caplog.text
 
