@@ -59,12 +59,15 @@ def find_provoked(refusals: list[Refusal], records: Iterable[dict]) -> dict[Refu
     Lines move, so a record of older code belongs to the message of its function that it matches. Only where it
     could be two is it that of its line, or else the one with more words of its own.
     """
-    inside = defaultdict(list)
+    inside, made = defaultdict(list), defaultdict(list)
     for refusal in refusals:
         inside[refusal.module, refusal.function].append(refusal)
+        if refusal.is_made:
+            made[refusal.module].append(refusal)
     provoked: dict[Refusal, set[str]] = {refusal: set() for refusal in refusals}
     for record in records:
-        said = [r for r in inside[record["module"], record["function"]] if says(r, record["message"])]
+        known = inside[record["module"], record["function"]] + made[record["module"]]
+        said = [r for r in known if says(r, record["message"])]
         if said and not record["test"].startswith(NOT_RUN_EVERYWHERE):
             best = max(said, key=lambda r: (r.line == record["line"], len(r.holed.replace(HOLE, ""))))
             provoked[best].add(record["test"].partition("[")[0])

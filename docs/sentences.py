@@ -7,7 +7,7 @@ page of them.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,10 @@ HOLE = "\0"  # where a message is filled in
 
 @dataclass(frozen=True)
 class Refusal:
-    """One message: `shown` as a reader sees it, `holed` with holes for what is filled in, raised in line `line`."""
+    """One message: `shown` as a reader sees it, `holed` with holes for what is filled in, raised in line `line`.
+
+    `is_made`: `function` returns the error, and another of its file raises it.
+    """
 
     module: str
     function: str
@@ -41,6 +44,7 @@ class Refusal:
     line: int
     shown: str
     holed: str
+    is_made: bool = False
 
     @property
     def is_early(self) -> bool:
@@ -61,26 +65,31 @@ def find_refusals(package: Path = ROOT / "hf_longctx") -> list[Refusal]:
     for path, tree in trees.items():
         module = path.relative_to(package).as_posix()
         for function, node in _raises(tree, ""):
-            name = getattr(node.exc.func, "id", getattr(node.exc.func, "attr", ""))
+            error = node.exc if isinstance(node, ast.Raise) else node.value
+            name = getattr(error.func, "id", getattr(error.func, "attr", ""))
             known = name in ERRORS | own or (name == "AssertionError" and module in CHECKS)
-            if not known or not node.exc.args or (module, function.rpartition(".")[2]) in PASSED_ON | LOGGED:
+            if not known or not error.args or (module, function.rpartition(".")[2]) in PASSED_ON | LOGGED:
                 continue
-            for parts in _texts(node.exc.args[0], tree):
-                found.append(Refusal(module, function, name, node.lineno, _shown(parts), _holed(parts)))
+            for parts in _texts(error.args[0], tree, trees.values()):
+                place = module, function, name, node.lineno
+                found.append(Refusal(*place, _shown(parts), _holed(parts), isinstance(node, ast.Return)))
     return found
 
 
-def _raises(node: ast.AST, inside: str) -> Iterator[tuple[str, ast.Raise]]:
+def _raises(node: ast.AST, inside: str) -> Iterator[tuple[str, ast.Raise | ast.Return]]:
+    """Where an error is raised, or returned to be raised, with the name of the function around it."""
     for child in ast.iter_child_nodes(node):
         name = inside
         if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             name = f"{inside}.{child.name}" if inside else child.name
         if isinstance(child, ast.Raise) and isinstance(child.exc, ast.Call):
             yield inside, child
+        if isinstance(child, ast.Return) and isinstance(child.value, ast.Call):
+            yield inside, child
         yield from _raises(child, name)
 
 
-def _texts(node: ast.expr, tree: ast.Module) -> list[list[str | ast.expr]]:
+def _texts(node: ast.expr, tree: ast.Module, package: Collection[ast.Module]) -> list[list[str | ast.expr]]:
     """The texts that an expression can be: constants and the expressions between them."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return [[node.value]]
@@ -88,22 +97,23 @@ def _texts(node: ast.expr, tree: ast.Module) -> list[list[str | ast.expr]]:
         parts = [p.value if isinstance(p, ast.Constant) else p.value for p in node.values]
         return [parts]
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
-        return [a + b for a in _texts(node.left, tree) for b in _texts(node.right, tree)]
+        return [a + b for a in _texts(node.left, tree, package) for b in _texts(node.right, tree, package)]
     if isinstance(node, ast.IfExp):
-        return _texts(node.body, tree) + _texts(node.orelse, tree)
+        return _texts(node.body, tree, package) + _texts(node.orelse, tree, package)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        # A function of the same file that writes the message.
-        for maker in ast.walk(tree):
-            if isinstance(maker, ast.FunctionDef) and maker.name == node.func.id:
-                returns = [n.value for n in ast.walk(maker) if isinstance(n, ast.Return) and n.value is not None]
-                return [text for value in returns for text in _texts(value, tree)]
+        # A function of the same file that writes the message, or of another one.
+        for home in (tree, *package):
+            for maker in ast.walk(home):
+                if isinstance(maker, ast.FunctionDef) and maker.name == node.func.id:
+                    returns = [n.value for n in ast.walk(maker) if isinstance(n, ast.Return) and n.value is not None]
+                    return [text for value in returns for text in _texts(value, home, package)]
     if isinstance(node, ast.Name):
         values = [
             n.value
             for n in ast.walk(tree)
             if isinstance(n, ast.Assign) and any(getattr(target, "id", None) == node.id for target in n.targets)
         ]
-        texts = [text for value in values if not isinstance(value, ast.Name) for text in _texts(value, tree)]
+        texts = [text for value in values if not isinstance(value, ast.Name) for text in _texts(value, tree, package)]
         if any(isinstance(part, str) for text in texts for part in text):
             return texts
     return [[node]]

@@ -49,7 +49,7 @@ def read_folder(
     reasons = Counter[str](_reason(fault) for fault in faults if fault is not None)
     if not good:
         if len(files) == 1 and reasons["not UTF-8"]:
-            raise ValueError(faults[0])
+            raise ValueError(f"`{name}` cannot be read as text: {faults[0]}")
         raise ValueError(
             f"all {len(files)} files of `{name}` are {_UNREADABLE} ({_first(faults)}): save them as UTF-8."
         )

@@ -121,11 +121,6 @@ def check_shardable(model: SentenceTransformer, size: int, inner_attention: str)
     for module in model.modules():
         if isinstance(module, Transformer):
             _check_shared_transformer(module, size)
-        elif isinstance(module, (CNN, LSTM, WordWeights)):
-            raise NotImplementedError(
-                f"`{type(module).__name__}` reads the vectors of whole rows of tokens, which no rank holds with "
-                f"`sequence_parallel_size` ({size}): use `Pooling`, or set `sequence_parallel_size` to 1."
-            )
 
 
 def _check_shared_transformer(module: Transformer, size: int) -> None:

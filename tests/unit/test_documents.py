@@ -8,6 +8,7 @@ import logging
 
 import pytest
 from datasets import Dataset, IterableDataset
+from datasets.exceptions import DatasetGenerationError
 
 from hf_longctx.data.documents import load_documents, split_into_rows
 
@@ -150,6 +151,40 @@ def test_a_missing_text_column_names_the_columns(tmp_path):
     with pytest.raises(ValueError, match="no column `text`, only title, body"):
         load_documents(str(tmp_path / "rows.jsonl"))
     assert load_documents(str(tmp_path / "rows.jsonl"), text_field="body")["body"] == ["b"]
+
+
+def test_a_data_set_of_the_hub_without_the_column_names_its_columns(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: Dataset.from_dict({"body": ["a"]}))
+    with pytest.raises(ValueError, match="`owner/rows` has no column `text`, only body"):
+        load_documents("owner/rows")
+
+
+def test_what_datasets_cannot_read_is_told(tmp_path, monkeypatch):
+    Dataset.from_dict({"text": []}).to_parquet(tmp_path / "empty.parquet")
+    with pytest.raises(ValueError, match="empty.parquet` has no rows"):
+        load_documents(str(tmp_path / "empty.parquet"))
+    Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "rows.parquet")
+
+    def fail(*_, **__):
+        raise DatasetGenerationError("the disk is full.")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    with pytest.raises(ValueError, match="rows.parquet` cannot be read as parquet: the disk is full: check the file"):
+        load_documents(str(tmp_path / "rows.parquet"))
+
+
+def test_a_broken_list_of_objects_is_told(tmp_path):
+    (tmp_path / "rows.json").write_text('[{"text": "a"},\n {"text": ]')
+    with pytest.raises(ValueError, match="rows.json` is no JSON .*: check the file at that place"):
+        load_documents(str(tmp_path / "rows.json"))
+
+
+def test_a_file_packed_by_what_is_not_installed_names_the_package(tmp_path, monkeypatch):
+    (tmp_path / "rows.jsonl.zst").write_bytes(b"any")
+    monkeypatch.setattr("fsspec.compression.compr", {})
+    with pytest.raises(ValueError, match="is packed by zstd.*pip install zstandard"):
+        load_documents(str(tmp_path / "rows.jsonl.zst"))
 
 
 def test_a_folder_has_no_other_split(folder):

@@ -145,6 +145,16 @@ def test_empty_and_cut_files_are_told(tmp_path):
         rows_of(tmp_path / "folder")
 
 
+def test_a_source_that_datasets_cannot_read_is_told(monkeypatch):
+    def fail(*_, **__):
+        raise EOFError("the connection ended")
+
+    monkeypatch.setattr(embed_sources, "load_dataset", fail)
+    args = embed_sources.SourceArguments(sources={"pairs": "owner/pairs"})
+    with pytest.raises(ValueError, match="source `pairs`: `owner/pairs` cannot be read .*: check its files"):
+        embed_sources.open_source("pairs", "owner/pairs", args)
+
+
 def test_what_is_no_file_is_absent_with_its_reason(tmp_path):
     os.mkfifo(tmp_path / "pipe.jsonl")
     (tmp_path / "zero.jsonl").symlink_to("/dev/zero")

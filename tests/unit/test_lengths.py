@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForMaskedLM, EsmConfig
 
-from hf_longctx.adapters.rotary_lengths import depends_on_length
+from hf_longctx.adapters.instance_forward import patch_on
+from hf_longctx.adapters.rotary_lengths import ROTARY, depends_on_length
 from hf_longctx.adapters.row_lengths import follow_lengths
 from hf_longctx.attention.implicit_positions import local_lengths
 from hf_longctx.parallel.shard import cut_batch
@@ -174,3 +175,11 @@ def test_lengths_of_the_shares_are_those_of_the_documents(size):
     row = {"input_ids": batch["input_ids"], "position_ids": torch.arange(40)[None] + 100}
     shares = [cut_batch(row, size, rank)["sequence_shard"] for rank in range(size)]
     assert all(local_lengths(shard) is None and shard.num_positions == 140 for shard in shares)
+
+
+def test_a_rotary_module_that_gets_other_positions_than_the_tokens_is_refused():
+    model = build_with_lengths(*LENGTH_MODELS[0], "ulysses")
+    (rotary,) = [module for module in follow_lengths(model).modules if patch_on(module, ROTARY) is not None]
+    patch_on(rotary, ROTARY).shard = cut_batch({"input_ids": torch.arange(12)[None]}, 2, 0)["sequence_shard"]
+    with pytest.raises(NotImplementedError, match="rotates 5 positions, but this rank holds 6 tokens"):
+        rotary(torch.zeros(1, 5, 8), torch.arange(5)[None])
