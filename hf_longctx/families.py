@@ -37,6 +37,8 @@ COUNTS_FROM_PADDING = frozenset(
         "yoso",
     }
 )
+# Models that keep what a batch brings from their attention layers, which then never see a shard.
+DROPS_SHARD = frozenset({"nemotron", "stablelm"})
 # Causal language models whose own loss compares the logits of a token with the label of the same token.
 UNSHIFTED_LABELS = COUNTS_POSITIONS | {"whisper"}
 

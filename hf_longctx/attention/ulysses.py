@@ -21,6 +21,7 @@ from .call import AttentionCall
 from .deferred import deferred_mask
 from .packed import attend_documents, attend_rows, run_inner_kernel, validated
 from .registry import AttentionEntry
+from .unadapted import refuse_dropped_shard
 
 
 def ulysses_attention(
@@ -102,6 +103,8 @@ def attend_sharded(
     Gradient: equal to the unsharded layer's, restricted to my tokens. A per-head input gets, on the rank that computes
         its heads, the gradient of all ranks' losses, and zero on the others: the wrapper's mean makes it exact.
     """
+    if shard is None and call.entry.shards_rows:
+        refuse_dropped_shard(call.module)
     if shard is None or shard.size == 1 or not call.entry.shards_rows:
         return attend_documents(call, shard, run, run_alone)
     return _sharded_attention(call, shard, run), None

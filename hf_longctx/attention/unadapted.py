@@ -8,8 +8,9 @@ shows (a layer that mixes tokens on its own, a loss that is not a sum over token
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
-from ..families import COUNTS_FROM_PADDING, SHARDED_LAYERS
+from ..families import COUNTS_FROM_PADDING, DROPS_SHARD, SHARDED_LAYERS
 from ..parallel.adapted import is_marked
 from ..parallel.shard import SequenceShard
 from .implicit_positions import packs_documents
@@ -44,6 +45,23 @@ def validate_config(name: str, config) -> None:
         raise NotImplementedError(
             f"`{name}` adds a load-balancing loss (`output_router_logits` True), which is not a mean over tokens: set "
             "`model.config.output_router_logits = False`."
+        )
+
+
+def refuse_dropped_shard(module: torch.nn.Module) -> None:
+    """Refuse a call without a shard where several processes run and the model would not have passed one on.
+
+    Raises:
+        NotImplementedError: it is one of those in `families.DROPS_SHARD`, and no one looked at it before.
+    """
+    kind = getattr(getattr(module, "config", None), "model_type", None)
+    if kind not in DROPS_SHARD or is_marked(module) or not dist.is_available() or not dist.is_initialized():
+        return
+    processes = dist.get_world_size()
+    if processes > 1:
+        raise NotImplementedError(
+            f"a model of type `{kind}` does not tell its attention whether rows are shared, and {processes} processes "
+            f"run: {_REMEDY}, which finds out, or load it with attn_implementation='packed' for whole rows."
         )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -50,6 +50,33 @@ def test_other_decoders_use_position_ids():
     assert uses_positions(tiny("llama")) and uses_positions(tiny("opt"))
     assert not families.counts_positions(transformers.LlamaConfig())
     assert not families.counts_positions(transformers.BartConfig())  # with its encoder it is another model
+
+
+@pytest.mark.parametrize("kind", sorted(families.COUNTS_FROM_PADDING))
+def test_a_model_that_counts_from_padding_does_so(kind):
+    torch.manual_seed(0)
+    model = AutoModel.from_config(shrink(CONFIG_MAPPING[kind]())).eval()
+    row = ROW.repeat(1, 3)
+    counted = torch.arange(row.shape[1])[None]
+    first = (model.config.pad_token_id or 0) + 1
+    with torch.no_grad():
+        by_itself, from_zero, from_padding = (
+            model(input_ids=row, **given)[0]
+            for given in ({}, {"position_ids": counted}, {"position_ids": counted + first})
+        )
+    assert torch.equal(by_itself, from_padding) and not torch.allclose(by_itself, from_zero)
+
+
+@pytest.mark.parametrize("kind", [*sorted(families.DROPS_SHARD), "llama"])
+def test_a_model_drops_the_shard_of_its_batch_or_is_not_said_to(kind):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(shrink(CONFIG_MAPPING[kind]()), attn_implementation="ulysses").eval()
+    try:
+        model(input_ids=ROW, sequence_shard="no shard", use_cache=False)
+        drops = True
+    except AttributeError:  # attention looked into it
+        drops = False
+    assert drops == (kind in families.DROPS_SHARD)
 
 
 def rope_of(kind: str) -> dict[str, object]:

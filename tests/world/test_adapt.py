@@ -89,8 +89,8 @@ def refusals_of(name: str) -> list[str]:
         ("hybrid", "has layers of type conv", "has layers of type conv"),
         ("roberta", r"`roberta` does not count from 0 but from `pad_token_id`", ""),
         ("bloom", "edits its attention mask itself", "edits its attention mask itself"),
-        # Neither the attention layers nor the batch show these two; docs/conformance.md lists them.
-        ("stablelm", "", "never received the shard"),
+        ("stablelm", "does not tell its attention whether rows are shared", "never received the shard"),
+        # Its layers never call an attention of ours; docs/conformance.md lists such types.
         ("mamba", "", "layers of type linear_attention"),
     ],
 )
