@@ -1,7 +1,7 @@
 # `make demo`, `make demo-embed` and `make test` do all their own set-up in .venv. `make lint` checks style and types, `make floor`
 # the oldest libraries, `make newest` the newest ones, `make conformance` every model type of the installed transformers,
 # `make conformance_embeddings` those that embed. `make constraints` renews the tested versions, `make docs` builds the
-# pages as a site.
+# pages as a site. `make gpu` tests and measures on a GPU, with the Python that is there.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -18,7 +18,7 @@ WORKERS := -n 2 --dist loadgroup
 # Where the tests record which refusals they provoke.
 RAISES := build/raises
 
-.PHONY: demo demo-embed test floor newest constraints conformance conformance_embeddings lint refusals docs setup clean
+.PHONY: demo demo-embed test gpu floor newest constraints conformance conformance_embeddings lint refusals docs setup clean
 
 setup: $(VENV)/.ready
 
@@ -44,6 +44,12 @@ test: setup
 	rm -rf $(RAISES)
 	HF_LONGCTX_RAISES=$(RAISES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(WORKERS) tests
 	$(BIN)/python docs/refusals.py --prove
+
+# What only a GPU can show, in MINUTES: tests/gpu, then the benchmarks, each part with a share of the time; writes
+# docs/benchmarks/gpu.md and the pages it links. No virtual environment: a GPU's machine has torch for its driver.
+MINUTES ?= 8
+gpu:
+	$(PYTHON) recipes/bench/gpu.py --minutes $(MINUTES) --output docs/benchmarks
 
 # Every text model type against one process, on two processes; fails if one is wrong or worse than docs/conformance.json.
 # SWEEP="--resume" goes on where a run ended.

@@ -19,9 +19,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from page import Page, add_medians, add_ratios, bullets, describe_run, device_of, fill, finish, quietness, run_worker
+import torch.nn.functional as F
+from page import Page, add_medians, add_ratios, bullets, describe_run, device_of, fail, fill, finish, quietness
+from processes import add_one_process, in_one_process, measure_here, run_worker
 from rich.console import Console
 from ulysses_worker import Meter
+from versions import what_is_missing
 
 
 # (label, who, rows of a piece)
@@ -31,6 +34,7 @@ CONTENDERS = (
     ("cached, `mini_batch_size=512`", "cached", 512),
     ("ours", "ours", 1024),
 )
+SENTENCE_TRANSFORMERS = {"sentence-transformers": "6.2"}
 CHECK_PAIRS = 1500  # more than a tile, and no multiple of one
 TOLERANCE = 1e-5  # float32: sums over 1,500 candidates in another order, of gradients that nearly cancel
 WARM_UP_PAIRS = 512
@@ -72,6 +76,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written next to it")
+    add_one_process(parser)
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -87,6 +92,8 @@ def make_step(who: str, piece: int | None):
             return loss.detach()
 
         return ours
+    if who == "plain":
+        return plain_step
     from sentence_transformers.sentence_transformer import losses
 
     if who == "whole":
@@ -104,11 +111,26 @@ def make_step(who: str, piece: int | None):
     return lambda columns: cached.calculate_loss([[column] for column in columns], with_backward=True)
 
 
+def plain_step(columns: list[torch.Tensor]) -> torch.Tensor:
+    """The whole matrix as sentence-transformers computes it, for machines that have none or an older one."""
+    query, positive = (F.normalize(column, dim=-1) for column in columns)
+    loss = F.cross_entropy(20 * query @ positive.T, torch.arange(len(query), device=query.device))
+    loss.backward()
+    return loss.detach()
+
+
+def list_contenders() -> list[tuple[str, str, int | None]]:
+    """Who runs, the reference first; sentence-transformers' losses only of a version that this project supports."""
+    if what_is_missing(SENTENCE_TRANSFORMERS) is None:
+        return list(CONTENDERS)
+    return [("whole matrix, in torch", "plain", None), CONTENDERS[-1]]
+
+
 def draw(pairs: int, settings: dict) -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(pairs, settings["width"], generator=generator)
-    positive = query + 2 * torch.randn(pairs, settings["width"], generator=generator)
-    return [x.to(settings["device"]).requires_grad_() for x in (query, positive)]
+    options = {"device": settings["device"], "generator": torch.Generator(settings["device"]).manual_seed(0)}
+    query = torch.randn(pairs, settings["width"], **options)
+    positive = query + 2 * torch.randn(pairs, settings["width"], **options)
+    return [x.requires_grad_() for x in (query, positive)]
 
 
 def measure(settings: dict) -> dict:
@@ -144,14 +166,18 @@ def run_once(contender: tuple, pairs: int, args: argparse.Namespace, reference: 
     settings = {name: getattr(args, name) for name in ("width", "device", "cores")}
     settings |= {"who": contender[1], "piece": contender[2], "pairs": pairs}
     settings["reference"] = reference and str(reference)
+    if in_one_process(args):
+        return measure_here(measure, settings)
     return run_worker(__file__, settings, args.cores, contender[0])
 
 
 def check_first(args: argparse.Namespace, folder: Path) -> dict[str, float]:
     """Every contender against the whole matrix; one that is wrong ends the run."""
     errors = {}
-    for contender in CONTENDERS:
+    for contender in list_contenders():
         result = run_once(contender, CHECK_PAIRS, args, folder / "gradients.pt")
+        if "failed" in result:
+            raise RuntimeError(f"{contender[0]} failed on {CHECK_PAIRS:,} pairs: {result['failed']}")
         if "error" in result:
             errors[contender[0]] = result["error"]
             if not result["error"] <= TOLERANCE:
@@ -162,11 +188,13 @@ def check_first(args: argparse.Namespace, folder: Path) -> dict[str, float]:
 def measure_all(args: argparse.Namespace) -> list[dict]:
     rows = []
     for pairs in sorted(args.pairs):
-        for contender in CONTENDERS:
+        for contender in list_contenders():
             if pairs > args.peers_up_to and contender[1] != "ours":
                 continue
-            rows.append({"pairs": pairs, "label": contender[0], **run_once(contender, pairs, args)})
-            console.print(f"{pairs:,} pairs: {contender[0]}: {rows[-1]['runs'][0]['seconds']:.2f} s", highlight=False)
+            row = {"pairs": pairs, "label": contender[0], "runs": [], **run_once(contender, pairs, args)}
+            rows.append(row)
+            shown = row.get("failed") or f"{row['runs'][0]['seconds']:.2f} s, {row['peak_bytes'] / 1e6:,.0f} MB"
+            console.print(f"{pairs:,} pairs: {contender[0]}: {shown}", highlight=False)
     return rows
 
 
@@ -174,8 +202,10 @@ def summarize(rows: list[dict], cores: int) -> None:
     """Add medians, and ratios to the whole matrix of as many pairs."""
     wholes = {}
     for row in rows:
+        if not row["runs"]:
+            continue
         add_medians(row, row["runs"], cores)
-        if row["label"] == CONTENDERS[0][0]:
+        if row["label"].startswith("whole"):
             wholes[row["pairs"]] = row
         if row["pairs"] in wholes:
             add_ratios(row, wholes[row["pairs"]])
@@ -189,9 +219,15 @@ def page_of(result: dict) -> Page:
         title=f"The contrastive loss on {device_of(result)}: time and memory",
         intro=[f"`N` random queries and positives of size {settings['width']} in float32, cosine, scale 20."],
         headers=list(COLUMNS),
-        cells=[fill(COLUMNS, row) for row in rows],
+        cells=[
+            fail(COLUMNS, f"{row['pairs']:,}", row["label"], row["failed"])
+            if row.get("failed")
+            else fill(COLUMNS, row)
+            for row in rows
+        ],
         notes=[
             quietness(result, "*s* and *time*"),
+            result.get("missing", ""),
             bullets(
                 f"{label}: on {CHECK_PAIRS:,} pairs loss and gradients are off by {error:.1e} from the whole matrix."
                 for label, error in result["errors"].items()
@@ -213,6 +249,9 @@ def main(arguments: list[str] | None = None) -> None:
     summarize(rows, os.cpu_count())
     packages = ("hf-longctx", "torch", "sentence-transformers")
     result = describe_run("contrastive_loss", arguments, args, packages, rows) | {"errors": errors}
+    missing = what_is_missing(SENTENCE_TRANSFORMERS)
+    if missing:
+        result["missing"] = f"Without sentence-transformers' losses: {missing}."
     finish(page_of(result), result, args.output, console)
 
 

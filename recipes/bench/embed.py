@@ -27,7 +27,8 @@ from pathlib import Path
 from statistics import median
 
 from embed_worker import CACHED, OURS, PACKED, STOCK, measure
-from page import Page, add_medians, describe_run, fill, finish, quietness, run_worker
+from page import Page, add_medians, describe_run, device_of, fill, finish, quietness
+from processes import run_worker
 from rich.console import Console
 
 
@@ -71,6 +72,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_lengths", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--steps", type=int, default=2, help="steps of a process")
     parser.add_argument("--repeats", type=int, default=2, help="rounds; the table shows the median of all steps")
+    parser.add_argument("--uncached", action="store_true", help="leave out the cached contenders")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cores", type=int, default=os.cpu_count())
     parser.add_argument("--stsb", type=Path, help="a csv file of the STS benchmark, to be scored")
     parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written beside it")
@@ -79,7 +82,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_once(contender: str, max_length: int, args: argparse.Namespace, folder: Path) -> dict:
-    names = ("model", "pairs", "batch_size", "mini_batch_size", "steps", "cores")
+    names = ("model", "pairs", "batch_size", "mini_batch_size", "steps", "cores", "device")
     settings = {name: getattr(args, name) for name in names}
     settings |= {"contender": contender, "max_length": max_length, "reference": str(folder / f"{max_length}.pt")}
     return run_worker(__file__, settings, args.cores, contender)
@@ -141,7 +144,7 @@ def page_of(result: dict) -> Page:
             "every row of tokens cut in two, one part on each of two processes."
         )
     return Page(
-        title="Training steps of an embedder on a CPU",
+        title=f"Training steps of an embedder on {device_of(result)}",
         intro=[
             f"MiniLM-L6 (22.7 M weights), {settings['batch_size']} pairs of docstring and function, float32, forward "
             f"and backward; cached: mini-batches of {settings['mini_batch_size']} texts. ST is sentence-transformers."
@@ -165,6 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
         args.model = str(get_model_path())
     stsb = score_stsb(args)
     rows = [{"contender": name, "max_length": n, "runs": []} for n in args.max_lengths for name in CONTENDERS]
+    if args.uncached:
+        rows = [row for row in rows if not row["contender"].endswith(CACHED)]
     with tempfile.TemporaryDirectory() as folder:
         for index in range(args.repeats):
             for row in rows:
@@ -178,7 +183,6 @@ def main(arguments: list[str] | None = None) -> None:
     summarize(rows, args.cores)
     packages = ("hf-longctx", "torch", "transformers", "sentence-transformers")
     result = describe_run("embed", arguments, args, packages, rows) | {"stsb": stsb}
-    result["settings"]["device"] = "cpu"
     if args.stsb:
         result["command"] = result["command"].replace(str(args.stsb), "stsb-en-dev.csv")
     finish(page_of(result), result, args.output, console)

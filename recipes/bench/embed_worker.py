@@ -45,7 +45,9 @@ def build_step(settings: dict, rows: list[dict], folder: str) -> tuple[SentenceT
     """The model, and a function that runs forward and backward of the rows as a trainer does."""
     contender = settings["contender"]
     attention = "sdpa" if contender.startswith(STOCK) else "packed"
-    model = SentenceTransformer(settings["model"], model_kwargs={"attn_implementation": attention}, device="cpu")
+    model = SentenceTransformer(
+        settings["model"], model_kwargs={"attn_implementation": attention}, device=settings["device"]
+    )
     model.max_seq_length = settings["max_length"]
     for module in model.modules():  # so that gradients can be compared; both ways replay dropout otherwise
         if isinstance(module, torch.nn.Dropout):
@@ -61,7 +63,11 @@ def build_step(settings: dict, rows: list[dict], folder: str) -> tuple[SentenceT
     if contender.startswith(PACKED):
         pack_embeddings(model)
     args = SentenceTransformerTrainingArguments(
-        output_dir=folder, use_cpu=True, report_to="none", disable_tqdm=True, per_device_train_batch_size=len(rows)
+        output_dir=folder,
+        use_cpu=settings["device"] == "cpu",
+        report_to="none",
+        disable_tqdm=True,
+        per_device_train_batch_size=len(rows),
     )
     options = {"model": model, "args": args, "train_dataset": Dataset.from_list(rows), "loss": loss}
     if ours:
@@ -83,7 +89,7 @@ def measure(settings: dict) -> dict:
     rows = read_pairs(settings["pairs"], settings["batch_size"])
     with tempfile.TemporaryDirectory() as folder:
         model, step = build_step(settings, rows, folder)
-        meter = Meter("cpu")
+        meter = Meter(settings["device"])
         before = meter.memory()
         meter.reset_peak()
         loss = step()
@@ -98,14 +104,14 @@ def measure(settings: dict) -> dict:
             model.zero_grad(set_to_none=True)
         return {"runs_of_steps": runs, "step_bytes": step_bytes, "loss": loss, **error} | {
             "tokens": settings["tokens"],
-            "device_name": "CPU",
+            "device_name": torch.cuda.get_device_name() if settings["device"] == "cuda" else "CPU",
             "load": os.getloadavg()[0],
         }
 
 
 def compare(model: torch.nn.Module, loss: float, reference: Path) -> dict[str, float]:
     """Relative errors of the loss and of all gradients against `reference`, which is written if absent."""
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    gradients = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
     if not reference.exists():
         torch.save({"loss": loss, "gradients": gradients}, reference)
         return {"loss_error": 0.0, "gradient_error": 0.0}

@@ -102,7 +102,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if not hasattr(F, "linear_cross_entropy"):
         raise ImportError(f"torch {torch.__version__} has no `linear_cross_entropy`: install torch 2.13 or newer.")
-    args.device = "cpu"
+    args.device, args.one_process = "cpu", False
     return args
 
 

@@ -21,11 +21,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from memory_presets_report import page_of, summarize
 from page import describe_run, finish
+from processes import NO_TIME, add_one_process, in_one_process, measure_here
 from rich.console import Console
 
 
@@ -57,20 +59,27 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--head_size", type=int, default=64)
     parser.add_argument("--budget", type=float, default=4, help="GB of a step, for the longest row")
     parser.add_argument("--ranks", type=int, default=2, help="processes that share a row in the sharded runs")
+    parser.add_argument("--presets", nargs="+", metavar="PRESET", help="by default all that differ on the device")
+    parser.add_argument("--kv_heads", type=int, help="key/value heads (default: half of the query heads)")
+    parser.add_argument("--plan", action="store_true", help="the planner's prediction next to each measurement")
+    parser.add_argument("--minutes", type=float, default=120, help="on CUDA, start no further measurement after it")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_one_process(parser)
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="cores that every run shares out")
     parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written next to it")
     args = parser.parse_args(arguments)
     args.intermediate = args.intermediate or 4 * args.hidden
     args.dtype = "float32" if args.device == "cpu" else "bfloat16"
-    if len(set(args.tokens)) < 2:
+    if args.one_process and args.ranks > 1:
+        raise ValueError(f"`ranks` ({args.ranks}) must be 1 in one process: pass `--ranks 1`.")
+    if len(set(args.tokens)) < 2 and not in_one_process(args):
         raise ValueError(f"`tokens` ({args.tokens}) must be two lengths or more: a line goes through two points.")
     return args
 
 
 def list_cases(args: argparse.Namespace) -> list[Case]:
     """From the first to the last; the first is what the others must equal."""
-    names = ["off", "loss", "mlp", "checkpoint", *(["max"] if args.device == "cuda" else [])]
+    names = args.presets or ["off", "loss", "mlp", "checkpoint", *(["max"] if args.device == "cuda" else [])]
     sharded = [Case("off", args.ranks), Case(names[-1], args.ranks)] if args.ranks > 1 else []
     return [Case(name, 1) for name in names] + sharded
 
@@ -85,6 +94,7 @@ def run_once(preset: Case, tokens: int, args: argparse.Namespace, folder: Path) 
         "threads": threads,
         "device": args.device,
         "dtype": args.dtype,
+        "plan": args.plan,
         "result": str(result),
         "shape": {
             "vocab_size": args.vocab,
@@ -92,9 +102,13 @@ def run_once(preset: Case, tokens: int, args: argparse.Namespace, folder: Path) 
             "intermediate_size": args.intermediate,
             "num_hidden_layers": args.layers,
             "num_attention_heads": args.hidden // args.head_size,
-            "num_key_value_heads": max(1, args.hidden // args.head_size // 2),
+            "num_key_value_heads": args.kv_heads or max(1, args.hidden // args.head_size // 2),
         },
     }
+    if in_one_process(args) and preset.ranks == 1:
+        import memory_presets_worker
+
+        return measure_here(memory_presets_worker.measure, settings)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(preset.ranks)]
     command = [sys.executable, *(launcher if preset.ranks > 1 else []), str(WORKER), json.dumps(settings)]
     # Blocks of 64 KiB and more are given back as soon as they are freed, so that the high-water mark is the step's.
@@ -107,16 +121,25 @@ def run_once(preset: Case, tokens: int, args: argparse.Namespace, folder: Path) 
 
 def measure_all(args: argparse.Namespace, folder: Path) -> list[dict]:
     """One row per length and preset."""
-    rows = []
+    rows, deadline = [], time.monotonic() + 60 * args.minutes
     for tokens in sorted(set(args.tokens)):
         expected = None
         for preset in list_cases(args):
-            run = run_once(preset, tokens, args, folder)
+            late = in_one_process(args) and time.monotonic() > deadline
+            run = {"failed": NO_TIME} if late else run_once(preset, tokens, args, folder)
+            facts = {"label": preset.label, **asdict(preset), "tokens": tokens}
+            if "failed" in run:  # in one process, where the rest goes on
+                rows.append({**facts, "runs": [], "failed": run["failed"]})
+                console.print(f"{tokens:,} tokens, {preset.label}: {run['failed']}", highlight=False)
+                continue
             expected = expected or run
             errors = {key: abs(run[key] / expected[key] - 1) for key in ("loss", "gradient_norm")}
             if not max(errors.values()) <= TOLERANCE[args.dtype]:
-                raise RuntimeError(f"{preset.label} is wrong at {tokens:,} tokens: {errors}")
-            rows.append({"label": preset.label, **asdict(preset), "tokens": tokens, "runs": [run], "errors": errors})
+                if not in_one_process(args):
+                    raise RuntimeError(f"{preset.label} is wrong at {tokens:,} tokens: {errors}")
+                rows.append({**facts, "runs": [], "failed": f"wrong: {errors}"})
+                continue
+            rows.append({**facts, "runs": [run], "errors": errors})
             console.print(
                 f"{tokens:,} tokens, {preset.label}: {run['step_bytes'] / 1e9:.2f} GB, {run['seconds']:.1f} s",
                 highlight=False,

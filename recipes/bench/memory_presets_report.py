@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
-from page import Columns, Page, add_medians, device_of, fill, quietness, two_panels
+from page import Columns, Page, add_medians, bullets, device_of, fill, measured, quietness, two_panels
 
 
 READING = """\
@@ -20,9 +21,15 @@ READING = """\
 """
 
 
+PLAN = """\
+- *plan GB*: what the planner says that the step takes, from the configuration alone. *plan error*: planned over
+  measured, less one, both with weights and optimizer state, which are not in *step GB*.
+"""
+
+
 def summarize(result: dict) -> None:
     """Add ratios to each row, and to `result` what follows for each preset."""
-    rows, settings = result["rows"], result["settings"]
+    rows, settings = measured(result), result["settings"]
     first = {}
     for row in rows:
         add_medians(row, row["runs"], settings["cores"])
@@ -30,9 +37,18 @@ def summarize(result: dict) -> None:
         reference = first.setdefault(row["tokens"], row)
         row["cpu_time"] = row["cpu_seconds"] / reference["cpu_seconds"]
         row["time"] = row["seconds"] / reference["seconds"]
+        run = row["runs"][0]
+        if "planned_bytes" in run:
+            row["planned_gb"], states = run["planned_bytes"] / 1e9, run["planned_states"]
+            row["plan_error"] = (run["planned_bytes"] + states) / (run["step_bytes"] + states) - 1
     result["presets"] = []
     for label in dict.fromkeys(row["label"] for row in rows):
-        short, long = [row for row in rows if row["label"] == label][-2:]
+        mine = [row for row in rows if row["label"] == label]
+        if len(mine) < 2:  # no line through one point
+            only = {"kilobytes_a_token": None, "longest": None}
+            result["presets"].append({"label": label, **only, "most_tokens": mine[-1]["tokens"]})
+            continue
+        short, long = mine[-2:]
         slope = (long["step_gb"] - short["step_gb"]) / (long["tokens"] - short["tokens"])
         start = long["step_gb"] - slope * long["tokens"]
         longest = max(0, int((settings["budget"] - start) / slope)) if slope > 0 else None
@@ -41,14 +57,23 @@ def summarize(result: dict) -> None:
 
 def columns_of(result: dict) -> Columns:
     """Of one preset, whose rows are under `"rows"`: one column a length between the others."""
-    lengths = enumerate(_lengths(result))
-    steps = {f"step GB, {tokens:,}": f"{{rows[{index}][step_gb]:.2f}}" for index, tokens in lengths}
+    steps = {f"step GB, {tokens:,}": _cell(tokens, "step_gb", "{:.2f}") for tokens in _lengths(result)}
+    if any("plan_error" in row for row in result["rows"]):
+        for tokens in _lengths(result):
+            steps[f"plan GB, {tokens:,}"] = _cell(tokens, "planned_gb", "{:.2f}")
+            steps[f"plan error, {tokens:,}"] = _cell(tokens, "plan_error", "{:+.1%}")
+    if result["settings"]["device"] == "cuda":
+        steps |= {f"s, {tokens:,}": _cell(tokens, "seconds", "{:.2f}") for tokens in _lengths(result)}
     return {
         "preset": "{label}",
         **steps,
         "KB a token": "{kilobytes_a_token:,.0f}",
         f"longest row in {result['settings']['budget']:g} GB": lambda preset: (
-            "no limit seen" if preset["longest"] is None else f"{preset['longest']:,}"
+            f"{preset['longest']:,}"
+            if preset["longest"] is not None
+            else "no limit seen"
+            if "most_tokens" not in preset
+            else f"ran at {preset['most_tokens']:,}"
         ),
         "CPU time": lambda preset: f"{preset['rows'][-1]['cpu_time']:.2f}",
         "others": lambda preset: f"{max(row['other_load'] for row in preset['rows']):.0%}",
@@ -67,10 +92,17 @@ def page_of(result: dict) -> Page:
         ],
         headers=list(columns),
         cells=[fill(columns, {**preset, "rows": _rows_of(result, preset)}) for preset in result["presets"]],
-        notes=[quietness(result, rest="Memory is not touched by that, *CPU time* is a rough figure.")],
+        notes=[
+            quietness(result, rest="Memory is not touched by that, *CPU time* is a rough figure."),
+            bullets(
+                f"Not measured: {row['label']} at {row['tokens']:,} tokens: {row['failed']}."
+                for row in result["rows"]
+                if row.get("failed")
+            ),
+        ],
         picture="memory of a step over the length of the row",
         draw=draw_chart,
-        reading=READING.format(budget=settings["budget"]),
+        reading=READING.format(budget=settings["budget"]) + (PLAN if settings.get("plan") else ""),
     )
 
 
@@ -95,8 +127,18 @@ def draw_chart(result: dict, path: Path) -> None:
         right.margins(x=0.2)
 
 
+def _cell(tokens: int, key: str, form: str) -> Callable[[dict], str]:
+    """Shows a number of the preset's row of that length; empty where it was not measured."""
+
+    def show(preset: dict) -> str:
+        row = next((row for row in preset["rows"] if row["tokens"] == tokens), {})
+        return form.format(row[key]) if key in row else ""
+
+    return show
+
+
 def _rows_of(result: dict, preset: dict) -> list[dict]:
-    return [row for row in result["rows"] if row["label"] == preset["label"]]
+    return [row for row in measured(result) if row["label"] == preset["label"]]
 
 
 def _lengths(result: dict) -> list[int]:

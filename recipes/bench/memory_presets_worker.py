@@ -58,7 +58,8 @@ def measure(settings: dict) -> dict:
     torch.manual_seed(0)
     config = LlamaConfig(**settings["shape"], max_position_embeddings=settings["tokens"], use_cache=False)
     dtype = getattr(torch, settings["dtype"])
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="ulysses")
+    with torch.device(settings["device"]):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="ulysses")
     generator = torch.Generator().manual_seed(1)
     lengths = (WARM_UP_TOKENS, settings["tokens"])
     rows = [{"input_ids": torch.randint(config.vocab_size, (n,), generator=generator)} for n in lengths]
@@ -93,7 +94,9 @@ def measure(settings: dict) -> dict:
         every = [None] * settings["ranks"]
         dist.all_gather_object(every, callback.numbers)
     end_training(trainer)
+    facts = plan(config, settings) if settings["plan"] else {}
     return {
+        **facts,
         "seconds": max(r["seconds"] for r in every),
         "cpu_seconds": sum(r["cpu_seconds"] for r in every),
         "machine_cpu_seconds": max(r["machine_cpu_seconds"] for r in every),
@@ -103,6 +106,20 @@ def measure(settings: dict) -> dict:
         "loss": step["loss"],
         "gradient_norm": step["grad_norm"],
     }
+
+
+def plan(config: LlamaConfig, settings: dict) -> dict[str, int]:
+    """What the planner says that a step takes beyond weights and optimizer, and what it says of these."""
+    from hf_longctx.planner.memory_plan import Planner
+    from hf_longctx.planner.settings import Settings
+
+    dtype, planner = getattr(torch, settings["dtype"]), Planner(config)
+    plain = Settings(
+        tokens=settings["tokens"], weights_dtype=dtype, compute_dtype=dtype, on_gpu=settings["device"] == "cuda"
+    )
+    breakdown = planner.breakdown(planner.preset(settings["memory"], plain))
+    states = breakdown.weights + breakdown.optimizer
+    return {"planned_bytes": breakdown.device - states, "planned_states": states}
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from packing_batches import CHECKED_LENGTHS, COLLATORS, MIXES, count_tokens, dra
 from packing_processes import start_workers
 from packing_report import page_of, summarize
 from page import describe_run, finish
+from processes import add_one_process
 from rich.console import Console
 
 
@@ -86,34 +87,59 @@ SHAPES = {
         "head_dim": 64,
     },
 }
-MODEL_LABELS = {"30m": "30M", "smollm2": "SmolLM2 shape"}
+SHAPES["1b"] = {  # of Llama 3.2, whose 16 layers and 128,256 words `--layers` and fewer words cut down
+    "vocab_size": 32768,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+}
+SHAPES["tiny"] = {  # for trying the code
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+}
+MODEL_LABELS = {"30m": "30M", "smollm2": "SmolLM2 shape", "1b": "1B shape", "tiny": "tiny"}
 CASES = (
     Case("flan-30m", "flan", "30m"),
     Case("orcamath-30m", "orcamath", "30m"),
     Case("flan-smollm2", "flan", "smollm2"),
     Case("orcamath-smollm2", "orcamath", "smollm2"),
     Case("mask", None, "30m"),
+    Case("flan-1b", "flan", "1b"),
+    Case("orcamath-1b", "orcamath", "1b"),
+    Case("flan-tiny", "flan", "tiny"),
 )
+BY_DEFAULT = [case.name for case in CASES if case.model in ("30m", "smollm2")]
+CUT_SHAPES = ("smollm2", "1b")  # whose layers `--layers` sets
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [case.name for case in CASES]
-    parser.add_argument("--cases", nargs="+", choices=names, default=names, metavar="CASE", help=", ".join(names))
+    parser.add_argument("--cases", nargs="+", choices=names, metavar="CASE", help=", ".join(names))
     parser.add_argument("--row_tokens", type=int, help="budget of a packed row (CPU: 2048; CUDA: 16384)")
     parser.add_argument("--mask_row_tokens", type=int, default=8192, help="tokens of the row of the case `mask`")
     parser.add_argument("--rows", type=int, help="packed rows of one measurement (CPU: 1; CUDA: 8)")
     parser.add_argument(
-        "--layers", type=int, default=SHAPES["smollm2"]["num_hidden_layers"], help="layers of the SmolLM2 shape"
+        "--layers", type=int, default=SHAPES["smollm2"]["num_hidden_layers"], help="layers of the larger shapes"
     )
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the table shows their median")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_one_process(parser)
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="threads of each process, one at work at a time"
     )
     parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written next to it")
     args = parser.parse_args(arguments)
     on_cpu = args.device == "cpu"
+    args.cases = args.cases or BY_DEFAULT
     args.row_tokens = args.row_tokens or (2048 if on_cpu else 16384)
     args.rows = args.rows or (1 if on_cpu else 8)
     args.dtype = "float32" if on_cpu else "bfloat16"
@@ -142,9 +168,11 @@ def validate_arguments(args: argparse.Namespace) -> None:
 def list_variants(case: Case, device: str) -> list[Variant]:
     """Who runs, in this order in every round; the first is the reference of the check."""
     padded = [Variant("padded, sdpa", "padded", "sdpa")] if case.mix else []  # equal documents need no padding
-    by_trl = [Variant("packed by TRL, sdpa", "trl", "sdpa")]
+    # TRL's own code where it is installed, else batches of the same form.
+    trl = "packed by TRL" if importlib.util.find_spec("trl") is not None else "packed as by TRL"
+    by_trl = [Variant(f"{trl}, sdpa", "trl", "sdpa")]
     if device == "cuda" and importlib.util.find_spec("flash_attn") is not None:
-        by_trl.append(Variant("packed by TRL, flash_attention_2", "trl", "flash_attention_2"))
+        by_trl.append(Variant(f"{trl}, flash_attention_2", "trl", "flash_attention_2"))
     return [*padded, *by_trl, Variant('ours, "packed"', "ours", "packed")]
 
 
@@ -181,8 +209,8 @@ def measure_case(case: Case, args: argparse.Namespace, folder: Path) -> tuple[di
         tuple of the facts of the case, and one row a variant; a row that `failed` says why.
     """
     shape = dict(SHAPES[case.model])
-    if case.model == "smollm2":
-        shape["num_hidden_layers"] = args.layers
+    if case.model in CUT_SHAPES:
+        shape["num_hidden_layers"] = min(args.layers, shape["num_hidden_layers"])
     variants = list_variants(case, args.device)
     facts = make_batches(case, variants, shape, args, folder)
     rows = [

@@ -8,6 +8,7 @@ measured time.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass
 
 import numpy as np
@@ -91,16 +92,34 @@ def make_documents(lengths, vocab: int, seed: int = 1) -> list[dict[str, list[in
     return [{"input_ids": row, "labels": list(row)} for row in ids]
 
 
+def pad(documents: list[dict]) -> dict[str, torch.Tensor]:
+    """Rows padded on the right to the longest, as TRL's collator pads them."""
+    longest = max(len(document["input_ids"]) for document in documents)
+    fills = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    rows = [{**document, "attention_mask": [1] * len(document["input_ids"])} for document in documents]
+    return {
+        key: torch.tensor([row[key] + [fill] * (longest - len(row[key])) for row in rows])
+        for key, fill in fills.items()
+    }
+
+
 def padded(documents: list[dict], batch_size: int, row_tokens: int) -> list[dict]:
     """Documents in the order they come, each batch padded on the right to its longest."""
-    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+    collate = pad
+    if importlib.util.find_spec("trl") is not None:
+        from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    collate = DataCollatorForLanguageModeling(pad_token_id=0)
+        collate = DataCollatorForLanguageModeling(pad_token_id=0)
     return [collate(documents[start : start + batch_size]) for start in range(0, len(documents), batch_size)]
 
 
 def packed_by_trl(documents: list[dict], batch_size: int, row_tokens: int) -> list[dict]:
-    """TRL's best-fit packing and padding-free collator, as `SFTConfig(packing=True)` sets them up."""
+    """TRL's best-fit packing and padding-free collator, as `SFTConfig(packing=True)` sets them up.
+
+    Without TRL: our best fit, which makes the same rows in batches of the same form.
+    """
+    if importlib.util.find_spec("trl") is None:
+        return packed_by_us(documents, batch_size, row_tokens)
     from datasets import Dataset, disable_progress_bars
     from trl.data_utils import pack_dataset
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling

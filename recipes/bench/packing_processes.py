@@ -11,7 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from packing_worker import ANSWER
+from packing_worker import ANSWER, Worker
+from processes import in_one_process, measure_here
 
 
 WORKER = Path(__file__).with_name("packing_worker.py")
@@ -45,9 +46,28 @@ class WorkerProcess:
         self.process.wait()
 
 
+class WorkerHere:
+    """A variant in this process: on CUDA, where the allocator tells what it takes."""
+
+    def __init__(self, settings: dict) -> None:
+        self.settings, self.worker = settings, None
+
+    def ask(self, command: str) -> dict:
+        """Its answer to a command, or `{"failed": why}`."""
+        return measure_here(self._answer, {"command": command})
+
+    def _answer(self, question: dict) -> dict:
+        if self.worker is None:
+            self.worker = Worker(self.settings)
+        return getattr(self.worker, question["command"])()
+
+    def close(self) -> None:
+        self.worker = None
+
+
 @contextlib.contextmanager
 def start_workers(variants: list, shape: dict, args: argparse.Namespace, folder: Path) -> Iterator[list]:
-    """One process a variant, all at once, ended together."""
+    """One process a variant, all at once, ended together; on CUDA all in this one."""
     workers = []
     try:
         for index, variant in enumerate(variants):
@@ -60,7 +80,8 @@ def start_workers(variants: list, shape: dict, args: argparse.Namespace, folder:
                 "batches": str(folder / f"{variant.collation}.pt"),
                 "reference": str(folder / "reference.pt"),
             }
-            workers.append(WorkerProcess(settings, folder / f"{index}.log"))
+            here = in_one_process(args)
+            workers.append(WorkerHere(settings) if here else WorkerProcess(settings, folder / f"{index}.log"))
         yield workers
     finally:
         for worker in workers:

@@ -35,15 +35,17 @@ class Worker:
             import hf_longctx  # noqa: F401  registers the name
 
         self.settings, self.meter = settings, Meter(settings["device"])
+        before = self.meter.memory() if self.meter.cuda else 0  # what other variants in this process hold
         torch.manual_seed(0)  # the same random weights in every process
         config = LlamaConfig(**settings["shape"], tie_word_embeddings=True, use_cache=False)
-        self.model = AutoModelForCausalLM.from_config(
-            config, dtype=getattr(torch, settings["dtype"]), attn_implementation=settings["attention"]
-        )
-        self.model.to(settings["device"]).train()
+        with torch.device(settings["device"]):
+            self.model = AutoModelForCausalLM.from_config(
+                config, dtype=getattr(torch, settings["dtype"]), attn_implementation=settings["attention"]
+            )
+        self.model.train()
         batches = torch.load(settings["batches"], weights_only=True)
         self.batches = {name: [self._to_device(batch) for batch in part] for name, part in batches.items()}
-        self.model_bytes = self.meter.memory()
+        self.model_bytes = self.meter.memory() - before
 
     def check(self) -> dict:
         """Loss and gradients of a small batch against those of the first variant; also the warm-up."""
@@ -64,15 +66,17 @@ class Worker:
     def measure(self) -> dict:
         """Forward and backward of all batches: seconds, memory, and the mean loss over all trained tokens."""
         self.model.zero_grad(set_to_none=True)
+        others = self.meter.memory() - self.model_bytes if self.meter.cuda else 0
         self.meter.reset_peak()
         self.meter.start()
         losses = [self._step(batch) for batch in self.batches["measure"]]
         numbers = self.meter.stop()
+        self.model.zero_grad(set_to_none=True)
         trained = [int((batch["labels"][:, 1:] != -100).sum()) for batch in self.batches["measure"]]
         return {
             **numbers,
             "loss": sum(loss.item() * count for loss, count in zip(losses, trained)) / sum(trained),
-            "peak_bytes": self.meter.peak(),
+            "peak_bytes": self.meter.peak() - others,
             "model_bytes": self.model_bytes,
             "device_name": torch.cuda.get_device_name() if self.meter.cuda else "CPU",
         }

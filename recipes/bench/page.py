@@ -8,36 +8,26 @@ run.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import platform
-import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from importlib.metadata import version
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
 
 from rich.console import Console
 from rich.table import Table
+from versions import versions_of
 
 
 QUIET = 0.05  # the share of the cores that others may use before a ratio of 5 % says nothing
 _UNSAVED = ("output", "worker", "peer_python", "model", "stsb")  # of the options: paths of this machine
 # Columns of a table, in their order: how a row is shown under each header.
 Columns = Mapping[str, str | Callable[[dict], str]]
-
-
-def run_worker(script: str | Path, settings: dict, cores: int, label: str) -> dict:
-    """What `script --worker SETTINGS` prints last, from a fresh process; an error with `label` if it fails."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(script), "--worker", json.dumps(settings)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"{label} failed: {done.stderr.strip().splitlines()[-1:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 # Numbers
@@ -52,12 +42,12 @@ def describe_run(
         name (`str`): of the script.
         arguments (`list[str]`, *optional*): as `main` got them.
         args (`Namespace`): the same, parsed.
-        packages (`Iterable[str]`): whose versions matter.
+        packages (`Iterable[str]`): whose versions matter; one that is not installed is left out.
     """
     words = " ".join(sys.argv[1:] if arguments is None else arguments)
     return {
         "command": f"python recipes/bench/{name}.py {words}".strip(),
-        "versions": {package: version(package) for package in packages},
+        "versions": versions_of(packages),
         "machine": describe_machine(rows),
         "settings": {key: value for key, value in vars(args).items() if key not in _UNSAVED},
         "rows": rows,
@@ -85,6 +75,13 @@ def device_of(result: dict) -> str:
     return "a CPU" if result["settings"]["device"] == "cpu" else "CUDA"
 
 
+def process_of(result: dict) -> str:
+    """What a measurement is, in words."""
+    settings = result["settings"]
+    alone = settings["device"] == "cpu" and not settings.get("one_process")
+    return "a fresh process" if alone else "taken in the one process of the run,"
+
+
 def add_medians(row: dict, runs: list[dict], cores: int, keys: Iterable[str] = ()) -> None:
     """Add to `row` the medians over `runs`: seconds of the clock and of the processor, the load of other programs.
 
@@ -101,7 +98,8 @@ def add_medians(row: dict, runs: list[dict], cores: int, keys: Iterable[str] = (
 def add_ratios(row: dict, reference: dict, keys: Iterable[str] = ("seconds", "cpu_seconds")) -> None:
     """Add `KEY_ratio` to `row`: its numbers over those of the peer that it is compared with."""
     for key in keys:
-        row[f"{key}_ratio"] = row[key] / reference[key]
+        if reference[key]:  # a tiny step may take no byte that is counted
+            row[f"{key}_ratio"] = row[key] / reference[key]
 
 
 def measured(result: dict) -> list[dict]:
@@ -234,9 +232,11 @@ class Page:
         return [line for block in blocks if block for line in (block, "")]
 
     def write(self, result: dict, path: Path) -> None:
-        """Write `path` (Markdown), and the raw JSON and the picture beside it."""
-        write_page(path, result, self.lines(path), self.raw)
-        if self.draw is not None:
+        """Write `path` (Markdown), and the raw JSON and, where matplotlib is installed, the picture beside it."""
+        drawn = self.draw is not None and importlib.util.find_spec("matplotlib") is not None
+        shown = self if drawn else replace(self, picture="")
+        write_page(path, result, shown.lines(path), self.raw)
+        if drawn:
             self.draw(result, path.with_suffix(".png"))
 
 

@@ -11,6 +11,7 @@ busy the machine is. Price: some 15 minutes on 2 cores, and 5 GB.
 
     python recipes/bench/planner.py --output docs/benchmarks/planner_cpu.md
     python recipes/bench/planner.py --shapes gpt2 --presets off loss
+    python recipes/bench/planner.py --device cuda --shapes 1b --output docs/benchmarks/planner_cuda.md
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from pathlib import Path
 import torch
 from page import describe_run, finish
 from planner_report import describe, page_of
+from processes import add_one_process, in_one_process, measure_here
 from rich.console import Console
 from transformers import GPT2Config, LlamaConfig, PretrainedConfig, Qwen3Config
 
-from hf_longctx.planner.measure import can_measure, free_bytes, measure_in_process
+from hf_longctx.planner.measure import can_measure, free_bytes, measure, measure_in_process
 from hf_longctx.planner.memory_plan import Planner
 from hf_longctx.planner.presets import PRESETS
 from hf_longctx.planner.settings import Settings
@@ -59,37 +61,64 @@ SHAPES: dict[str, tuple[PretrainedConfig, tuple[int, ...]]] = {
         GPT2Config(n_embd=512, n_layer=4, n_head=8, n_positions=8192, vocab_size=50_257, attn_pdrop=0.0),
         (512, 1536),
     ),
+    "1b": (
+        # Llama 3.2's.
+        LlamaConfig(
+            vocab_size=128_256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=2**19,
+            tie_word_embeddings=True,
+        ),
+        (8192, 16384),
+    ),
 }
+BY_DEFAULT = ["llama", "qwen3", "gpt2"]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES), metavar="SHAPE")
-    parser.add_argument("--presets", nargs="+", choices=KEPT_ON_DEVICE, default=KEPT_ON_DEVICE, metavar="PRESET")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=BY_DEFAULT, metavar="SHAPE")
+    parser.add_argument("--presets", nargs="+", choices=PRESETS, metavar="PRESET")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_one_process(parser)
     parser.add_argument("--tokens", nargs="+", type=int, help="lengths of a row; two for each shape unless given")
     parser.add_argument("--optimizer", choices=("adamw", "adafactor", "sgd"), default="adamw")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds until a measurement is given up")
     parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written next to it")
     args = parser.parse_args(arguments)
-    if not can_measure("cpu"):
-        raise RuntimeError("this system does not tell what a process held at most: run this under Linux.")
+    args.presets = args.presets or (KEPT_ON_DEVICE if args.device == "cpu" else list(PRESETS))
+    if not can_measure(args.device):
+        remedy = "run this under Linux" if args.device == "cpu" else "there is no CUDA device; pass `--device cpu`"
+        raise RuntimeError(f"this system does not tell what a step held at most: {remedy}.")
     return args
 
 
 def measure_cell(name: str, tokens: int, preset: str, planner: Planner, args: argparse.Namespace) -> dict:
     """Plan and measure one step."""
-    plain = Settings(tokens=tokens, compute_dtype=torch.float32, optimizer=args.optimizer, on_gpu=False)
-    settings = planner.preset(preset, plain)
+    on_gpu = args.device == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    plain = {"weights_dtype": dtype, "compute_dtype": dtype, "optimizer": args.optimizer, "on_gpu": on_gpu}
+    settings = planner.preset(preset, Settings(tokens=tokens, **plain))
     tiles = {key: TILE_TOKENS for key in ("loss_tile_size", "mlp_tile_size") if getattr(settings, key) is not None}
     settings = settings.of(**tiles)
     start = time.perf_counter()
     breakdown = planner.breakdown(settings)
     seconds = time.perf_counter() - start
-    if breakdown.device > 0.9 * free_bytes("cpu"):
+    if breakdown.device > 0.9 * free_bytes(args.device):
         raise RuntimeError(
             f"'{name}' with {tokens} tokens needs {breakdown.device / 2**30:.1f} GiB: give fewer tokens."
         )
-    measured = measure_in_process(planner.config, settings, "cpu", timeout=args.timeout)
+    if in_one_process(args):
+        run = measure_here(lambda question: {"bytes": measure(planner.config, settings, args.device)}, {})
+        if "failed" in run:
+            raise RuntimeError(f"'{name}' with {tokens} tokens and '{preset}': {run['failed']}")
+        measured = run["bytes"]
+    else:
+        measured = measure_in_process(planner.config, settings, args.device, timeout=args.timeout)
     states = breakdown.weights + breakdown.gradients + breakdown.optimizer
     row = {"shape": name, "tokens": tokens, "preset": preset, "planned": breakdown.device, "measured": measured}
     row |= {"states": states, "phase": breakdown.phase, "planning_seconds": seconds}
@@ -102,6 +131,9 @@ def main(arguments: list[str] | None = None) -> None:
     result = describe_run("planner", arguments, args, ("hf-longctx", "torch", "transformers"), [])
     result["machine"]["threads"] = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
     result |= {"settings": {"optimizer": args.optimizer, "tile_tokens": TILE_TOKENS}, "shapes": {}}
+    if args.device == "cuda":
+        result["settings"]["device"] = args.device
+        result["machine"]["device"] = torch.cuda.get_device_name()
     for name in args.shapes:
         config, lengths = SHAPES[name]
         planner = Planner(config)

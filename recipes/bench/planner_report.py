@@ -27,6 +27,9 @@ READING = """\
   counts tensors; whatever else a process takes in a step (buffers inside kernels, rounding of the allocator, code that
   is read in late) is measured and not planned.
 """
+ON_CUDA = """\
+- Measured is the most bytes that torch's allocator had given out during the step. A plan counts tensors.
+"""
 WHEN_NOT = """\
 - **Attention with `T x T` weights** (softcap or sinks without a flash kernel, attention dropout on a CPU): the plan is
   for a kernel that keeps none.
@@ -62,17 +65,19 @@ def summary(result: dict) -> str:
 def page_of(result: dict) -> Page:
     """The page of a run."""
     settings = result["settings"]
+    on_cpu = settings.get("device", "cpu") == "cpu"
+    device, dtype = ("a CPU", "fp32") if on_cpu else ("CUDA", "bfloat16")
     return Page(
-        title="The memory planner on a CPU: planned and measured peak of a training step",
+        title=f"The memory planner on {device}: planned and measured peak of a training step",
         intro=[
-            f"One row a step, fp32, {settings['optimizer']}; tiles of {settings['tile_tokens']} tokens where a preset "
-            "has any.",
+            f"One row a step, {dtype}, {settings['optimizer']}; tiles of {settings['tile_tokens']} tokens where a "
+            "preset has any.",
             bullets(f"*{name}*: {words}" for name, words in result["shapes"].items()),
         ],
         headers=list(COLUMNS),
         cells=[fill(COLUMNS, row) for row in result["rows"]],
         notes=[summary(result)],
-        reading=READING,
-        sections={"When not to trust a plan": WHEN_NOT},
+        reading=READING if on_cpu else READING[: READING.index("- Measured is")] + ON_CUDA,
+        sections={"When not to trust a plan": WHEN_NOT if on_cpu else WHEN_NOT[: WHEN_NOT.index("- **A GPU**")]},
         raw="numbers",
     )

@@ -1,12 +1,12 @@
 """Seconds and peak memory of the loss of one row: whole logits, ours in tiles, TRL's fused head, and Liger's kernel.
 
 What: from hidden states `(T, D)` and the output embedding `(V, D)` to the loss and both gradients. On a CPU in
-float32; on CUDA in bfloat16, with Liger where it is installed.
+float32; on CUDA in bfloat16, with Liger where it is installed and torch's `linear_cross_entropy` where torch has it.
 
-How: every measurement is a fresh process (`tiled_loss_worker.py`), and the contenders take turns within each round.
-Correctness comes first: loss and gradients of all must equal those of whole logits before anything is timed. Whole
-logits are measured only where several copies of them fit the memory. Price: on 2 cores, some 20 minutes at the
-defaults; `--tokens 2048 4096` takes 3.
+How: on a CPU every measurement is a fresh process (`tiled_loss_worker.py`), on CUDA all are in one, and the contenders
+take turns within each round. Correctness comes first: loss and gradients of all must equal those of whole logits
+before anything is timed. Whole logits are measured only where several copies of them fit the memory. Price: on 2
+cores, some 20 minutes at the defaults; `--tokens 2048 4096` takes 3.
 
     python recipes/bench/tiled_loss.py --output docs/benchmarks/tiled_loss_cpu.md
     python recipes/bench/tiled_loss.py --device cuda --width 4096 --output docs/benchmarks/tiled_loss_cuda.md
@@ -32,7 +32,9 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 from page import describe_run, finish
+from processes import NO_TIME, add_one_process, in_one_process, measure_here
 from rich.console import Console
 from tiled_loss_report import page_of, summarize
 
@@ -67,6 +69,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the table shows their median")
     parser.add_argument("--repeat_up_to", type=int, default=4096, help="longer rows are measured once, last")
     parser.add_argument("--minutes", type=float, default=120, help="start no further round after this time")
+    add_one_process(parser)
     parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written next to it")
     args = parser.parse_args(arguments)
     args.dtype = "float32" if args.device == "cpu" else "bfloat16"
@@ -85,6 +88,8 @@ def list_contenders(args: argparse.Namespace) -> list[Contender]:
     contenders += [Contender(f"ours, {size:,} a tile", "ours", size) for size in args.tile_sizes or ()]
     if importlib.util.find_spec("trl"):
         contenders.append(Contender("TRL's fused head", "trl"))
+    if in_one_process(args) and hasattr(torch.nn.functional, "linear_cross_entropy"):
+        contenders.append(Contender("torch's", "torch"))
     if args.device == "cuda" and importlib.util.find_spec("liger_kernel"):
         contenders.append(Contender("Liger's kernel", "liger"))
     if args.metrics:
@@ -96,8 +101,6 @@ def list_contenders(args: argparse.Namespace) -> list[Contender]:
 def whole_logits_fit(args: argparse.Namespace, tokens: int) -> bool:
     """Whether several copies of the logits fit what is free now."""
     if args.device == "cuda":
-        import torch
-
         free = torch.cuda.mem_get_info()[0]
     elif Path("/proc/meminfo").exists():
         lines = Path("/proc/meminfo").read_text().splitlines()
@@ -120,6 +123,10 @@ def run_once(contender: Contender, tokens: int, args: argparse.Namespace, folder
         "result": str(result),
         **{name: getattr(args, name) for name in ("width", "vocab", "ignored", "device", "dtype")},
     }
+    if in_one_process(args):
+        import tiled_loss_worker
+
+        return measure_here(tiled_loss_worker.measure, settings)
     environment = {**os.environ, "OMP_NUM_THREADS": str(args.cores)}
     command = [sys.executable, str(WORKER), json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -135,8 +142,11 @@ def check_first(contenders: list[Contender], args: argparse.Namespace, folder: P
     checks = {}
     for contender in contenders:
         run = run_once(contender, CHECK_TOKENS, args, folder, compare=True)
-        if "failed" in run:
+        if "failed" in run and (contender.name.startswith(("untiled", "ours")) or not in_one_process(args)):
             raise RuntimeError(f"{contender.label} failed on {CHECK_TOKENS} tokens: {run['failed']}")
+        if "failed" in run:  # a peer, without which ours is measured all the same
+            checks[contender.label] = {"failed": run["failed"]}
+            continue
         if contender.name == "untiled":
             continue
         errors = {key: run[key] for key in ("loss_error", "gradient_error")}
@@ -151,13 +161,13 @@ def check_first(contenders: list[Contender], args: argparse.Namespace, folder: P
 
 def measure_all(contenders: list[Contender], args: argparse.Namespace, folder: Path) -> list[dict]:
     """Rounds of every contender on every row, interleaved; one entry a row and contender."""
+    deadline = time.monotonic() + 60 * args.minutes
     checks = check_first(contenders, args, folder)
     rows = [
-        {"tokens": tokens, **asdict(c), **checks.get(c.label, {}), "runs": [], "failed": None}
+        {"tokens": tokens, **asdict(c), "runs": [], "failed": None, **checks.get(c.label, {})}
         for tokens in sorted(args.tokens)
         for c in contenders
     ]
-    deadline = time.monotonic() + 60 * args.minutes
     long = [row for row in rows if row["tokens"] > args.repeat_up_to]
     short = [row for row in rows if row not in long]
     # Long rows come last and once: they tell memory, which needs no quiet machine.
@@ -169,6 +179,9 @@ def measure_all(contenders: list[Contender], args: argparse.Namespace, folder: P
                 continue
             if row["name"] == "untiled" and not whole_logits_fit(args, row["tokens"]):
                 row["failed"] = "does not fit"
+                continue
+            if in_one_process(args) and time.monotonic() > deadline:
+                row["failed"] = None if row["runs"] else NO_TIME
                 continue
             contender = Contender(row["label"], row["name"], row["tile_size"])
             run = run_once(contender, row["tokens"], args, folder, compare=False)

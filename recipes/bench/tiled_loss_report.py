@@ -15,6 +15,7 @@ from page import (
     fill,
     is_busy,
     measured,
+    process_of,
     quietness,
     two_panels,
 )
@@ -40,7 +41,7 @@ READING = """\
 - *step GB*: the most memory the step held beyond hidden states and weights. *above GB*: the same less the gradients of
   hidden states and weights that any contender must return; it should not grow with the row.
 - *others*: the share of the cores that other programs used during the step, median.
-- Every measurement is a fresh process with a warm-up of 256 tokens; contenders take turns within a round.
+- Every measurement is {process} with a warm-up of 256 tokens; contenders take turns within a round.
 """
 
 WHEN_NOT = """\
@@ -109,7 +110,9 @@ def page_of(result: dict) -> Page:
         notes=[_quietness(result), *result.get("notes", ()), _checks(result)],
         picture="seconds and memory",
         draw=draw_chart,
-        reading=READING.format(rounds=", ".join(f"{count} at {tokens:,} tokens" for tokens, count in rounds)),
+        reading=READING.format(
+            rounds=", ".join(f"{count} at {tokens:,} tokens" for tokens, count in rounds), process=process_of(result)
+        ),
         sections={"When not to use it": WHEN_NOT},
     )
 

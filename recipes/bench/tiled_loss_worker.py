@@ -107,14 +107,14 @@ CONTENDERS = {
 
 def make_inputs(settings: dict, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Hidden states and weight with logits of a trained model's size, and labels of which a share is ignored."""
-    generator = torch.Generator().manual_seed(0)
-    width, words = settings["width"], settings["vocab"]
-    options = {"dtype": getattr(torch, settings["dtype"]), "device": settings["device"]}
-    weight = torch.randn(words, width, generator=generator).mul_(2 * width**-0.5).to(**options)
-    hidden = torch.randn(tokens, width, generator=generator).to(**options)
-    labels = torch.randint(words, (tokens,), generator=generator)
-    labels[torch.rand(tokens, generator=generator) < settings["ignored"]] = -100
-    return hidden.requires_grad_(), weight.requires_grad_(), labels.to(settings["device"])
+    generator = torch.Generator(settings["device"]).manual_seed(0)
+    width, words, dtype = settings["width"], settings["vocab"], getattr(torch, settings["dtype"])
+    options = {"generator": generator, "device": settings["device"]}
+    weight = torch.randn(words, width, **options).mul_(2 * width**-0.5).to(dtype)
+    hidden = torch.randn(tokens, width, **options).to(dtype)
+    labels = torch.randint(words, (tokens,), **options)
+    labels[torch.rand(tokens, **options) < settings["ignored"]] = -100
+    return hidden.requires_grad_(), weight.requires_grad_(), labels
 
 
 def measure(settings: dict) -> dict:

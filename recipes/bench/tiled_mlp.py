@@ -19,7 +19,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from page import Page, add_medians, describe_run, device_of, fill, finish, quietness, run_worker
+from page import Page, add_medians, describe_run, device_of, fill, finish, quietness
+from processes import run_worker
 from rich.console import Console
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -112,9 +113,9 @@ def measure(settings: dict) -> dict:
     error = 0.0
     if os.path.exists(settings["reference"]):
         expected = torch.load(settings["reference"], mmap=True, weights_only=True)
-        error = max(((g - expected[n]).norm() / expected[n].norm()).item() for n, g in gradients.items())
+        error = max(((g.cpu() - expected[n]).norm() / expected[n].norm()).item() for n, g in gradients.items())
     else:
-        torch.save(gradients, settings["reference"])
+        torch.save({n: g.cpu() for n, g in gradients.items()}, settings["reference"])
     name = torch.cuda.get_device_name() if meter.cuda else "CPU"
     step_bytes = peak - before
     return {

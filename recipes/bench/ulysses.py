@@ -2,8 +2,8 @@
 
 What: forward with the causal loss and backward of a Llama with random weights. On a CPU: (a) one process with all
 cores and the stock `sdpa`; (b) `attn_implementation="ulysses"` on 2 ranks that share the same cores; (c) with
-`--peer_python`, ringmaster's Ulysses on 2 ranks. On CUDA: one rank, the stock kernel against `ulysses` around it, in
-bfloat16.
+`--peer_python`, ringmaster's Ulysses on 2 ranks. On CUDA: one rank, the stock kernel against `"ulysses"` and
+`"packed"` around it, in bfloat16, all in one process, with the utilization of the device (MFU).
 
 How: every measurement is a fresh process (`ulysses_worker.py`), and the contenders take turns within each round, so a
 slow minute of the machine hits all of them. Correctness comes first: losses and all gradients must equal (a) before
@@ -34,6 +34,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from page import describe_run, finish
+from processes import NO_TIME, add_one_process, in_one_process, measure_here
 from rich.console import Console
 from ulysses_report import page_of, summarize
 
@@ -43,6 +44,7 @@ CHECK_TOKENS = 512
 # float32: the project's own promise. bfloat16 keeps 8 bits, and the last one may differ between two orders of a sum.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2**-7}
 PEER = "axolotl-ringmaster"
+OURS = ("ulysses", "packed")
 console = Console(width=max(Console().width, 170))
 
 
@@ -83,15 +85,18 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--kv_heads", type=int, nargs="+", default=[3, 4], help="key/value heads of each shape")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--ranks", type=int, help="processes of ulysses and the peer (CPU: 2; CUDA: 1)")
+    parser.add_argument("--checkpointing", action="store_true", help="activation checkpointing, of every contender")
+    parser.add_argument("--tiled_loss", action="store_true", help="loss in tiles, of every contender: long rows")
+    add_one_process(parser)
     parser.add_argument("--cores", type=int, default=os.cpu_count(), help="cores that every contender shares out")
     parser.add_argument("--repeats", type=int, default=3, help="rounds; the table shows their median")
-    parser.add_argument("--minutes", type=float, default=120, help="start no further round after this time")
+    parser.add_argument("--minutes", type=float, default=120, help="start no further round after it")
     parser.add_argument("--peer_python", help=f"the Python of an environment with {PEER}; omitted: no such row")
     parser.add_argument("--output", type=Path, help="a Markdown result; a .json and a .png are written next to it")
     args = parser.parse_args(arguments)
     on_cpu = args.device == "cpu"
     args.tokens = args.tokens or ([4096, 8192] if on_cpu else [8192, 32768, 131072])
-    args.ranks = args.ranks or (2 if on_cpu else 1)
+    args.ranks = args.ranks or (2 if on_cpu and not args.one_process else 1)
     args.dtype = "float32" if on_cpu else "bfloat16"
     validate_arguments(args)
     return args
@@ -104,6 +109,8 @@ def validate_arguments(args: argparse.Namespace) -> None:
             f"`heads` ({args.heads}) and `kv_heads` ({args.kv_heads}) must have one entry a shape each: give as many "
             "key/value as query heads."
         )
+    if args.one_process and args.ranks > 1:
+        raise ValueError(f"`ranks` ({args.ranks}) must be 1 in one process: leave out `--one_process`.")
     if args.device == "cpu" and args.cores % args.ranks:
         raise ValueError(
             f"`ranks` ({args.ranks}) must divide `cores` ({args.cores}), so that every contender has the same cores: "
@@ -124,6 +131,8 @@ def list_contenders(args: argparse.Namespace) -> list[Contender]:
     for kernel in kernels:
         contenders.append(Contender(f"one process, {kernel}", "stock", kernel, 1, args.cores, here))
         contenders.append(Contender(f"ulysses({kernel}), {ranks}", "ulysses", kernel, args.ranks, threads, here))
+        if args.ranks == 1 and kernel == "sdpa":
+            contenders.append(Contender(f"packed({kernel})", "packed", kernel, 1, args.cores, here))
         if args.peer_python and args.ranks > 1:
             label = f"ringmaster({kernel}), {ranks}"
             contenders.append(Contender(label, "ringmaster", kernel, args.ranks, threads, args.peer_python))
@@ -161,6 +170,12 @@ def run_once(contender: Contender, case: Case, args: argparse.Namespace, folder:
         "tokens": case.tokens,
         "device": args.device,
         "dtype": args.dtype,
+        "checkpointing": args.checkpointing,
+        "tiled_loss": args.tiled_loss,
+        "utilization": in_one_process(args) and contender.ranks == 1,
+        "profile": case.tokens == min(args.tokens),
+        # Gradients of a large model at every length would take longer than the steps; norms are compared at all.
+        "compare_gradients": case.tokens == CHECK_TOKENS or not in_one_process(args),
         "reference": str(reference),
         "result": str(result),
         "shape": {
@@ -173,6 +188,10 @@ def run_once(contender: Contender, case: Case, args: argparse.Namespace, folder:
             "head_dim": args.head_size,
         },
     }
+    if in_one_process(args) and contender.ranks == 1:
+        import ulysses_worker
+
+        return measure_here(ulysses_worker.measure, settings)
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(contender.ranks)]
     command = [contender.python, *(launcher if contender.ranks > 1 else []), str(WORKER), json.dumps(settings)]
     environment = {**os.environ, "OMP_NUM_THREADS": str(contender.threads)}
@@ -205,13 +224,13 @@ def check_first(contenders: list[Contender], args: argparse.Namespace, folder: P
             case = Case(heads, kv_heads, CHECK_TOKENS)
             run = run_once(contender, case, args, folder)
             name = f"{contender.label}, {heads}/{kv_heads} heads"
-            if "failed" in run and contender.name == "ringmaster":
-                reasons[name] = run["failed"]
-                console.print(f"{name}: does not run: {run['failed']}")
+            if contender.name in OURS and "failed" not in run and is_wrong(run, args.dtype):
+                run = {"failed": f"wrong, so its speed does not matter: {run}"}
+            if "failed" in run and (contender.name == "ringmaster" or in_one_process(args)):
+                reasons[name] = run["failed"]  # the others are measured all the same
+                console.print(f"{name}: does not run: {run['failed']}", markup=False)
             elif "failed" in run:
                 raise RuntimeError(f"{name} failed on {CHECK_TOKENS} tokens: {run['failed']}")
-            elif contender.name == "ulysses" and is_wrong(run, args.dtype):
-                raise RuntimeError(f"{name} is wrong, so its speed does not matter: {run}")
             elif "gradient_error" in run:
                 console.print(f"{name}: loss off by {run['loss_error']:.1e}, gradients by {run['gradient_error']:.1e}")
     return reasons
@@ -220,6 +239,7 @@ def check_first(contenders: list[Contender], args: argparse.Namespace, folder: P
 def measure_all(contenders: list[Contender], args: argparse.Namespace, folder: Path) -> list[dict]:
     """`repeats` rounds of every contender on every case, interleaved; one row per case and contender."""
     cases = [Case(h, k, t) for h, k in zip(args.heads, args.kv_heads) for t in sorted(args.tokens)]
+    deadline = time.monotonic() + 60 * args.minutes
     reasons = check_first(contenders, args, folder)
     rows = [
         {"case": case.label, **asdict(case), **asdict(c), "runs": [], "failed": reasons.get(name)}
@@ -227,22 +247,25 @@ def measure_all(contenders: list[Contender], args: argparse.Namespace, folder: P
         for c in contenders
         for name in [f"{c.label}, {case.heads}/{case.kv_heads} heads"]
     ]
-    deadline = time.monotonic() + 60 * args.minutes
     for index in range(args.repeats):
         if index and time.monotonic() > deadline:
             break
         for row in rows:
             if row["failed"]:
                 continue
+            if in_one_process(args) and time.monotonic() > deadline:
+                row["failed"] = None if row["runs"] else NO_TIME
+                continue
             contender = next(c for c in contenders if c.label == row["label"])
             run = run_once(contender, Case(row["heads"], row["kv_heads"], row["tokens"]), args, folder)
             row["failed"] = run.get("failed")
             if not row["failed"]:
                 row["runs"].append(run)
-                if row["name"] == "ulysses" and is_wrong(run, args.dtype):
-                    raise RuntimeError(
-                        f"{row['label']} is wrong at {row['case']}, so its speed does not matter: {run}"
-                    )
+                if row["name"] in OURS and is_wrong(run, args.dtype):
+                    wrong = f"{row['label']} is wrong at {row['case']}, so its speed does not matter: {run}"
+                    if not in_one_process(args):
+                        raise RuntimeError(wrong)
+                    row["failed"] = wrong
                 console.print(f"round {index + 1}: {row['case']}: {row['label']}: {run['seconds']:.2f} s")
     return rows
 

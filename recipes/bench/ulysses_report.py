@@ -6,6 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from page import (
+    Columns,
     Page,
     add_medians,
     add_ratios,
@@ -15,6 +16,7 @@ from page import (
     fill,
     is_busy,
     measured,
+    process_of,
     quietness,
     two_panels,
 )
@@ -36,6 +38,15 @@ COLUMNS = {
     "gradient error": lambda row: _error(row, "gradient_error"),
     "others": "{other_load:.0%}",
 }
+# In addition where one rank has the row to itself.
+MFU_COLUMNS = {"TFLOPS": "{tflops:.1f}", "MFU": "{mfu:.1%}"}
+MFU = """\
+- *TFLOPS*: model FLOPs a second. Two for each multiplication with a weight, or between a query and a key that it may
+  see (**causal attention is counted half**), forward, and twice that backward. **What is run again (activation
+  checkpointing, the flash kernel's backward) is not counted.** *MFU*: its share of the device's peak in dense bf16,
+  from the maker's data sheet; empty where that is not known. Kernels of attention, as the profiler names them:
+  {kernels}.
+"""
 
 READING = """\
 - *s*: forward and backward of one row, the slowest rank, median of {repeats} rounds (the best in brackets); *tokens/s*
@@ -47,7 +58,7 @@ READING = """\
 - *loss error*, *gradient error*: relative to the one process, after the mean over ranks, the worst of all rounds; for
   gradients `|g - g_ref| / |g_ref|`, the worst of all parameters.
 - *others*: the share of the cores that other programs used during the step, median.
-- Every measurement is a fresh process with a warm-up of an eighth of the row; contenders take turns within a round.
+- Every measurement is {process} with a warm-up of an eighth of the row; contenders take turns within a round.
   The mean of gradients over ranks, which a wrapper overlaps with the backward, is not in *s*: it took {mean_seconds}.
 """
 
@@ -79,6 +90,10 @@ def summarize(rows: list[dict], cores: int) -> None:
         row["peak_gb"] = median(max(run["peak_bytes"]) for run in runs) / 1e9
         steps = [max(peak - model for peak, model in zip(run["peak_bytes"], run["model_bytes"])) for run in runs]
         row["step_gb"] = median(steps) / 1e9
+        if "model_flops" in runs[0]:
+            row["tflops"] = runs[0]["model_flops"] / row["seconds"] / 1e12
+            peak = runs[0]["peak_tflops"]
+            row["mfu"] = None if peak is None else row["tflops"] / peak
         for key in ("loss_error", "gradient_norm_error", "gradient_error"):
             row[key] = max((run[key] for run in runs if key in run), default=None)
         if row["name"] == "stock":
@@ -88,9 +103,27 @@ def summarize(rows: list[dict], cores: int) -> None:
             add_ratios(row, reference, ("seconds", "best_seconds", "cpu_seconds", "peak_gb", "step_gb"))
 
 
-def cells(row: dict) -> list[str]:
+def columns_of(result: dict) -> Columns:
+    return {**COLUMNS, **(MFU_COLUMNS if any("tflops" in row for row in result["rows"]) else {})}
+
+
+def cells(columns: Columns, row: dict) -> list[str]:
     """One row of the table."""
-    return fail(COLUMNS, row["case"], row["label"], "does not run") if row["failed"] else fill(COLUMNS, row)
+    return fail(columns, row["case"], row["label"], "does not run") if row["failed"] else fill(columns, row)
+
+
+def _describe_mfu(rows: list[dict]) -> str:
+    """What MFU counts, and the kernels that were seen; nothing where it was not measured."""
+    found = dict.fromkeys(name for row in rows for run in row["runs"] for name in run.get("kernels", ()))
+    kernels = ", ".join(f"`{name}`" for name in found) or "none seen"
+    return MFU.format(kernels=kernels) if any("tflops" in row for row in rows) else ""
+
+
+def _describe_settings(settings: dict) -> str:
+    """What every contender ran with, if it was asked for."""
+    asked = {"checkpointing": "activation checkpointing", "tiled_loss": "the loss in tiles"}
+    words = [name for key, name in asked.items() if settings.get(key)]
+    return f" Every contender has {' and '.join(words)}." if words else ""
 
 
 def _error(row: dict, key: str) -> str:
@@ -99,8 +132,8 @@ def _error(row: dict, key: str) -> str:
 
 def page_of(result: dict) -> Page:
     """The page of a run."""
-    settings, rows = result["settings"], measured(result)
-    mean_seconds = max(row["gradient_mean_seconds"] for row in rows)
+    settings, rows, columns = result["settings"], measured(result), columns_of(result)
+    mean_seconds = max((row["gradient_mean_seconds"] for row in rows), default=0.0)
     failures = sorted({f"{r['label']} on {r['case']}: {r['failed']}" for r in result["rows"] if r["failed"]})
     return Page(
         title=f"Ulysses on {device_of(result)}: time and memory of one step",
@@ -108,9 +141,10 @@ def page_of(result: dict) -> Page:
             f"A Llama with random weights: {settings['layers']} layers, hidden size {settings['hidden']}, MLP "
             f"{settings['intermediate']}, heads of {settings['head_size']}, {settings['vocab']:,} words, tied "
             f"embeddings, {settings['dtype']}, one row a step. *9/3 heads* means 9 query and 3 key/value heads."
+            + _describe_settings(settings)
         ],
-        headers=list(COLUMNS),
-        cells=[cells(row) for row in result["rows"]],
+        headers=list(columns),
+        cells=[cells(columns, row) for row in result["rows"]],
         notes=[
             quietness(
                 result,
@@ -124,8 +158,11 @@ def page_of(result: dict) -> Page:
         picture="seconds and memory",
         draw=draw_chart,
         reading=READING.format(
-            repeats=max(len(row["runs"]) for row in rows), mean_seconds=f"at most {mean_seconds:.2f} s"
-        ),
+            repeats=max((len(row["runs"]) for row in rows), default=0),
+            mean_seconds=f"at most {mean_seconds:.2f} s",
+            process=process_of(result),
+        )
+        + _describe_mfu(rows),
         sections={"When not to use it": WHEN_NOT},
     )
 

@@ -29,15 +29,28 @@ CLOCK_TICKS = 100  # /proc/stat counts hundredths of a second
 
 
 def build_model(settings: dict) -> torch.nn.Module:
-    """The same random Llama in every process: seeded and drawn on the CPU."""
+    """The same random Llama for every contender: seeded and drawn on the device of the run."""
     torch.manual_seed(0)
     config = LlamaConfig(
         **settings["shape"], max_position_embeddings=settings["tokens"], tie_word_embeddings=True, use_cache=False
     )
-    model = AutoModelForCausalLM.from_config(
-        config, dtype=getattr(torch, settings["dtype"]), attn_implementation="sdpa"
-    )
-    return model.to(settings["device"]).train()
+    with torch.device(settings["device"]):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=getattr(torch, settings["dtype"]), attn_implementation="sdpa"
+        )
+    return model.train()
+
+
+def save_memory(model: torch.nn.Module, settings: dict) -> None:
+    """What long rows need, for every contender alike, so that attention is all that differs."""
+    if settings["checkpointing"]:
+        from hf_longctx.planner.simulate import enable_checkpointing
+
+        enable_checkpointing(model, {"use_reentrant": False})
+    if settings["tiled_loss"]:
+        from hf_longctx.adapters.tiled_loss import tile_loss
+
+        tile_loss(model)
 
 
 def make_batch(settings: dict, tokens: int) -> dict[str, torch.Tensor]:
@@ -60,6 +73,15 @@ def ulysses_loss(model, settings: dict) -> Callable:
     mesh = SequenceMesh.build(settings["ranks"])
     adapt(model, mesh, inner_attention=settings["kernel"])
     return lambda batch: model(**shard_batch(batch, mesh, model)).loss
+
+
+def packed_loss(model, settings: dict) -> Callable:
+    """`attn_implementation="packed"` on whole rows; the wrapped kernel is `settings["kernel"]`."""
+    from hf_longctx import SequenceMesh, adapt
+
+    model.set_attn_implementation("packed")
+    adapt(model, SequenceMesh.build(), inner_attention=settings["kernel"])
+    return lambda batch: model(**batch).loss
 
 
 def ringmaster_loss(model, settings: dict) -> Callable:
@@ -87,7 +109,12 @@ def ringmaster_loss(model, settings: dict) -> Callable:
     return loss
 
 
-CONTENDERS = {"stock": stock_loss, "ulysses": ulysses_loss, "ringmaster": ringmaster_loss}
+CONTENDERS = {
+    "stock": stock_loss,
+    "ulysses": ulysses_loss,
+    "packed": packed_loss,
+    "ringmaster": ringmaster_loss,
+}
 
 
 class Meter:
@@ -163,9 +190,17 @@ def measure(settings: dict) -> dict:
     ranks, meter = settings["ranks"], Meter(settings["device"])
     model = build_model(settings)
     loss_of = CONTENDERS[settings["contender"]](model, settings)
+    save_memory(model, settings)
     batch = make_batch(settings, settings["tokens"])
     model_memory = meter.memory()
-    loss_of(make_batch(settings, settings["tokens"] // WARM_UP_FRACTION)).backward()
+    few = make_batch(settings, settings["tokens"] // WARM_UP_FRACTION)
+    facts = {}
+    if settings["utilization"]:
+        from utilization import utilization
+
+        step = (lambda: loss_of(few).backward()) if settings["profile"] else None
+        facts = utilization(model.config, settings["tokens"], step)
+    loss_of(few).backward()
     model.zero_grad(set_to_none=True)
     if ranks > 1:
         dist.barrier()
@@ -186,6 +221,7 @@ def measure(settings: dict) -> dict:
         every = [None] * ranks
         dist.all_gather_object(every, mine)
     gradients = {name: p.grad for name, p in model.named_parameters()}
+    compared = gradients if settings["compare_gradients"] else {}
     return {
         "seconds": max(r["seconds"] for r in every),
         "cpu_seconds": sum(r["cpu_seconds"] for r in every),
@@ -194,32 +230,38 @@ def measure(settings: dict) -> dict:
         "model_bytes": [r["model_memory"] for r in every],
         "gradient_mean_seconds": mean_seconds,
         "device_name": torch.cuda.get_device_name() if meter.cuda else "CPU",
-        **compare(loss.item(), gradients, settings["reference"]),
+        **facts,
+        **compare(loss.item(), gradients, compared, settings["reference"]),
     }
 
 
-def compare(loss: float, gradients: dict[str, torch.Tensor], reference: str) -> dict:
-    """Relative errors of loss, gradient norm and worst gradient against `reference`, which is written if absent."""
+def compare(
+    loss: float, gradients: dict[str, torch.Tensor], compared: dict[str, torch.Tensor], reference: str
+) -> dict:
+    """Relative errors of loss, gradient norm and worst gradient against `reference`, which is written if absent.
+
+    Single gradients are those of `compared`, all or none of them.
+    """
     norm = torch.stack([g.double().norm() for g in gradients.values()]).norm().item()
     facts = {"loss": loss, "gradient_norm": norm}
     if int(os.environ.get("RANK", 0)):
         return facts
     if not os.path.exists(reference):
-        torch.save({**facts, "gradients": {name: g.cpu() for name, g in gradients.items()}}, reference)
+        torch.save({**facts, "gradients": {name: g.cpu() for name, g in compared.items()}}, reference)
         return facts
     expected = torch.load(reference, mmap=True, weights_only=True)
     errors = {}
     for name, theirs in expected["gradients"].items():
-        theirs = theirs.double()
-        errors[name] = ((gradients[name].cpu().double() - theirs).norm() / theirs.norm()).item()
-    worst = max(errors, key=errors.get)
-    return {
-        **facts,
+        theirs = theirs.to(gradients[name].device).double()
+        errors[name] = ((gradients[name].double() - theirs).norm() / theirs.norm()).item()
+    facts |= {
         "loss_error": abs(loss / expected["loss"] - 1),
         "gradient_norm_error": abs(norm / expected["gradient_norm"] - 1),
-        "gradient_error": errors[worst],
-        "worst_gradient": worst,
     }
+    if errors:
+        worst = max(errors, key=errors.get)
+        facts |= {"gradient_error": errors[worst], "worst_gradient": worst}
+    return facts
 
 
 def main() -> None:
