@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 
 import torch
@@ -13,9 +14,10 @@ from torch.distributed.tensor import DTensor
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..adapters.attach import AttachedAdapters, attach_adapters
-from ..adapters.instance_forward import put_on
+from ..adapters.instance_forward import patch_on, put_on
 from ..adapters.loop_batches import LoopBatches
 from ..adapters.peft_kinds import PACKED_ROWS, check_peft
+from ..adapters.tiled_loss import TILED_LOSS, TiledLossHandle
 from ..adapters.wrapped import runs_our_attention, unwrap
 from ..attention.contamination import assert_no_cross_document
 from ..attention.registry import packs_rows
@@ -65,8 +67,11 @@ def adapt(model: torch.nn.Module, mesh: SequenceMesh, *, inner_attention: str = 
     handle = attach_adapters(model, adapted)
     try:
         if runs_our_attention(model):
-            needs = run_sanity_check(inner, mesh, inner_attention, shifts, check_loss=has_loss)
-            leaks = _adapters_across_documents(model) or _find_leaks(inner, mesh, inner_attention, needs)
+            # A tiled loss makes no logits, which the checks compare; it has a proof of its own.
+            tiled = patch_on(inner, TILED_LOSS) is not None
+            with TiledLossHandle(inner).paused() if tiled else contextlib.nullcontext():
+                needs = run_sanity_check(inner, mesh, inner_attention, shifts, check_loss=has_loss)
+                leaks = _adapters_across_documents(model) or _find_leaks(inner, mesh, inner_attention, needs)
             put_on(inner, LoopBatches(adapted, needs, leaks))
     except Exception:
         handle.remove()

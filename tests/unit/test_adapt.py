@@ -11,6 +11,7 @@ import torch
 import transformers as tf
 
 from hf_longctx import SequenceMesh, adapt, shard_batch
+from hf_longctx.adapters import tile_loss
 from hf_longctx.parallel.adapted import find_adapted, is_marked
 
 from ..models import VOCAB, build, config_of
@@ -73,6 +74,16 @@ def test_a_model_that_is_refused_is_left_as_it_was():
     with pytest.raises(ZeroDivisionError):
         adapt(model, MESH)
     assert find_adapted(model) is None
+
+
+def test_a_model_whose_loss_is_tiled_already_is_adapted():
+    model, plain = build("llama", "ulysses", torch.float64), build("llama", "sdpa", torch.float64)
+    tile_loss(model, 3)
+    adapt(model, MESH)
+    share = shard_batch({"input_ids": IDS, "labels": IDS}, MESH, model)
+    outputs = model(**share)
+    assert outputs.logits is None
+    torch.testing.assert_close(outputs.loss, plain(input_ids=IDS, labels=IDS).loss, check_dtype=False)
 
 
 def test_a_model_on_another_attention_is_taken_as_it_is_on_one_process():
