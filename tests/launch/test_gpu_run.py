@@ -63,9 +63,17 @@ def dry_run(tmp_path_factory) -> Path:
     (folder / "blocking" / "sitecustomize.py").write_text(BLOCKING)
     environment = {**os.environ, "PYTHONPATH": str(folder / "blocking"), "OMP_NUM_THREADS": "1"}
     environment.pop("HF_LONGCTX_RAISES", None)
-    command = [sys.executable, str(BENCH / "gpu.py"), "--device", "cpu", "--tiny", "--minutes", "3"]
+    command = [
+        sys.executable,
+        str(BENCH / "gpu.py"),
+        "--device",
+        "cpu",
+        "--tiny",
+        "--minutes",
+        "30",
+    ]  # no limit ends a part here
     done = subprocess.run(
-        [*command, "--output", str(folder / "pages")], capture_output=True, text=True, env=environment, timeout=240
+        [*command, "--output", str(folder / "pages")], capture_output=True, text=True, env=environment, timeout=1200
     )
     page = folder / "pages" / "gpu.md"
     failures = page.read_text().partition("## What failed")[2] if page.exists() else done.stdout[-2000:]
@@ -189,8 +197,8 @@ def test_a_part_that_fails_stops_none_of_the_others_and_is_named(run):
 
 
 def test_a_part_is_stopped_with_its_processes_after_its_share_of_the_time(run):
-    slow, good = run("slow", "good", seconds=10, minutes=0.12)
-    assert slow["status"] == "stopped" and "still running after its 4 s" in slow["reason"]
+    slow, good = run("slow", "good", seconds=10, minutes=0.25)
+    assert slow["status"] == "stopped" and "still running after its 7 s" in slow["reason"]
     child = int(slow["tail"][-1].rpartition(" ")[2])
     assert slow["tail"][0] == "loading" and not _runs(child)
     assert good["status"] == "finished"

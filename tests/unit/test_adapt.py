@@ -217,7 +217,7 @@ def test_packed_rows_of_a_hybrid_are_refused_and_whole_rows_are_not():
 def test_nothing_is_logged_on_one_process(caplog):
     with caplog.at_level(logging.WARNING):
         shard_batch({"input_ids": IDS}, MESH)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.name.startswith("hf_longctx")]
 
 
 def test_a_loop_on_shares_without_an_adapted_model_is_warned_once(caplog):
@@ -225,5 +225,5 @@ def test_a_loop_on_shares_without_an_adapted_model_is_warned_once(caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(2):
             shard_batch({"input_ids": IDS}, mesh, check_rows=False)
-    (record,) = caplog.records
+    (record,) = [record for record in caplog.records if record.name.startswith("hf_longctx")]
     assert "no model was adapted for rows of 2 ranks" in record.getMessage()
