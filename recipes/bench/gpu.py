@@ -140,9 +140,14 @@ def run_part(part: Part, args: argparse.Namespace, limit: float) -> dict:
         process.join(limit)
     finally:
         stopped = process.is_alive()
-        # Its own processes with it; it may be so young that it leads no group yet.
+        # Its own processes with it: those that torchrun started lead groups of their own. It may be so young that it
+        # leads none yet.
+        below = processes_below(process.pid)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if stopped:
             process.kill()
         process.join()
@@ -156,6 +161,18 @@ def run_part(part: Part, args: argparse.Namespace, limit: float) -> dict:
         row["page"] = page.name
     log.unlink(missing_ok=True)
     return row
+
+
+def processes_below(pid: int) -> list[int]:
+    """The processes that `pid` has started, and theirs."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has just ended
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, of in parents.items() if of == parent]
+    return found[1:]
 
 
 def read_stamp(path: Path) -> int | None:

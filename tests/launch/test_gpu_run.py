@@ -157,7 +157,7 @@ BAD = "def main(arguments):\n    raise ValueError('no such thing')\n"
 SLOW = """
 import subprocess, sys, time
 def main(arguments):
-    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=True)
     print("loading", flush=True); print(f"measured: 7 s, child {child.pid}", flush=True)
     time.sleep(60)
 """
