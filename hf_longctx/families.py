@@ -100,6 +100,12 @@ def skips_layers(config) -> bool:
     return any(getattr(config.get_text_config(), name, None) for name in LAYER_DROPS)
 
 
+def first_position(config) -> int:
+    """The position that a model of this configuration gives to the first token of a text that brings none."""
+    text = config.get_text_config()
+    return (text.pad_token_id or 0) + 1 if text.model_type in COUNTS_FROM_PADDING else 0
+
+
 def expects_unshifted_labels(config) -> bool:
     """Whether the causal language model of this configuration compares each token with its own label.
 

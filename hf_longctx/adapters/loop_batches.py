@@ -16,7 +16,7 @@ import torch
 from ..attention.call_documents import document_facts, shard_of_rows
 from ..attention.implicit_positions import packs_documents
 from ..attention.registry import name_that_shards, shards_rows
-from ..families import skips_layers
+from ..families import first_position, skips_layers
 from ..losses.token_mean import token_mean
 from ..parallel.adapted import Adapted
 from ..parallel.segments import DOCUMENT_BOUND_KEYS, positions_of
@@ -57,7 +57,8 @@ class LoopBatches(InstancePatch):
         tokens = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
         has_bounds = any(given.get(name) is not None for name in DOCUMENT_BOUND_KEYS)
         counts = has_bounds and given.get("position_ids") is None
-        if tokens is None or not (counts or self.leaks):
+        first = first_position(module.config) if self.needs.needs_position_ids else 0
+        if tokens is None or not (counts or first or self.leaks):
             return kwargs
         rows, num_tokens = tokens.shape[:2]
         facts = {**document_facts(given, num_tokens), "attention_mask": given.get("attention_mask")}
@@ -65,9 +66,12 @@ class LoopBatches(InstancePatch):
         if not packs_documents(shard):
             return kwargs
         self._validate_documents(module, _told_by(given))
-        if not counts or "position_ids" not in inspect.signature(type(module).forward).parameters:
+        if not counts:
+            self.needs.validate_first_positions(module, shard, given)
             return kwargs
-        return {**kwargs, "position_ids": positions_of(shard.segment_ids, num_tokens, tokens.device)}
+        if "position_ids" not in inspect.signature(type(module).forward).parameters:
+            return kwargs
+        return {**kwargs, "position_ids": positions_of(shard.segment_ids, num_tokens, tokens.device) + first}
 
     def _validate_documents(self, module: torch.nn.Module, told_by: str) -> None:
         if told_by in self.leaks:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..attention.call_documents import documents_of_forward
+from ..attention.call_documents import shard_of_forward
 from ..attention.implicit_positions import COUNTS_FOLLOWED, packs_documents
 from ..families import ROW_COUNT_FIELD
 from ..parallel.collectives import gather_integers
@@ -37,7 +37,7 @@ class _CountingPatch(InstancePatch):
 
     def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
         given = named_arguments(module, args, kwargs)
-        shard = given.get("sequence_shard") or documents_of_forward(module.config, given)
+        shard = shard_of_forward(module, given)
         if shard is None or (shard.size == 1 and not packs_documents(shard)):
             return own(*args, **kwargs)
         ids, mask = given.get("input_ids"), given.get("attention_mask")

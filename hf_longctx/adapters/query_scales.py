@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..attention.call_documents import documents_of_forward
+from ..attention.call_documents import shard_of_forward
 from ..attention.implicit_positions import SCALES_FOLLOWED, local_positions
 from ..families import scales_by_count
 from .instance_forward import InstancePatch, named_arguments, patch_on, put_on
@@ -38,7 +38,7 @@ class _LayerPatch(InstancePatch):
 
     def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
         given = named_arguments(module, args, kwargs)
-        shard = given.get("sequence_shard") or documents_of_forward(module.config, given)
+        shard = shard_of_forward(module, given)
         positions = None if shard is None else local_positions(shard)
         if positions is None:
             return own(*args, **kwargs)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from ..attention.call_documents import TOKEN_NAMES, documents_of_forward
+from ..attention.call_documents import TOKEN_NAMES, shard_of_forward
 from ..attention.implicit_positions import LENGTHS_FOLLOWED, local_lengths, local_positions, packs_documents
 from ..families import LENGTH_ROPE_KINDS, length_rope, rope_kind, rope_settings
 from ..parallel.shard import SequenceShard
@@ -117,7 +117,7 @@ class _CallerPatch(InstancePatch):
 
     def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
         given = named_arguments(module, args, kwargs)
-        shard = given.get("sequence_shard") or documents_of_forward(getattr(module, "config", None), given)
+        shard = shard_of_forward(module, given)
         takes = inspect.signature(type(module).forward).parameters
         takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
         if shard is None or not takes_more or (shard.size == 1 and not packs_documents(shard)):

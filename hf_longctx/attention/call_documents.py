@@ -114,6 +114,11 @@ def document_facts(given: Mapping[str, object], num_tokens: int) -> dict[str, ob
     return facts
 
 
+def shard_of_forward(module: torch.nn.Module, given: Mapping[str, Any]) -> SequenceShard | None:
+    """The shard that a module's forward got, or the documents of a batch that no one has cut."""
+    return given.get("sequence_shard") or documents_of_forward(getattr(module, "config", None), given)
+
+
 def documents_of_forward(config, given: Mapping[str, Any]) -> SequenceShard | None:
     """The documents of a batch that no one has cut, from the arguments of a module's forward.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ..families import COUNTS_FROM_PADDING, DROPS_SHARD, SHARDED_LAYERS
+from ..families import DROPS_SHARD, SHARDED_LAYERS, first_position
 from ..parallel.adapted import is_marked
 from ..parallel.shard import SequenceShard
 from .implicit_positions import packs_documents
@@ -94,9 +94,10 @@ def validate_unadapted(module: torch.nn.Module, shard: SequenceShard) -> None:
             f"a row packs several documents, but next to `{name}` there are layers of type {', '.join(other)}, whose "
             f"state may run on from one to the next: {_REMEDY}, which finds out, or do not pack."
         )
-    text = config.get_text_config()
-    if not shard.has_own_positions and text.model_type in COUNTS_FROM_PADDING:
+    first = first_position(config)
+    if not shard.has_own_positions and first:
+        kind = config.get_text_config().model_type
         raise ValueError(
-            f"the batch has no `position_ids`, and `{text.model_type}` does not count from 0 but from `pad_token_id` "
-            f"+ 1 ({(text.pad_token_id or 0) + 1}): add `position_ids` of shape (rows, tokens) before it is cut."
+            f"the batch has no `position_ids`, and `{kind}` does not count from 0 but from `pad_token_id` "
+            f"+ 1 ({first}): add `position_ids` of shape (rows, tokens) before it is cut."
         )

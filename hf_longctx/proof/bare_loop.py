@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..families import COUNTS_FROM_PADDING
+from ..families import first_position
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import share_of_group
 from .build import build_model
@@ -88,10 +88,8 @@ def _flat(rows: Rows) -> Rows:
 
 def _rows(pair: Pair, kind: str) -> Rows:
     """Random rows; packed documents begin where the model begins to count."""
-    rows, text = pair.rows(kind), pair.unsharded.config.get_text_config()
-    if kind != "packed" or text.model_type not in COUNTS_FROM_PADDING:
-        return rows
-    return rows.with_positions((text.pad_token_id or 0) + 1)
+    rows, first = pair.rows(kind), first_position(pair.unsharded.config)
+    return rows.with_positions(first) if kind == "packed" and first else rows
 
 
 def _outcome(pair: Pair, attention: str, run: Callable[..., _Step], theirs: Numbers, num_tokens: int) -> str:

@@ -22,7 +22,7 @@ from ..adapters.wrapped import runs_our_attention, unwrap
 from ..attention.contamination import assert_no_cross_document
 from ..attention.registry import packs_rows
 from ..config.run import LongContextConfig
-from ..families import COUNTS_FROM_PADDING, expects_unshifted_labels
+from ..families import expects_unshifted_labels, first_position
 from ..parallel.adapted import Adapted
 from ..parallel.mesh import SequenceMesh
 from ..tiny_check import random_tokens
@@ -104,7 +104,7 @@ def _find_leaks(model, mesh: SequenceMesh, inner_attention: str, needs: SanityRe
     if not packs_rows(text._attn_implementation):
         return {}
     sizes, device = torch.tensor(_DOCUMENTS), next(model.parameters()).device
-    start = (text.pad_token_id or 0) + 1 if needs.needs_position_ids and text.model_type in COUNTS_FROM_PADDING else 0
+    start = first_position(model.config) if needs.needs_position_ids else 0
     batch = {
         "input_ids": random_tokens(text.vocab_size, 1, int(sizes.sum())).to(device),
         "position_ids": torch.cat([start + torch.arange(size) for size in sizes])[None].to(device),

@@ -22,7 +22,7 @@ from torch.distributed import DistError
 
 from ..adapters.rotary_lengths import lengths_forgotten
 from ..adapters.wrapped import unwrap
-from ..families import COUNTS_FROM_PADDING
+from ..families import first_position
 from ..losses.token_mean import token_mean
 from ..parallel.collectives import gather_integers, gather_sequence
 from ..parallel.mesh import SequenceMesh
@@ -71,8 +71,8 @@ class SanityResult:
                 f"the collated batch has no `position_ids`, but `{name}` derives them from the mask or the token ids, "
                 "which a rank sees only a part of: add `position_ids` of shape (rows, tokens)."
             )
-        if self.needs_position_ids and has_documents(shard.segment_ids):
-            self._validate_first_positions(model, shard, inputs)
+        if has_documents(shard.segment_ids):
+            self.validate_first_positions(model, shard, inputs)
         targets, mask = inputs.get("shift_labels"), inputs.get("attention_mask")
         if not self.padding_predicts or targets is None or mask is None:
             return
@@ -83,15 +83,24 @@ class SanityResult:
                 "depends on the kernel: set the label of each row's first real token to -100, or pad on the right."
             )
 
-    def _validate_first_positions(self, model, shard: SequenceShard, inputs: dict[str, Any]) -> None:
-        """Documents have to begin where the model would begin to count; collective within the group."""
-        text = unwrap(model).config.get_text_config()
-        first = (text.pad_token_id or 0) + 1
+    def validate_first_positions(self, model, shard: SequenceShard, inputs: dict[str, Any]) -> None:
+        """Refuse packed documents that begin below where the model would begin to count.
+
+        Args, communication: see [`SanityResult.validate_batch`].
+
+        Raises:
+            ValueError: they do, on any rank.
+        """
+        config = unwrap(model).config
+        first = first_position(config) if self.needs_position_ids else 0
+        if not first:
+            return
         positions = inputs["position_ids"][:, : shard.num_local_tokens]
         lowest = int(positions.min()) if positions.numel() else first
-        if text.model_type in COUNTS_FROM_PADDING and min(gather_integers(lowest, shard.group)) < first:
+        if min(gather_integers(lowest, shard.group)) < first:
+            kind = config.get_text_config().model_type
             raise ValueError(
-                f"`position_ids` of packed documents begin below {first}, but `{text.model_type}` counts a text from "
+                f"`position_ids` of packed documents begin below {first}, but `{kind}` counts a text from "
                 f"`pad_token_id` + 1: pass `position_ids_start={first}` to `PackingCollator`, or add as much yourself."
             )
 

@@ -193,9 +193,11 @@ def test_documents_of_a_model_that_counts_from_padding():
     adapt(model, MESH)
     share = shard_batch({key: batch[key] for key in ("input_ids", "position_ids")}, MESH, model)
     torch.testing.assert_close(model(**share, use_cache=False).logits, alone(model))
-    share = shard_batch({"input_ids": IDS, "position_ids": RESTARTING}, MESH, model)
-    with pytest.raises(ValueError, match="begin below 2.*position_ids_start=2"):
-        model(**share, use_cache=False)
+    torch.testing.assert_close(model(input_ids=IDS, use_cache=False, **FLAT).logits, alone(model))
+    from_zero = {"input_ids": IDS, "position_ids": RESTARTING}
+    for batch in (shard_batch(from_zero, MESH, model), from_zero):
+        with pytest.raises(ValueError, match="begin below 2.*position_ids_start=2"):
+            model(**batch, use_cache=False)
 
 
 # Layers that mix tokens
