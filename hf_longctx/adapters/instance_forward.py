@@ -29,10 +29,12 @@ _LAYERS = "_hf_longctx_layers"
 class InstancePatch:
     """What an adapter puts over one method of one module; a subclass has a name and a `call`.
 
-    Patches are copied and pickled with their module, so they hold plain settings and no other module.
+    Patches are copied and pickled with their module, so they hold plain settings and no other module. One that needs
+    the method of the class itself is `lowest`: it goes below the patches that are there.
     """
 
     name: str
+    lowest = False
 
     def call(self, module: torch.nn.Module, own: Callable, *args: Any, **kwargs: Any) -> Any:
         """Run in place of the method.
@@ -97,8 +99,14 @@ def put_on(module: torch.nn.Module, patch: InstancePatch, method: str = "forward
     if layer is not None:
         layer.patch, layer.active = patch, True
         return
-    layers[method, patch.name] = _Layer(patch, vars(module).get(method))
-    setattr(module, method, InstanceForward(module, method, patch.name))
+    mine = InstanceForward(module, method, patch.name)
+    bottom = _bottom(module, method) if patch.lowest else None
+    if bottom is None:
+        layers[method, patch.name] = _Layer(patch, vars(module).get(method))
+        setattr(module, method, mine)
+    else:
+        layers[method, patch.name] = _Layer(patch, bottom.below)
+        bottom.below = mine
 
 
 def take_off(module: torch.nn.Module, name: str, method: str = "forward") -> None:
@@ -180,6 +188,17 @@ def _run(module: torch.nn.Module, method: str, name: str, *args: object, **kwarg
 def _below(module: torch.nn.Module, method: str, layer: _Layer) -> Callable:
     # The class is looked up now: FSDP2 gives a module a class of its own.
     return layer.below if layer.below is not None else MethodType(getattr(type(module), method), module)
+
+
+def _bottom(module: torch.nn.Module, method: str) -> _Layer | None:
+    """The layer below which there is none of ours, where one of ours is what a call of the method reaches first."""
+    layers = vars(module).get(_LAYERS, {})
+    found, bottom = vars(module).get(method), None
+    while True:
+        above = [layer for (of, name), layer in layers.items() if of == method and _is_patch(found, method, name)]
+        if not above:
+            return bottom
+        bottom, found = above[0], above[0].below
 
 
 def _is_patch(found: object, method: str, name: str) -> bool:
