@@ -68,6 +68,8 @@ ROW_ADAPTER_FIELDS = {
 
 # Kinds of layers, as in `config.layer_types`, whose whole reach over the sequence is attention that reads the shard.
 SHARDED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse")
+# ... and kinds that look at one token at a time.
+TOKEN_LAYERS = ("mlp", "moe")
 
 # Fields that say how many experts a token is routed to.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")

@@ -7,7 +7,9 @@ import torch
 from ..parallel.adapted import Adapted, mark, unmark
 from .instance_forward import PatchHandle, take_off
 from .loop_batches import LOOP_BATCHES
+from .pass_shard import CALLER, pass_shard
 from .positions import follow_positions
+from .recurrent.layers import follow_recurrences
 from .row_lengths import follow_lengths
 from .wrapped import unwrap
 
@@ -33,7 +35,9 @@ def attach_adapters(model: torch.nn.Module, adapted: Adapted | None = None) -> A
     Raises:
         NotImplementedError: an adapter does not know this version of the model.
     """
-    names = (*follow_positions(model).names, *follow_lengths(model).names)
+    handles = (follow_positions(model), follow_lengths(model), follow_recurrences(model))
+    pass_shard(model)
+    names = (*(name for handle in handles for name in handle.names), CALLER)
     take_off(unwrap(model), LOOP_BATCHES)  # a trainer looks after its batches itself
     mark(model, adapted)
     return AttachedAdapters(model, *names, LOOP_BATCHES)

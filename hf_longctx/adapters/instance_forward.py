@@ -136,6 +136,11 @@ def patch_on(module: torch.nn.Module, name: str, method: str = "forward") -> Any
     return layer.patch if layer is not None and layer.active else None
 
 
+def patches_on(module: torch.nn.Module) -> list[InstancePatch]:
+    """The patches that act on a method of `module`."""
+    return [layer.patch for layer in vars(module).get(_LAYERS, {}).values() if layer.active]
+
+
 def own_method(module: torch.nn.Module, name: str, method: str = "forward") -> Callable:
     """What the patch of this name wraps: the instance's callable below it, or the method of its class."""
     layer = vars(module).get(_LAYERS, {}).get((method, name))

@@ -7,10 +7,12 @@ shows (a layer that mixes tokens on its own, a loss that is not a sum over token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
-from ..families import DROPS_SHARD, SHARDED_LAYERS, first_position
+from ..families import DROPS_SHARD, SHARDED_LAYERS, TOKEN_LAYERS, first_position
 from ..parallel.adapted import is_marked
 from ..parallel.shard import SequenceShard
 from .implicit_positions import packs_documents
@@ -19,12 +21,14 @@ from .implicit_positions import packs_documents
 _REMEDY = "call `hf_longctx.adapt(model, mesh)` once after loading"
 
 
-def validate_config(name: str, config) -> None:
+def validate_config(name: str, config, layers: Sequence[str] | None = None) -> None:
     """Refuse a model whose rows no ranks can share, by its configuration.
 
     Args:
         name (`str`): of the model or layer, for the message.
         config (`PretrainedConfig`): of the whole model, or of its text part.
+        layers (`Sequence[str]`, *optional*): kinds of layers whose state no adapter carries from rank to rank; unset,
+            all that have one.
 
     Raises:
         NotImplementedError: an encoder-decoder, layers with a state along the sequence, or a router's loss.
@@ -35,7 +39,7 @@ def validate_config(name: str, config) -> None:
             f"`{name}` is an encoder-decoder: its cross-attention reads two sequences of different lengths, which are "
             "not sharded; set `sequence_parallel_size` to 1."
         )
-    other = layers_with_state(config)
+    other = layers_with_state(config) if layers is None else layers
     if other:
         raise NotImplementedError(
             f"`{name}` has layers of type {', '.join(other)}, whose state runs along the sequence and would start "
@@ -68,7 +72,7 @@ def refuse_dropped_shard(module: torch.nn.Module) -> None:
 def layers_with_state(config) -> list[str]:
     """Kinds of layers, as in `config.layer_types`, that reach other tokens without attention."""
     kinds = getattr(config.get_text_config(), "layer_types", None) or []
-    return sorted({kind for kind in kinds if kind not in SHARDED_LAYERS})
+    return sorted({kind for kind in kinds if kind not in (*SHARDED_LAYERS, *TOKEN_LAYERS)})
 
 
 def validate_unadapted(module: torch.nn.Module, shard: SequenceShard) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 
 from ..adapters.peft_kinds import check_peft
+from ..adapters.recurrent.layers import unfollowed_layers
 from ..adapters.wrapped import unwrap
 from ..attention.kernels import validate_kernel_available
 from ..attention.registry import name_that_shards, shards_rows
@@ -108,7 +109,7 @@ def check_model(model, config: LongContextConfig) -> None:
             f"attn_implementation={name_that_shards()!r})` or call "
             f"`model.set_attn_implementation({name_that_shards()!r})`."
         )
-    validate_config(name, base.config)
+    validate_config(name, base.config, unfollowed_layers(base))
     check_peft(model, "on a share of a row", "set `sequence_parallel_size` to 1")
     heads = getattr(text, "num_attention_heads", None)
     if isinstance(heads, int):
