@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from .class_tables import wait_for_class_tables
 from .lazy_exports import lazy_exports
 from .on_import import call_after_import
 
@@ -79,3 +80,4 @@ def _register_attention_names() -> None:
 
 
 call_after_import("transformers.modeling_utils", _register_attention_names)
+wait_for_class_tables()

@@ -7,6 +7,7 @@ import torch
 from ..parallel.adapted import Adapted, mark, unmark
 from .instance_forward import PatchHandle, take_off
 from .loop_batches import LOOP_BATCHES
+from .own_attention.own_layers import follow_own_attention
 from .pass_shard import CALLER, pass_shard
 from .positions import follow_positions
 from .recurrent.layers import follow_recurrences
@@ -35,7 +36,7 @@ def attach_adapters(model: torch.nn.Module, adapted: Adapted | None = None) -> A
     Raises:
         NotImplementedError: an adapter does not know this version of the model.
     """
-    handles = (follow_positions(model), follow_lengths(model), follow_recurrences(model))
+    handles = follow_positions(model), follow_lengths(model), follow_recurrences(model), follow_own_attention(model)
     pass_shard(model)
     names = (*(name for handle in handles for name in handle.names), CALLER)
     take_off(unwrap(model), LOOP_BATCHES)  # a trainer looks after its batches itself

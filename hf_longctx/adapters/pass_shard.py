@@ -43,12 +43,14 @@ class ForwardRows:
         padding (`torch.Tensor` of shape `(B, t)`, *optional*): the `attention_mask` of these tokens, 0 for padding.
         positions (`torch.Tensor`, *optional*): the `position_ids` of these tokens.
         has_cache (`bool`): the caller passed a cache.
+        attention (`str`, *optional*): the `attn_implementation` that the model runs.
     """
 
     shard: SequenceShard | None
     padding: torch.Tensor | None
     positions: torch.Tensor | None
     has_cache: bool
+    attention: str | None = None
 
     @property
     def is_shared(self) -> bool:
@@ -115,7 +117,9 @@ def _read(module: torch.nn.Module, given: dict[str, Any]) -> ForwardRows:
     padding = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
     positions = given.get("position_ids")
     has_cache = find_cache(given) is not None
-    return ForwardRows(shard_of_forward(module, given), padding, positions, has_cache)
+    config: Any = module.config
+    attention = config.get_text_config()._attn_implementation
+    return ForwardRows(shard_of_forward(module, given), padding, positions, has_cache, attention)
 
 
 @contextlib.contextmanager

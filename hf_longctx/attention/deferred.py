@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, and_masks
 
 from .masks import AttentionRule, read_rule
 
@@ -52,6 +52,13 @@ class DeferredMask:
     def padding(self) -> torch.Tensor | None:
         """The 2-D mask of the batch, `(B, T)`, or `None`."""
         return self._arguments.get("attention_mask")
+
+    def restricted(self, mask_function: Callable) -> DeferredMask:
+        """The description of keys that another index function lets through as well."""
+        both = and_masks(self.mask_function, mask_function)
+        restricted = DeferredMask({**self._arguments, "mask_function": both})
+        restricted._shared = self._shared
+        return restricted
 
     def once(self, name: str, read: Callable) -> Any:
         """What `read()` returns, computed once under this name for all layers of the forward."""

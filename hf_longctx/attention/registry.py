@@ -15,6 +15,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ..class_tables import add_to_class_tables, remove_from_class_tables
 from .call import AttentionCall
 
 
@@ -111,6 +112,7 @@ def add_entry(entry: AttentionEntry) -> None:
     _ENTRIES[entry.name] = entry
     AttentionInterface.register(entry.name, entry.function)
     AttentionMaskInterface.register(entry.name, entry.mask_function)
+    add_to_class_tables(entry.name)
 
 
 @contextlib.contextmanager
@@ -123,9 +125,12 @@ def known_to_transformers(entry: AttentionEntry) -> Iterator[None]:
     before = [registry._global_mapping.get(entry.name) for registry, _ in registries]
     for registry, function in registries:
         registry.register(entry.name, function)
+    add_to_class_tables(entry.name)
     try:
         yield
     finally:
+        if entry.name not in _ENTRIES:
+            remove_from_class_tables(entry.name)
         for (registry, _), function in zip(registries, before):
             if function is None:
                 registry._global_mapping.pop(entry.name, None)

@@ -53,11 +53,13 @@ import json, sys
 def state():
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS as masks
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS as attentions
-    hooks = [type(finder).__name__ for finder in sys.meta_path if type(finder).__module__.startswith("hf_longctx")]
+    ours = [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_longctx")]
+    hooks = sorted({finder.module_name.split("modeling_")[1] for finder in ours})
     return ["ulysses" in attentions.valid_keys(), "ulysses" in masks.valid_keys(), hooks]
 
 import hf_longctx
-waiting = [type(finder).__name__ for finder in sys.meta_path if type(finder).__module__.startswith("hf_longctx")]
+ours = [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_longctx")]
+waiting = sorted({finder.module_name.split("modeling_")[1] for finder in ours})
 import hf_longctx.attention.explain  # itself imports modeling_utils, while it is only half loaded
 before_transformers = state()
 pulled = [name for name in ("trl", "sentence_transformers") if name in sys.modules]
@@ -76,11 +78,27 @@ print(json.dumps([waiting, before_transformers, pulled, gone, state()]))
 
 def test_name_is_registered_in_both_registries_in_either_import_order_and_the_hook_leaves():
     waiting, before_transformers, pulled, gone, after_transformers = in_subprocess(REGISTERED)
-    assert waiting == ["_WaitingFinder"]
-    assert before_transformers == [True, True, []]
+    assert waiting == ["falcon", "gpt_neo", "utils"]
+    tables = ["falcon", "gpt_neo"]  # of attention classes, which get the names once they are imported
+    assert before_transformers == [True, True, tables]
     assert pulled == []
     assert gone == [False, False]
-    assert after_transformers == [True, True, []]
+    assert after_transformers == [True, True, tables]
+
+
+def test_tables_of_attention_classes_know_the_names_and_the_hooks_leave():
+    code = """
+import json, sys
+import hf_longctx
+import transformers
+from transformers.models.gpt_neo import modeling_gpt_neo as gpt_neo
+from transformers.models.falcon import modeling_falcon as falcon
+tables = gpt_neo.GPT_NEO_ATTENTION_CLASSES, falcon.FALCON_ATTENTION_CLASSES
+hooks = [finder for finder in sys.meta_path if type(finder).__module__.startswith("hf_longctx")]
+print(json.dumps([[table.get(name, int) is table["eager"] for name in ("ulysses", "packed")] for table in tables]
+    + [len(hooks)]))
+"""
+    assert in_subprocess(code) == [[True, True], [True, True], 0]
 
 
 # The hook itself, on modules of our own

@@ -20,6 +20,7 @@ FILES = sorted(path for path in ROOT.rglob("*.py") if path != ROOT / "__init__.p
 # From the lowest to the highest. A room may import the rooms before it, and itself.
 ROOMS = (
     "on_import",
+    "class_tables",
     "lazy_exports",
     "tested_versions",
     "config",

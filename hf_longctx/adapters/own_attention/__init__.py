@@ -1,0 +1,1 @@
+"""Attention layers that compute scores themselves instead of calling transformers' attention interface."""

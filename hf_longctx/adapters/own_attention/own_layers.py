@@ -1,0 +1,77 @@
+"""Attention layers with a code of their own, on rows that ranks share and on packed documents.
+
+What: [`follow_own_attention`] finds the layers whose class is in [`FAMILIES`] and patches each instance. The patched
+forward is the family's function: the layer's own projections, our attention function, the layer's own output.
+
+A new family is a short function in a file of this package and one row in `FAMILIES`: by the name of the class of its
+attention, `function(call) -> what the layer's forward returns`, with `call` an [`OwnCall`].
+
+Without a shard and without packed documents transformers' own forward runs, on the mask that it would have got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ...attention.deferred import DeferredMask
+from ...attention.registry import find_attention
+from ..instance_forward import PatchHandle, named_arguments, put_on
+from ..pass_shard import ShardReader
+from .gpt_neo import gpt_neo
+from .own_call import OwnCall
+
+
+OWN_ATTENTION = "own attention"
+
+FAMILIES: dict[str, Callable[[OwnCall], Any]] = {
+    "GPTNeoSelfAttention": gpt_neo,
+}
+
+
+def follow_own_attention(model: torch.nn.Module) -> PatchHandle:
+    """Patch the attention layers of one model that do not use transformers' attention interface.
+
+    Args:
+        model (`torch.nn.Module`): any; a model without such layers is left alone.
+
+    Returns:
+        [`PatchHandle`]: `remove()` takes the patches off. Patching twice is patching once.
+    """
+    for module in list(model.modules()):
+        if family_of(module) is not None:
+            put_on(module, OwnAttentionPatch())
+    return PatchHandle(model, OWN_ATTENTION)
+
+
+def family_of(module: torch.nn.Module) -> Callable[[OwnCall], Any] | None:
+    """The function for a module, by the class of transformers whose `forward` it runs, or `None`."""
+    for kind in type(module).__mro__:
+        if "forward" in vars(kind):
+            return FAMILIES.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
+    return None
+
+
+class OwnAttentionPatch(ShardReader):
+    """The family's function where rows are shared or packed, and the layer's own forward elsewhere."""
+
+    name = OWN_ATTENTION
+
+    def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
+        rows = self.rows_of_call(module)
+        given = named_arguments(module, args, kwargs)
+        config = getattr(module, "config", None)
+        entry = find_attention(getattr(config, "_attn_implementation", None) or rows.attention)
+        family = family_of(module)
+        if rows.shard is None or entry is None or family is None:
+            return own(**_with_own_masks(given))
+        call = OwnCall(module, given, rows, rows.shard, entry)
+        call.validate()
+        return family(call)
+
+
+def _with_own_masks(given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments in which a description of a mask is the mask that transformers would have built."""
+    return {name: value.build("eager") if isinstance(value, DeferredMask) else value for name, value in given.items()}
