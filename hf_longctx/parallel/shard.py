@@ -87,6 +87,11 @@ class SequenceShard:
         """What each mask rule became for the inner kernel: built once per batch and shared by its layers."""
         return {}
 
+    @cached_property
+    def derived(self) -> dict:
+        """What layers without a kernel derive from these facts, such as where documents begin: once per batch."""
+        return {}
+
     def bind(self, mesh: SequenceMesh) -> SequenceShard:
         """The same facts with this process's `sp` group, ready for the model."""
         return dataclasses.replace(self, group=mesh.sp_group, readers=set())

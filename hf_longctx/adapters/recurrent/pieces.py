@@ -71,10 +71,9 @@ class SharePieces:
 
 def pieces_of(shard: SequenceShard, rows: int, device: torch.device) -> SharePieces:
     """The pieces of a rank's tokens, from its shard; one integer a token is read, once per batch."""
-    plans = shard.kernel_plans
-    if "pieces" not in plans:
-        plans["pieces"] = _cut(shard, rows, device)
-    return plans["pieces"]
+    if "pieces" not in shard.derived:
+        shard.derived["pieces"] = _cut(shard, rows, device)
+    return shard.derived["pieces"]
 
 
 def _cut(shard: SequenceShard, rows: int, device: torch.device) -> SharePieces:
