@@ -15,6 +15,15 @@ from .row_lengths import follow_lengths
 from .wrapped import unwrap
 
 
+# What models need, by kind; each leaves a model that does not need it alone.
+_ADAPTERS = (
+    follow_positions,
+    follow_lengths,
+    follow_recurrences,
+    follow_own_attention,
+)
+
+
 class AttachedAdapters(PatchHandle):
     """What [`attach_adapters`] put on a model; `remove()` takes all of it off, and the mark with it."""
 
@@ -36,9 +45,8 @@ def attach_adapters(model: torch.nn.Module, adapted: Adapted | None = None) -> A
     Raises:
         NotImplementedError: an adapter does not know this version of the model.
     """
-    handles = follow_positions(model), follow_lengths(model), follow_recurrences(model), follow_own_attention(model)
+    names = [name for follow in _ADAPTERS for name in follow(model).names]
     pass_shard(model)
-    names = (*(name for handle in handles for name in handle.names), CALLER)
     take_off(unwrap(model), LOOP_BATCHES)  # a trainer looks after its batches itself
     mark(model, adapted)
-    return AttachedAdapters(model, *names, LOOP_BATCHES)
+    return AttachedAdapters(model, *names, CALLER, LOOP_BATCHES)
