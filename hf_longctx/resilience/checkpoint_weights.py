@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 
 from ..adapters.wrapped import unwrap
 from .checkpoint_record import read_json
@@ -50,12 +52,13 @@ def check_weights(model: torch.nn.Module | None, path: Path, is_fsdp: bool = Fal
     name = _ADAPTER if is_adapter else _WHOLE
     index = path / f"{name}.index.json"
     if (path / name).is_file():
-        _compare(path / name, _read_header(path / name), _expected_adapter(model) if is_adapter else _expected(model))
+        wanted = _expected_adapter(model) if is_adapter else _as_saved(model)
+        _compare(path / name, _read_header(path / name), wanted)
     elif index.is_file():
         found: dict[str, Any] = {}
         for part in sorted(set(read_index(index).values())):
             found |= _read_header(path / part)
-        _compare(index, found, _expected(model))
+        _compare(index, found, _as_saved(model))
     elif not any(path.glob("pytorch_model*.bin")) and not any(path.glob(f"*/{_ADAPTER}")):
         kind = "an adapter (PEFT)" if is_adapter else "a whole model"
         raise ValueError(
@@ -124,14 +127,26 @@ def _read_distributed(folder: Path, prefix: str) -> dict[str, tuple[int, ...]]:
     return {name.removeprefix(prefix): tuple(entry.size) for name, entry in sizes if hasattr(entry, "size")}
 
 
-def _expected(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
+def _expected(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], object]]:
     """Shape and place in memory of every tensor that a checkpoint of `model` may hold."""
     skipped = set(getattr(unwrap(model), "_keys_to_ignore_on_save", None) or ())
     state = model.state_dict().items()
     return {name: (tuple(tensor.shape), tensor.data_ptr()) for name, tensor in state if name not in skipped}
 
 
-def _expected_adapter(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], int]]:
+def _as_saved(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], object]]:
+    """The same by the names under which transformers saves them: experts that a model stacks are saved one by one."""
+    expected, inner = _expected(model), unwrap(model)
+    if not isinstance(inner, PreTrainedModel):
+        return expected
+    sizes = {name: torch.empty(shape, device="meta") for name, (shape, _) in expected.items()}
+    saved = revert_weight_conversion(inner, sizes)
+    # A tensor that is saved under another name shares its memory with none.
+    places = {name: expected[name][1] if name in expected else name for name in saved}
+    return {name: (tuple(tensor.shape), places[name]) for name, tensor in saved.items()}
+
+
+def _expected_adapter(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], object]]:
     from peft import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model, adapter_name=model.active_adapters[0]).items()
