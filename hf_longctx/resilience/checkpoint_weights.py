@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,28 @@ def _as_saved(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], object
     # A tensor that is saved under another name shares its memory with none.
     places = {name: expected[name][1] if name in expected else name for name in saved}
     return {name: (tuple(tensor.shape), places[name]) for name, tensor in saved.items()}
+
+
+def load_renamed(model: torch.nn.Module, path: Path) -> None:
+    """Load the tensors of a checkpoint that transformers' trainers leave out, since they are saved by other names.
+
+    They load what is named alike and only warn of the rest, so stacked experts would stay as they were initialised.
+
+    Args:
+        model (`torch.nn.Module`): wrapped or not; its weights are replaced in place.
+        path (`Path`): a checkpoint's folder that `check_weights` has accepted.
+
+    Memory: a second copy of the weights on the CPU for a moment, for models with such tensors only.
+    """
+    inner = unwrap(model)
+    is_whole = (path / _WHOLE).is_file() or (path / f"{_WHOLE}.index.json").is_file()
+    if not isinstance(inner, PreTrainedModel) or hasattr(model, "peft_config") or not is_whole:
+        return
+    if _as_saved(inner).keys() == _expected(inner).keys():
+        return
+    settings = {"config": copy.deepcopy(inner.config), "dtype": inner.dtype, "attn_implementation": "eager"}
+    loaded = type(inner).from_pretrained(path, **settings)
+    inner.load_state_dict(loaded.state_dict())
 
 
 def _expected_adapter(model: torch.nn.Module) -> dict[str, tuple[tuple[int, ...], object]]:

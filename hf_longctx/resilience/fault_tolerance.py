@@ -18,6 +18,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config.run import LongContextConfig
 from ..parallel.mesh import SequenceMesh
+from .checkpoint_weights import load_renamed
 from .checkpoints import choose_checkpoint, prove_best, write_checkpoint
 from .failed_ranks import HangWatch, clear_fault, report_fault
 from .nonfinite import explain_step, forget_gradients, has_finite_step
@@ -123,6 +124,13 @@ class FaultToleranceMixin:
     def _load_best_model(self):
         prove_best(self, self.state.best_model_checkpoint)
         super()._load_best_model()
+        if not self.is_fsdp_enabled:
+            load_renamed(self.model, Path(self.state.best_model_checkpoint))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self.is_fsdp_enabled:
+            load_renamed(self.model if model is None else model, Path(resume_from_checkpoint))
 
     def get_batch_samples(self, epoch_iterator, *args, **kwargs):
         """transformers' own; notes whether a collator or data set draws random numbers in this process."""

@@ -5,6 +5,7 @@ Tolerance 1e-6 relative, where another split sums in another order: three steps 
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 import os
@@ -15,11 +16,14 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import transformers as tf
 from transformers import Trainer, TrainerCallback
 
 from hf_longctx import PackingCollator
+from hf_longctx.proof.tiny import shrink
 from hf_longctx.resilience.checkpoints import UNFINISHED, last_whole_checkpoint
 
+from ..models import build
 from ..training import Rows, Stream, reset_state, train
 from .test_replicas import with_dropout
 
@@ -173,7 +177,6 @@ def test_checkpoint_of_another_model_is_refused(copied):
     )
 
     def wider(_):
-        from ..models import build
 
         return build("llama", "ulysses", intermediate_size=80)
 
@@ -188,8 +191,6 @@ def test_distributed_checkpoint_is_read_by_its_directory(tmp_path):
     from torch.distributed import checkpoint
 
     from hf_longctx.resilience.checkpoint_weights import check_weights
-
-    from ..models import build
 
     model = build("llama", "sdpa")
     folder = tmp_path / "pytorch_model_fsdp_0"
@@ -403,3 +404,23 @@ def test_whole_checkpoint_carries_no_mark_and_says_what_run_it_is_of(saved):
     assert not (saved / "checkpoint-3" / UNFINISHED).exists()
     facts = json.loads((saved / "checkpoint-3" / "hf_longctx.json").read_text())
     assert (facts["world_size"], facts["rows_per_optimizer_step"], facts["num_rows"]) == (1, 2, 16)
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_stacked_experts_are_loaded(best, tmp_path):
+    # transformers saves each expert by itself, and its trainer looks for the stacked ones.
+    config = shrink(tf.AutoConfig.for_model("mixtral"))
+    torch.manual_seed(0)
+    model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="packed")
+    options = {**RUN, **SAVE, "rows": Rows(16)}
+    if best:
+        options |= {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True}
+        options["trainer_options"] = {"eval_dataset": Rows(4)}
+    options["output_dir"] = str(tmp_path)
+    history, weights, _ = run_here(1, {**options, "model": copy.deepcopy(model)})
+    again, same, _ = run_here(1, {**options, "model": model, "resume": str(tmp_path / "checkpoint-3")})
+    assert later_steps(again) == later_steps(history)
+    assert all(torch.equal(same[key], weights[key]) for key in weights)
+    if best:
+        kept = (type(model).from_pretrained(tmp_path / f"checkpoint-{step}").state_dict() for step in (3, 6))
+        assert any(all(torch.equal(weights[key], state[key]) for key in weights) for state in kept)
