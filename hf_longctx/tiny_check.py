@@ -64,6 +64,12 @@ def whole_model(model: torch.nn.Module) -> Iterator[None]:
             module.reshard()
 
 
+def vectors_of(outputs) -> torch.Tensor:
+    """The logits of a model's outputs, in front of which the loss of its routers may stand, or the first of them."""
+    logits = getattr(outputs, "logits", None)
+    return outputs[0] if logits is None else logits
+
+
 def first_ordinary_token(vocab_size: int) -> int:
     """The first token id that is taken for an ordinary one; models may read more than themselves into special ones."""
     return min(10, vocab_size // 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import torch
 from hf_longctx import SequenceMesh, adapt, shard_batch
 from hf_longctx.adapters.instance_forward import InstancePatch, PatchHandle, put_on
 from hf_longctx.adapters.positions import follow_positions
+from hf_longctx.adapters.router_losses import follow_router_losses
 from hf_longctx.adapters.row_lengths import follow_lengths
 from hf_longctx.adapters.tiled_loss import tile_loss
 from hf_longctx.adapters.tiled_mlp import tile_mlp
@@ -129,6 +131,21 @@ def _counts(model) -> bool:
     return torch.allclose(once, 2 * twice)
 
 
+def _routed():
+    return build("gpt_oss", "packed", router_aux_loss_coef=0.7).eval()
+
+
+def _weighs(model) -> bool:
+    """Whether the loss of routers counts as often as a share says."""
+    share = shard_batch({key: value for key, value in labelled().items() if key != "use_cache"}, SequenceMesh.build())
+    share["output_router_logits"] = True  # not in the configuration: with the hooks of that, no model can be pickled
+    shard = share["sequence_shard"]
+    once, twice = (
+        model(**{**share, "sequence_shard": dataclasses.replace(shard, batch_weight=weight)}) for weight in (1.0, 2.0)
+    )
+    return torch.allclose(twice.loss - once.loss, 0.7 * once.aux_loss, rtol=1e-4)
+
+
 ADAPTERS = {
     "example": Adapter(
         lambda: build("llama", "sdpa").eval(),
@@ -171,6 +188,9 @@ ADAPTERS = {
         lambda model: model,
         lambda model: model(input_ids=labelled()["input_ids"]).logits,
         _counts,
+    ),
+    "router loss": Adapter(
+        _routed, follow_router_losses, lambda model: model, lambda model: model(**labelled()).loss, _weighs
     ),
     "packed embeddings": Adapter(_embedder, _pack, lambda model: model[0], _embed, _is_flat),
 }

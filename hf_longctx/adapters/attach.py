@@ -11,6 +11,7 @@ from .own_attention.own_layers import follow_own_attention
 from .pass_shard import CALLER, pass_shard
 from .positions import follow_positions
 from .recurrent.layers import follow_recurrences
+from .router_losses import follow_router_losses
 from .row_lengths import follow_lengths
 from .wrapped import unwrap
 
@@ -21,6 +22,7 @@ _ADAPTERS = (
     follow_lengths,
     follow_recurrences,
     follow_own_attention,
+    follow_router_losses,
 )
 
 

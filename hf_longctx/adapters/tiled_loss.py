@@ -13,6 +13,7 @@ backbone are looked up at every call, since adapters and wrappers replace them l
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -31,6 +32,8 @@ from ..losses.tiled_logits import tiled_cross_entropy
 from ..losses.tiles import validate_tile_size
 from ..parallel.shard import IGNORE_INDEX
 from .instance_forward import InstancePatch, PatchHandle, named_arguments, patch_on, put_on
+from .router_losses import asks_for_router_loss, loss_replaced
+from .wrapped import backbone_of
 
 
 TILED_LOSS, _HEAD = "tiled loss", "head of a tiled loss"
@@ -133,6 +136,8 @@ class LossPatch(InstancePatch):
         keeps_all = kept is None or (isinstance(kept, int) and kept == 0)
         if self.paused or named.get("labels") is None or not keeps_all:
             return own(*args, **kwargs)
+        if asks_for_router_loss(module, named):
+            return _forward_with_router_loss(module, self, own, **named)
         return _forward_with_loss(module, self, **named)
 
 
@@ -165,12 +170,6 @@ class _HeadPatch(InstancePatch):
         return own(*args, **kwargs) if tiled_loss is None else tiled_loss.compute(module, own, *args)
 
 
-def _backbone(model: PreTrainedModel) -> torch.nn.Module:
-    """The model without its head, or itself if it has none apart from it."""
-    backbone = model.base_model
-    return getattr(model, "model", model) if backbone is model else backbone  # Llama 4's prefix names nothing
-
-
 @can_return_tuple
 def _forward_with_loss(
     self,
@@ -183,24 +182,49 @@ def _forward_with_loss(
     **kwargs,
 ) -> CausalLMOutputWithPast:
     """The backbone, then the head with a loss request."""
-    if kwargs.get("output_router_logits"):
-        _refuse(self, "`output_router_logits` asks for a router loss", "leave it out, or ")
-    outputs = _backbone(self)(**kwargs)
-    hidden = outputs[0]
-    if shift_labels is None:  # the token after mine, as `ForCausalLMLoss` shifts
-        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
-    if shift_labels.numel() == hidden.shape[:-1].numel():
-        shift_labels = shift_labels.reshape(hidden.shape[:-1])
-    head = self.get_output_embeddings()
-    if patch_on(head, _HEAD) is None:  # an adapter has replaced it
-        put_on(head, _HeadPatch())
-    _validate_hooks(self, head)
+    outputs = backbone_of(self)(**kwargs)
     return CausalLMOutputWithPast(
-        loss=head(hidden, tiled_loss=_LossRequest(patch, shift_labels, num_items_in_batch, ignore_index)),
+        loss=_tiled_loss(self, patch, outputs[0], labels, shift_labels, num_items_in_batch, ignore_index),
         hidden_states=getattr(outputs, "hidden_states", None),
         attentions=getattr(outputs, "attentions", None),
         **{OUTPUT_NAME: find_cache(outputs)},
     )
+
+
+@can_return_tuple
+def _forward_with_router_loss(self, patch: LossPatch, own: Callable, **named):
+    """The forward below on the logits of one token, with the tiled loss where it calls its own; it adds the rest."""
+    if "logits_to_keep" not in inspect.signature(type(self).forward).parameters:
+        _refuse(
+            self, "its forward makes all logits to add a router loss", "set `output_router_logits` to `False`, or "
+        )
+    hidden: list[torch.Tensor] = []
+
+    def loss(logits, labels, *args, shift_labels=None, num_items_in_batch=None, ignore_index=IGNORE_INDEX, **kwargs):
+        return _tiled_loss(self, patch, hidden[-1], labels, shift_labels, num_items_in_batch, ignore_index)
+
+    handle = backbone_of(self).register_forward_hook(lambda module, args, output: hidden.append(output[0]))
+    try:
+        with loss_replaced(self, loss):
+            outputs = own(**{**named, "logits_to_keep": 1})
+    finally:
+        handle.remove()
+    return type(outputs)(**{name: value for name, value in outputs.items() if name != "logits"})
+
+
+def _tiled_loss(
+    model: PreTrainedModel, patch: LossPatch, hidden: torch.Tensor, labels, shift_labels, num_items, ignore_index: int
+) -> torch.Tensor:
+    """The loss of the backbone's outputs, from the model's head as it is now."""
+    if shift_labels is None:  # the token after mine, as `ForCausalLMLoss` shifts
+        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    if shift_labels.numel() == hidden.shape[:-1].numel():
+        shift_labels = shift_labels.reshape(hidden.shape[:-1])
+    head = model.get_output_embeddings()
+    if patch_on(head, _HEAD) is None:  # an adapter has replaced it
+        put_on(head, _HeadPatch())
+    _validate_hooks(model, head)
+    return head(hidden, tiled_loss=_LossRequest(patch, shift_labels, num_items, ignore_index))
 
 
 def _refuse(model: torch.nn.Module, reason: str, remedy: str = "") -> None:
@@ -213,7 +237,7 @@ def _validate_model(model: PreTrainedModel) -> None:
     """Raise `NotImplementedError` for what the configuration and the class tell."""
     if getattr(model.config, "is_encoder_decoder", False):
         _refuse(model, "it makes its decoder's inputs from the labels")
-    if _backbone(model) is model:
+    if backbone_of(model) is model:
         _refuse(model, f"it has no backbone under `{model.base_model_prefix}` that could run without the head")
     if not isinstance(model.get_output_embeddings(), torch.nn.Module):
         _refuse(model, "`get_output_embeddings()` names no head")
@@ -222,8 +246,6 @@ def _validate_model(model: PreTrainedModel) -> None:
     if model.loss_function is not ForCausalLMLoss:
         name = getattr(model.loss_function, "__name__", repr(model.loss_function))
         _refuse(model, f"its own is `{name}`, not the cross entropy of the next token")
-    if getattr(model.config.get_text_config(decoder=True), "output_router_logits", False):
-        _refuse(model, "`config.output_router_logits` asks for a router loss", "set it to `False`, or ")
 
 
 def _validate_hooks(model: PreTrainedModel, head: torch.nn.Module) -> None:

@@ -19,7 +19,7 @@ from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.segments import PAD_SEGMENT, segment_rows
 from ..parallel.shard import share_of_group
-from ..tiny_check import SAME_SUMS, first_ordinary_token, whole_model
+from ..tiny_check import SAME_SUMS, first_ordinary_token, vectors_of, whole_model
 from .registry import name_that_packs, name_that_shards, packs_rows
 
 
@@ -117,7 +117,7 @@ class _Run:
             batch = share_of_group(batch, self.mesh, inner_attention=self.inner_attention, shift_labels=True)
         tokens = batch["input_ids"].shape
         extras = {"use_cache": False} if hasattr(self.model.config.get_text_config(), "use_cache") else {}
-        output = self.model(**{**batch, **extras})[0]
+        output = vectors_of(self.model(**{**batch, **extras}))
         if output.dim() != 3 or output.shape[:2] != tokens:
             raise ValueError(
                 f"`{type(self.model).__name__}` answers with {tuple(output.shape)} for tokens of shape "

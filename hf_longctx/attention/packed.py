@@ -160,7 +160,7 @@ def validated(call: AttentionCall, shard: SequenceShard) -> AttentionCall:
         )
     validate_positions(call.module, shard, call.extras)
     validate_side_inputs(call, name)
-    validate_unadapted(call.module, shard)
+    validate_unadapted(call.module, shard, call.extras)
     shard.readers.add(id(call.module))
     return call
 

@@ -7,7 +7,7 @@ shows (a layer that mixes tokens on its own, a loss that is not a sum over token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -31,9 +31,8 @@ def validate_config(name: str, config, layers: Sequence[str] | None = None) -> N
             all that have one.
 
     Raises:
-        NotImplementedError: an encoder-decoder, layers with a state along the sequence, or a router's loss.
+        NotImplementedError: an encoder-decoder, or layers with a state along the sequence.
     """
-    text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError(
             f"`{name}` is an encoder-decoder: its cross-attention reads two sequences of different lengths, which are "
@@ -45,10 +44,15 @@ def validate_config(name: str, config, layers: Sequence[str] | None = None) -> N
             f"`{name}` has layers of type {', '.join(other)}, whose state runs along the sequence and would start "
             "anew on every rank: set `sequence_parallel_size` to 1, or choose a model with attention layers only."
         )
-    if getattr(text, "output_router_logits", False):
+
+
+def _refuse_router_loss(name: str, config, given: Mapping[str, object]) -> None:
+    asked = given.get("output_router_logits")
+    if getattr(config.get_text_config(), "output_router_logits", False) if asked is None else asked:
         raise NotImplementedError(
-            f"`{name}` adds a load-balancing loss (`output_router_logits` True), which is not a mean over tokens: set "
-            "`model.config.output_router_logits = False`."
+            f"the model of `{name}` adds the loss of its routers (`output_router_logits` True), a product of means "
+            f"over tokens, to which shares do not add up: {_REMEDY}, which computes it of whole rows, or set it to "
+            "False."
         )
 
 
@@ -75,15 +79,17 @@ def layers_with_state(config) -> list[str]:
     return sorted({kind for kind in kinds if kind not in (*SHARDED_LAYERS, *TOKEN_LAYERS)})
 
 
-def validate_unadapted(module: torch.nn.Module, shard: SequenceShard) -> None:
+def validate_unadapted(module: torch.nn.Module, shard: SequenceShard, given: Mapping[str, object]) -> None:
     """Refuse a batch that a model would get wrong, in a loop that never called `adapt`.
 
     Args:
         module (`torch.nn.Module`): an attention layer.
         shard ([`SequenceShard`]): of the call.
+        given (`Mapping`): what the layer passes to its attention by name.
 
     Raises:
-        NotImplementedError: other layers of the model, or its positions, would be those of a share.
+        NotImplementedError: other layers of the model, its positions, or the loss of its routers would be those of a
+            share.
         ValueError: the batch has no positions, and this model does not count them from 0.
     """
     config = getattr(module, "config", None)
@@ -92,6 +98,7 @@ def validate_unadapted(module: torch.nn.Module, shard: SequenceShard) -> None:
     name = type(module).__name__
     if shard.size > 1:
         validate_config(name, config)
+        _refuse_router_loss(name, config, given)
     other = layers_with_state(config) if packs_documents(shard) else []
     if other:
         raise NotImplementedError(

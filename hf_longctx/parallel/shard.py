@@ -54,6 +54,9 @@ class SequenceShard:
         num_positions (`int`, *optional*): one more than the largest position of the whole rows.
         document_lengths (`torch.Tensor` of shape `(B, T)`, *optional*): the same of every token's document, if
             positions do not begin at 0 in each.
+        batch_weight (`float`): by what a rank multiplies a term of the whole rows that is no mean over tokens, such
+            as the loss of routers, so that it counts once for each group: the number of groups, over which wrappers
+            average, or less where a trainer multiplies the loss itself.
         row_hash (`int`): checksum of the full rows, equal on the ranks of a group.
         group (`ProcessGroup`, *optional*): the `sp` axis; bound in the main process, since it cannot leave a data
             worker.
@@ -72,6 +75,7 @@ class SequenceShard:
     has_own_positions: bool = False
     num_positions: int | None = None
     document_lengths: torch.Tensor | None = None
+    batch_weight: float = 1.0
     row_hash: int = 0
     group: dist.ProcessGroup | None = field(default=None, repr=False)
     stopwatch: Stopwatch | None = field(default=None, repr=False)
@@ -94,7 +98,8 @@ class SequenceShard:
 
     def bind(self, mesh: SequenceMesh) -> SequenceShard:
         """The same facts with this process's `sp` group, ready for the model."""
-        return dataclasses.replace(self, group=mesh.sp_group, readers=set())
+        weight = float(mesh.data_parallel_size)
+        return dataclasses.replace(self, group=mesh.sp_group, batch_weight=weight, readers=set())
 
     def to(self, device: torch.device | str, **kwargs) -> SequenceShard:
         """The same facts on `device`, so that the trainers' device placement moves a shard like a tensor."""

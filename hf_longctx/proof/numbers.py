@@ -14,12 +14,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.rotary_lengths import forget_lengths
+from ..adapters.router_losses import asks_for_router_loss
 from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import shard_batch
+from ..tiny_check import vectors_of
 from .model_under_test import Setting
 from .random_rows import Rows
 from .result import Errors
+from .router_rows import rows_with_router_loss
 
 
 # A key's bias cannot change a softmax: its gradient is a sum that cancels, and what rounding leaves of it is as large
@@ -70,6 +73,9 @@ def of_one_process(model: torch.nn.Module, task: str, rows: Rows) -> Numbers:
 def _whole_rows(model: torch.nn.Module, task: str, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, float]:
     dropped = ("position_ids",) if rows.counts_itself else ()
     batch = {name: value for name, value in rows.batch.items() if name not in dropped}
+    if task == "causal-lm" and asks_for_router_loss(model):
+        outputs, total = rows_with_router_loss(model, batch, rows, _settings(model))
+        return outputs, total / rows.num_items, _scale(task, outputs, rows, total)
     if rows.kind != "packed":
         outputs, total = _one_batch(model, task, batch, rows)
         return outputs, total / rows.num_items, _scale(task, outputs, rows, total)
@@ -91,7 +97,7 @@ def _one_batch(
     settings = _settings(model)
     if task == "encoder":
         inputs = {name: value for name, value in batch.items() if name != "labels"}
-        outputs = model(**inputs, **settings)[0]
+        outputs = vectors_of(model(**inputs, **settings))
         if outputs.shape[:2] != batch["input_ids"].shape:
             raise ValueError(f"it answers with {tuple(outputs.shape)}, not with one vector a token")
         row, start = corner
@@ -137,7 +143,9 @@ def outputs_without_communication(
     dropped = ("sequence_shard", "labels", "shift_labels", "num_items_in_batch", "weights")
     forget_lengths(model)
     with torch.no_grad():
-        outputs = model(**{name: value for name, value in share.items() if name not in dropped}, **_settings(model))[0]
+        outputs = vectors_of(
+            model(**{name: value for name, value in share.items() if name not in dropped}, **_settings(model))
+        )
     return gather_sequence(outputs, mesh.sp_group)[:, : rows.valid.shape[1]]
 
 
@@ -193,7 +201,9 @@ def loss_of_share(
     settings, count = _settings(model), share["num_items_in_batch"]
     if task == "encoder":
         dropped = ("labels", "shift_labels", "num_items_in_batch")
-        outputs = model(**{name: value for name, value in share.items() if name not in dropped}, **settings)[0]
+        outputs = vectors_of(
+            model(**{name: value for name, value in share.items() if name not in dropped}, **settings)
+        )
         shard = share["sequence_shard"]
         group = share["input_ids"].shape[0] * (dist.get_rank() // shard.size if dist.is_initialized() else 0)
         weights = _upstream(rows, outputs)[group : group + len(outputs), shard.rank * shard.local_len :]

@@ -12,6 +12,7 @@ checked on it. So a model is unchanged when a run is refused for its settings.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from datetime import timedelta
@@ -105,6 +106,11 @@ class TrainerBase(FaultToleranceMixin):
         return False
 
     @property
+    def batch_weight(self) -> float:
+        """By what a rank multiplies a term of its rows that is no mean over tokens; see [`SequenceShard`]."""
+        return 1.0
+
+    @property
     def data_seed(self) -> int:
         """The seed of the order of rows."""
         return self.args.seed if self.args.data_seed is None else self.args.data_seed
@@ -132,7 +138,8 @@ class TrainerBase(FaultToleranceMixin):
         shard = inputs.get("sequence_shard")
         if shard is not None and shard.group is None:
             # A new object: what the layers plan for it is then freed with these inputs, not with the loader's batch.
-            inputs["sequence_shard"] = shard.bind(self.mesh).to(self.args.device)
+            bound = shard.bind(self.mesh).to(self.args.device)
+            inputs["sequence_shard"] = dataclasses.replace(bound, batch_weight=self.batch_weight)
             self.check_share(inputs)
             validate_same_rows(inputs["sequence_shard"])
         check_noise_of_batch(self._noise, inputs)

@@ -80,11 +80,6 @@ def check_trainer(trainer) -> None:
             "`compute_metrics` needs the logits of whole rows, which no rank holds under sharding: drop it and read "
             "`eval_loss`, or compute metrics after training with `sequence_parallel_size` 1."
         )
-    if getattr(trainer, "aux_loss_enabled", False):
-        raise NotImplementedError(
-            f"the router's load-balancing loss (`router_aux_loss_coef` {trainer.router_aux_loss_coef}) is not a mean "
-            "over tokens, so shards cannot add up to it: set `router_aux_loss_coef=0.0`."
-        )
 
 
 def check_model(model, config: LongContextConfig) -> None:

@@ -6,6 +6,9 @@ from typing import Any
 
 import torch
 
+from ..adapters.router_losses import asks_for_router_loss
+from ..adapters.wrapped import unwrap
+from ..parallel.collectives import gather_integers
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import IGNORE_INDEX
 
@@ -42,17 +45,41 @@ class ShardedEvaluationMixin:
             self._validate_share()
             return output
         inputs = self._prepare_inputs(inputs)
+        targets = inputs["shift_labels"] if self.shifts_labels else inputs["labels"]
+        valid = (targets != IGNORE_INDEX).sum()
         with torch.no_grad(), self.compute_loss_context_manager():
-            # A batch of dummy rows alone has no token on any rank; its loss is then zero.
-            count = torch.as_tensor(self._get_num_items_in_batch([inputs], self.args.device)).clamp(min=1)
+            count, weight = self._count_and_weight(inputs, valid)
             loss = self.compute_loss(model, inputs, num_items_in_batch=count).detach()
         self._validate_share()
-        share = loss * count
-        if self.args.average_tokens_across_devices:
-            share = share / self.mesh.world_size  # `compute_loss` multiplied by it
-        targets = inputs["shift_labels"] if self.shifts_labels else inputs["labels"]
-        self._eval_sums += torch.stack([share, (targets != IGNORE_INDEX).sum()]).to(self._eval_sums)
+        self._eval_sums += torch.stack([loss * weight, valid]).to(self._eval_sums)
         return loss, None, None
+
+    def _count_and_weight(self, inputs: dict[str, Any], valid: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What `compute_loss` divides by, and by what its value is multiplied to be this rank's part of the sum."""
+        averages, mesh = self.args.average_tokens_across_devices, self.mesh
+        if not self.adds_router_loss:
+            # A batch of dummy rows alone has no token on any rank; its loss is then zero.
+            count = torch.as_tensor(self._get_num_items_in_batch([inputs], self.args.device)).clamp(min=1)
+            return count, count / mesh.world_size if averages else count  # `compute_loss` multiplied by it
+        # The loss of its routers is that of a group's own rows, and weighs as much as they do.
+        of_group = valid.new_tensor(sum(gather_integers(int(valid), mesh.sp_group)))
+        ranks = mesh.sequence_parallel_size
+        count = of_group.clamp(min=1)
+        return count * mesh.data_parallel_size if averages else count / ranks, of_group / ranks
+
+    @property
+    def batch_weight(self) -> float:
+        # transformers multiplies the model's loss by all ranks, so the ranks of a group hold a part each. Where one
+        # batch stands for all, as in evaluation and on trial, the groups do too.
+        if not (self.uses_model_loss and self.args.average_tokens_across_devices):
+            return 1.0
+        alone = self.is_on_trial or self._is_evaluating
+        return 1.0 / (self.mesh.world_size if alone else self.mesh.sequence_parallel_size)
+
+    @property
+    def adds_router_loss(self) -> bool:
+        """Whether the loss of the model's routers is trained: as its configuration says, or TRL's settings."""
+        return getattr(self, "aux_loss_enabled", False) or asks_for_router_loss(unwrap(self.model))
 
     def _validate_share(self) -> None:
         if not self.is_on_trial:

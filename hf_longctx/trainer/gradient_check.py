@@ -21,11 +21,11 @@ from ..families import length_thresholds, scales_by_count
 from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import share_of_group
-from ..tiny_check import REORDERED_SUMS
+from ..tiny_check import REORDERED_SUMS, vectors_of
 
 
 # Gradients add up more terms than outputs, and cancel more of them.
-_MORE_SUMS = 10
+MORE_SUMS = 10
 _STEP = 3  # of scales by position, whose own may be longer than any tiny row
 
 
@@ -66,16 +66,16 @@ def _compare(model, mesh, inner_attention, full, name: str, start: int) -> None:
     places, whole_len = slice(first, first + shard.local_len), shard.size * shard.local_len
     runs = [_projected(model, share, places, whole_len)]
     runs.append(_projected(model, full, slice(0, valid.shape[1]), whole_len))
-    dtype = _precision(model, runs[0][0])
+    dtype = precision_of(model, runs[0][0])
     is_half = dtype not in (torch.float64, torch.float32)
     if is_half:
         unaware_share = {key: value for key, value in share.items() if key != "sequence_shard"}
         runs.append(_projected(model, unaware_share, places, whole_len))
-    for what, more, (local, expected, *unaware) in zip(("outputs", "gradients"), (1, _MORE_SUMS), zip(*runs)):
+    for what, more, (local, expected, *unaware) in zip(("outputs", "gradients"), (1, MORE_SUMS), zip(*runs)):
         if local is None:
             continue
         whole = [gather_sequence(part, group)[:, : valid.shape[1]][valid] for part in (local, *unaware)]
-        error, *baseline = (_difference(part, expected[valid]) for part in whole)
+        error, *baseline = (difference(part, expected[valid]) for part in whole)
         allowed = more * REORDERED_SUMS.of(dtype)
         # In half precision a router may choose another expert for a near tie; that stays far below the baseline.
         if error <= allowed or (is_half and error < baseline[0] / 5):
@@ -88,7 +88,7 @@ def _compare(model, mesh, inner_attention, full, name: str, start: int) -> None:
         )
 
 
-def _precision(model, outputs: torch.Tensor) -> torch.dtype:
+def precision_of(model, outputs: torch.Tensor) -> torch.dtype:
     """In which the model computes, whatever it returns."""
     if torch.is_autocast_enabled(outputs.device.type):
         return torch.get_autocast_dtype(outputs.device.type)
@@ -105,9 +105,9 @@ def _projected(model, batch: dict, places: slice, whole_len: int) -> tuple[torch
     forget_lengths(model)
     if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
         with torch.no_grad():
-            return model(**batch)[0], None
-    with _embeddings_of(model) as found, torch.enable_grad():
-        outputs = model(**batch)[0]
+            return vectors_of(model(**batch)), None
+    with embeddings_of(model) as found, torch.enable_grad():
+        outputs = vectors_of(model(**batch))
         if not found or not outputs.requires_grad:
             return outputs.detach(), None
         generator = torch.Generator().manual_seed(3)
@@ -120,7 +120,7 @@ def _projected(model, batch: dict, places: slice, whole_len: int) -> tuple[torch
 
 
 @contextlib.contextmanager
-def _embeddings_of(model) -> Iterator[list[torch.Tensor]]:
+def embeddings_of(model) -> Iterator[list[torch.Tensor]]:
     """What the token embedding returns in the block, as leaves of the graph."""
     found: list[torch.Tensor] = []
 
@@ -187,5 +187,5 @@ def _adapter_parameters(model) -> Iterator[torch.nn.Parameter]:
     yield from found.values()
 
 
-def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
+def difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-12))

@@ -216,6 +216,9 @@ def _gradient_errors(whole: _Run, part: _Run, size: int, group) -> Iterator[floa
             known = theirs.shape[1] if theirs.dim() > 1 and len(theirs) == outputs.shape[0] else None
             theirs = outputs.as_tokens(theirs)[:, :known]  # what a head leaves out is constant
             ours = gather_sequence(outputs.as_share(ours), group)[:, : theirs.shape[1]] / size
+        elif _is_of_whole_rows(like, mine, group):
+            ours = gather_sequence(ours.reshape(1, -1), group).mean(dim=1, keepdim=True)
+            theirs = theirs.reshape(1, -1)
         else:  # a loss that the model divides by the count that it is given
             counts = part.count / whole.count if whole.count and part.count else 1.0
             ours = gather_sequence(ours.reshape(1, -1), group) / (size * counts)
@@ -225,6 +228,12 @@ def _gradient_errors(whole: _Run, part: _Run, size: int, group) -> Iterator[floa
             theirs = theirs.reshape(1, -1).repeat(1, size)
         largest = torch.stack([theirs.abs().max(), ours.abs().max()]).max().clamp(min=1e-30)
         yield float((ours - theirs).abs().max() / largest)
+
+
+def _is_of_whole_rows(whole: torch.Tensor, mine: torch.Tensor, group) -> bool:
+    """Whether every rank has the number of whole rows, as for the loss of routers; gradients of all then add up."""
+    same = whole.dim() == 0 == mine.dim() and torch.allclose(mine, whole, rtol=REORDERED_SUMS.float32)
+    return all(gather_integers(int(same), group))
 
 
 def tiny_rows(trainer: Any, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:

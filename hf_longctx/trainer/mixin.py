@@ -143,14 +143,14 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
 
     def _check_sanity(self) -> SanityResult:
         """Check the model on a tiny batch; see [`run_sanity_check`]."""
-        own_loss = self.compute_loss_func is None and self.label_smoother is None
         result = run_sanity_check(
             self.model,
             self.mesh,
             self.long_context.inner_attention,
             self.shifts_labels,
-            check_loss=own_loss and self.uses_model_loss,
+            check_loss=self.uses_model_loss and self.compute_loss_func is None and self.label_smoother is None,
             context=self.accelerator.autocast(),
+            adds_router_loss=self.adds_router_loss,
         )
         self.proven_readers = result.readers
         if result.loss_ignores_count:

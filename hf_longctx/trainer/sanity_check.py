@@ -21,6 +21,7 @@ import torch
 from torch.distributed import DistError
 
 from ..adapters.rotary_lengths import lengths_forgotten
+from ..adapters.router_losses import asks_for_router_loss
 from ..adapters.wrapped import unwrap
 from ..families import first_position
 from ..losses.token_mean import token_mean
@@ -28,8 +29,9 @@ from ..parallel.collectives import gather_integers, gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.segments import has_documents
 from ..parallel.shard import IGNORE_INDEX, SequenceShard, share_of_group
-from ..tiny_check import REORDERED_SUMS, random_tokens, whole_model
+from ..tiny_check import REORDERED_SUMS, random_tokens, vectors_of, whole_model
 from .gradient_check import check_gradients, zeros_drawn
+from .router_check import check_router_loss
 from .true_cause import refuse_broken_model, refuse_nonfinite_outputs
 
 
@@ -107,7 +109,13 @@ class SanityResult:
 
 @torch.no_grad()
 def run_sanity_check(
-    model, mesh: SequenceMesh, inner_attention: str, shift_labels: bool, check_loss: bool, context=None
+    model,
+    mesh: SequenceMesh,
+    inner_attention: str,
+    shift_labels: bool,
+    check_loss: bool,
+    context=None,
+    adds_router_loss: bool | None = None,
 ) -> SanityResult:
     """Compare a sharded with an unsharded forward of two short rows.
 
@@ -118,6 +126,7 @@ def run_sanity_check(
         shift_labels (`bool`): the model predicts the next token.
         check_loss (`bool`): the run uses the model's own loss.
         context (*optional*): a context manager around each forward, for autocast.
+        adds_router_loss (`bool`, *optional*): the run trains the loss of routers; unset, as its configuration says.
 
     Raises:
         NotImplementedError: the two differ, or the loss is not a token mean.
@@ -128,6 +137,9 @@ def run_sanity_check(
         result = _compare(model, mesh, inner_attention, shift_labels, check_loss)
         if mesh.sequence_parallel_size > 1:
             check_gradients(model, mesh, inner_attention, _padded_rows(model, mesh.sequence_parallel_size))
+            if asks_for_router_loss(unwrap(model)) if adds_router_loss is None else adds_router_loss:
+                rows = _padded_rows(model, mesh.sequence_parallel_size)
+                check_router_loss(model, mesh, inner_attention, rows, shift_labels, check_loss)
         return result
 
 
@@ -145,13 +157,13 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityRe
         refuse_nonfinite_outputs(model, name, local[valid])
     if size > 1 or "position_ids" in inspect.signature(type(unwrap(model)).forward).parameters:
         positions = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
-        one_process = model(**batch, position_ids=positions)[0]
+        one_process = vectors_of(model(**batch, position_ids=positions))
         explicit = one_process[valid]
-        needs_position_ids = _difference(model(**batch)[0][valid], explicit) > _noise(explicit)
+        needs_position_ids = _difference(vectors_of(model(**batch))[valid], explicit) > _noise(explicit)
     if size > 1:
         sharded = _whole_rows(local, mesh, valid)
         unaware = _whole_rows(
-            model(**{key: value for key, value in forward.items() if key != "sequence_shard"})[0], mesh, valid
+            vectors_of(model(**{key: value for key, value in forward.items() if key != "sequence_shard"})), mesh, valid
         )
         refuse_nonfinite_outputs(model, name, explicit)
         error, baseline_error = _difference(sharded, explicit), _difference(unaware, explicit)
@@ -184,7 +196,7 @@ def _validate_one_vector_a_token(local: torch.Tensor, name: str, size: int, num_
 def _on_a_share(model, name: str, share: dict[str, Any], batch: dict[str, Any]) -> torch.Tensor:
     """Outputs of a share; an error of the model's own code, which never saw one, is reported as what it means."""
     try:
-        return model(**share)[0]
+        return vectors_of(model(**share))
     except Exception as error:
         place = traceback.extract_tb(error.__traceback__)[-1].filename
         if share["sequence_shard"].size == 1 or place.startswith(_PACKAGE) or isinstance(error, DistError):
@@ -244,6 +256,9 @@ def _loss_ignores_count(model, share: dict, num_classes: int, shift_labels: bool
     if shift_labels:
         share["shift_labels"] = labels.flip(1)  # any targets will do, if they are not the model's own shift
     targets = share["shift_labels" if shift_labels else "labels"]
+    adds_router_loss = asks_for_router_loss(unwrap(model))
+    if adds_router_loss:  # which has a check of its own
+        share["output_router_logits"] = False
     outputs = model(**share, num_items_in_batch=10.0)
     loss = outputs["loss"]
     noise = max(_noise(outputs["logits"]), 1e-3)
@@ -251,6 +266,12 @@ def _loss_ignores_count(model, share: dict, num_classes: int, shift_labels: bool
     if torch.allclose(loss.float(), counted, rtol=noise, atol=noise):
         return False
     averaged = token_mean(outputs, targets)
+    if adds_router_loss:
+        raise NotImplementedError(
+            f"the loss of `{type(unwrap(model)).__name__}` does not obey `num_items_in_batch`, and the one that would "
+            "replace it lacks that of its routers (`output_router_logits` True): set it to False, or pass a "
+            "`compute_loss_func`."
+        )
     if torch.allclose(loss.float(), averaged, rtol=noise, atol=noise) or not (targets != IGNORE_INDEX).any():
         return True
     raise NotImplementedError(

@@ -25,6 +25,10 @@ def test_our_attention_passes(name):
     assert_no_cross_document(build(name, "ulysses"), BATCH, SequenceMesh.build(1))
 
 
+def test_the_loss_of_routers_in_front_of_the_logits_is_not_taken_for_them():
+    assert_no_cross_document(build("gpt_oss", "packed", output_router_logits=True), BATCH)
+
+
 @pytest.mark.parametrize("name", MASKED_LM)
 def test_stock_encoder_leaks(name):
     with pytest.raises(AssertionError, match="outputs of others moved by .*attn_implementation='packed'"):

@@ -120,13 +120,6 @@ def test_recurrent_layers_are_refused_by_name(tmp_path):
         start(tmp_path, model=model)
 
 
-def test_a_router_loss_is_refused(tmp_path):
-    model = build("gpt_oss", "ulysses")
-    model.config.output_router_logits = True
-    with pytest.raises(NotImplementedError, match="output_router_logits = False"):
-        start(tmp_path, model=model)
-
-
 def test_virtual_prompt_tokens_are_refused(tmp_path):
     from peft import PromptTuningConfig, get_peft_model
 
@@ -150,28 +143,6 @@ def test_one_process_with_any_attention_is_the_host(tmp_path):
     trainer = start(tmp_path, model=build("llama", "sdpa"), size=1)
     trainer.train()
     assert trainer.state.global_step == 4 and isinstance(trainer, Trainer)
-
-
-def test_sft_router_loss_is_refused(tmp_path):
-    import datasets
-    from trl import SFTConfig
-
-    from hf_longctx import LongContextSFTTrainer
-
-    from ..tokenizer import tiny_tokenizer
-
-    reset_state()
-    rows = datasets.Dataset.from_list([{"text": "w1 w2 w3"}] * 4)
-    with pytest.raises(NotImplementedError, match="router_aux_loss_coef=0.0"):
-        LongContextSFTTrainer(
-            model=build("gpt_oss", "ulysses"),
-            args=SFTConfig(
-                output_dir=str(tmp_path), use_cpu=True, bf16=False, router_aux_loss_coef=0.1, report_to="none"
-            ),
-            train_dataset=rows,
-            processing_class=tiny_tokenizer(),
-            long_context=LongContextConfig(sequence_parallel_size=2),
-        )
 
 
 def test_attention_refuses_what_it_cannot_split():

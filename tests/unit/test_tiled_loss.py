@@ -434,11 +434,37 @@ def test_models_whose_loss_is_another_are_refused_by_name():
     refused(model, "`LlamaForCausalLM`", "`mse_loss`")
 
 
-def test_router_losses_are_refused():
-    refused(tiny("gpt_oss", output_router_logits=True), "`GptOssForCausalLM`", "`config.output_router_logits`")
+@pytest.mark.parametrize("name", ["gpt_oss", "granite moe"])
+@pytest.mark.parametrize("make", [dict, shifted])
+def test_a_router_loss_is_added_to_the_tiled_one(name, make):
+    asked = {"output_router_logits": True, "router_aux_loss_coef": 0.7}
+    model, batch = tiny(name, **asked), make(batch_of())
+    expected = loss_and_gradients(model, batch)
+    without = loss_and_gradients(model, {**batch, "output_router_logits": False})
+    assert expected[0] - without[0] > 0.5
+    tile_loss(model, 4)
+    prove_tiled_loss(model)
+    assert_same(loss_and_gradients(model, batch), expected, 1e-5)
+    assert_same(loss_and_gradients(model, {**batch, "output_router_logits": False}), without, 1e-5)
+    outputs = model(**batch)
+    assert outputs.logits is None and outputs.aux_loss > 1 and len(outputs.router_logits) == 2
+    assert model(**batch, return_dict=False)[0] == outputs.loss
+    with LargestLogits() as largest:
+        model(**batch)
+    assert largest.rows <= 4
+    assert "_loss_function" not in vars(model)
+
+
+def test_a_router_loss_next_to_logits_that_cannot_be_left_out_is_refused(monkeypatch):
     model = tiny("gpt_oss")
     tile_loss(model)
-    refused(model, "`output_router_logits`", **batch_of(), output_router_logits=True)
+    forward = type(model).forward
+
+    def all_logits(self, input_ids=None, labels=None, output_router_logits=None, **kwargs):
+        return forward(self, input_ids=input_ids, labels=labels, output_router_logits=output_router_logits, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", all_logits)
+    refused(model, "makes all logits to add a router loss", **batch_of(), output_router_logits=True)
 
 
 def test_a_strangers_hook_on_the_head_is_refused():
