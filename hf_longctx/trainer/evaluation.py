@@ -17,6 +17,10 @@ class ShardedEvaluationMixin:
     """The evaluation half of [`SequenceParallelMixin`], which has `mesh`, `shards_batches` and `shifts_labels`."""
 
     mesh: SequenceMesh
+    args: Any  # this and the next three of the trainer that it is part of
+    model: Any
+    _get_num_items_in_batch: Any
+    uses_model_loss: Any
     _eval_sums: torch.Tensor | None = None
     _num_eval_steps = 0
     _is_evaluating = is_on_trial = False
