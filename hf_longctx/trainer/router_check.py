@@ -12,6 +12,7 @@ import dataclasses
 from typing import Any
 
 import torch
+from torch.distributed import DistError
 
 from ..adapters.wrapped import unwrap
 from ..parallel.collectives import gather_sequence
@@ -41,7 +42,7 @@ def check_router_loss(
         own_loss (`bool`): the run uses the model's own loss.
 
     Raises:
-        NotImplementedError: it is not.
+        NotImplementedError: it is not, or there is none in one process.
 
     Communication: that of a forward and backward.
     """
@@ -56,7 +57,15 @@ def check_router_loss(
     full["output_router_logits"] = True
     if own_loss:
         full["num_items_in_batch"], share["num_items_in_batch"] = _MANY, _MANY / size
-    expected, theirs = _loss_and_gradient(model, full, own_loss)
+    try:
+        expected, theirs = _loss_and_gradient(model, full, own_loss)
+    except DistError:
+        raise
+    except Exception as error:
+        raise NotImplementedError(
+            f"`{name}` cannot compute the loss of its routers in one process either ({type(error).__name__}: "
+            f"{error}): set `model.config.output_router_logits = False`, or install a later transformers."
+        ) from error
     actual, ours = _loss_and_gradient(model, share, own_loss)
     if expected is None or actual is None:
         return  # it returns the logits and computes no loss of them

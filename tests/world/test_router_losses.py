@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as tf
+from packaging.version import Version
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from hf_longctx import SequenceMesh, adapt, shard_batch
@@ -77,9 +78,12 @@ def on_a_share(name: str, rows: str, dtype: torch.dtype, tokens: int, size: int)
     return loss, outputs.aux_loss.detach(), found
 
 
+# transformers 5.17 records no router logits of these in one process.
+LACKING = ("granitemoe", "granitemoeshared", "jetmoe", "dbrx") if Version(tf.__version__) < Version("5.24") else ()
 CASES = [
     (name, rows, torch.float64 if name != "gpt_oss" else torch.float32, tokens)
     for name in (*TYPES, "gpt_oss")
+    if name not in LACKING
     for rows, tokens in (("full", 23), ("packed", 23), ("left", 24), ("right", 21))
     if (name, rows) != ("gpt_oss", "packed")  # whose documents leak into each other in one process
 ]
@@ -147,7 +151,7 @@ def of_type(name: str, attention: str, size: int):
 
 def errors_of_types(size: int) -> dict[str, float]:
     errors = {}
-    for name in KINDS:
+    for name in (kind for kind in KINDS if kind not in LACKING):
         expected, ours = of_type(name, "sdpa", 1), of_type(name, "ulysses", size)
         floor = 1e-3 * max(value.abs().max() for key, value in expected.items() if key != "loss")
         differences = ((ours[key] - v).abs().max() / max(v.abs().max(), floor) for key, v in expected.items())
@@ -157,7 +161,7 @@ def errors_of_types(size: int) -> dict[str, float]:
 
 def test_every_type_is_exact(world2):
     for errors in world2.run(errors_of_types, 2):
-        assert errors.keys() == set(KINDS) and all(error < 1e-6 for error in errors.values()), errors
+        assert errors.keys() == set(KINDS) - set(LACKING) and all(error < 1e-6 for error in errors.values()), errors
 
 
 # Trainers

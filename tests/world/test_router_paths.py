@@ -83,7 +83,7 @@ def refusals_of_loops(size: int) -> list[str]:
     shard["sequence_shard"] = _weighing(shard["sequence_shard"], 2.0)
     note(asked, **flag, return_dict=False)
     kind, own = type(asked), type(asked).forward
-    for forward in (_computes_its_own, _balances_elsewhere, _averages):
+    for forward in (_computes_its_own, _balances_elsewhere, _averages, _breaks):
         kind.forward = _instead(own, forward)
         try:
             if forward is _computes_its_own:
@@ -132,6 +132,12 @@ def _weighing(shard, weight: float):
     return dataclasses.replace(shard, batch_weight=weight)
 
 
+def _breaks(own, self, *args, **kwargs):
+    if kwargs.get("output_router_logits") and kwargs.get("labels") is not None:
+        raise AttributeError("'int' object has no attribute 'to'")  # as transformers 5.17 says of GraniteMoe
+    return own(self, *args, **kwargs)
+
+
 _GATE = tf.models.mixtral.modeling_mixtral.MixtralTopKRouter.forward
 
 
@@ -150,13 +156,14 @@ def run_refusals(size: int) -> list[str]:
 
 def test_loops_refuse_what_they_cannot_do_by_its_cause(world2):
     for found in world2.run(run_refusals, 2):
-        bare, off, asked, adapted, in_a_tuple, own, elsewhere, averages, flat = found
+        bare, off, asked, adapted, in_a_tuple, own, elsewhere, averages, broken, flat = found
         assert "adds the loss of its routers" in bare and "hf_longctx.adapt" in bare
         assert off == adapted == "" and asked == bare
         assert "returns a tuple, in which its router loss cannot be weighted" in in_a_tuple
         assert "one that it does not compute by `self.loss_function` (0 calls)" in own
         assert "has another loss of its routers when its rows are sharded" in elsewhere
         assert "does not obey `num_items_in_batch`, and the one that would replace it lacks" in averages
+        assert "cannot compute the loss of its routers in one process either (AttributeError" in broken
         assert "in which no dimension is that of the tokens" in flat
 
 
