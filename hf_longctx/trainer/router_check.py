@@ -61,11 +61,11 @@ def check_router_loss(
         expected, theirs = _loss_and_gradient(model, full, own_loss)
     except DistError:
         raise
-    except Exception as error:
+    except Exception as failure:
         raise NotImplementedError(
-            f"`{name}` cannot compute the loss of its routers in one process either ({type(error).__name__}: "
-            f"{error}): set `model.config.output_router_logits = False`, or install a later transformers."
-        ) from error
+            f"`{name}` cannot compute the loss of its routers in one process either ({type(failure).__name__}: "
+            f"{failure}): set `model.config.output_router_logits = False`, or install a later transformers."
+        ) from failure
     actual, ours = _loss_and_gradient(model, share, own_loss)
     if expected is None or actual is None:
         return  # it returns the logits and computes no loss of them

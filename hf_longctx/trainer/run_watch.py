@@ -30,7 +30,7 @@ def facts_of_run(trainer: Any, every_module: bool = True) -> dict[str, Any]:
     model = _bare(trainer, trainer.model)
     text = unwrap(model).config.get_text_config()
     facts = {"model": model, "model.config._attn_implementation": text._attn_implementation}
-    facts["model.config.output_router_logits"] = bool(getattr(text, "output_router_logits", False))
+    facts["output_router_logits"] = bool(getattr(text, "output_router_logits", False))
     facts |= {name: getattr(trainer, name) for name in ("compute_loss_func", "label_smoother", "data_collator")}
     facts |= {"long_context": trainer.long_context, "memory": trainer.memory}
     if every_module:

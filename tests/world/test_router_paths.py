@@ -10,9 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 import transformers as tf
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import Trainer
 
 from hf_longctx import LongContextConfig, LongContextTrainer, SequenceMesh, adapt, shard_batch
+from hf_longctx.adapters.tiled_loss import tile_loss
 from hf_longctx.proof.model_under_test import KINDS, ModelUnderTest, Setting
 from hf_longctx.proof.ranks import RanksError
 from hf_longctx.proof.result import EXACT
@@ -33,7 +36,13 @@ def run_loop(size: int, groups: int, attention: str, wrapper: str = "none"):
     """Two steps of two micro-batches of every group; returns losses and weights."""
     mesh = SequenceMesh.build(size)
     plain = model = build("gpt_oss", attention, **ROUTED)
+    if wrapper == "fsdp2":
+        everyone = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in [*model.model.layers, model]:
+            fully_shard(layer, mesh=everyone)
     adapt(model, mesh)
+    if wrapper == "fsdp2":
+        tile_loss(model, 4)
     if wrapper == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -45,14 +54,15 @@ def run_loop(size: int, groups: int, attention: str, wrapper: str = "none"):
             first = (number * 2 + micro) * groups * 2
             batches += [pad_right([rows[first + 2 * group + i] for i in range(2)]) for group in mine]
         losses.append(float(step(model, optimizer, batches, mesh)))
-    return losses, {name: parameter.detach().clone() for name, parameter in plain.named_parameters()}
+    full = {name: getattr(item, "full_tensor", lambda item=item: item)() for name, item in plain.named_parameters()}
+    return losses, {name: item.detach().clone() for name, item in full.items()}
 
 
-@pytest.mark.parametrize(("world_size", "size"), [(2, 2), (4, 2), (2, 1)])
-def test_the_documented_step_equals_one_process(worlds, world_size, size):
+@pytest.mark.parametrize(("world_size", "size", "wrapper"), [(2, 2, "fsdp2"), (4, 2, "ddp"), (2, 1, "ddp")])
+def test_the_documented_step_equals_one_process(worlds, world_size, size, wrapper):
     groups = world_size // size
     losses, weights = run_loop(1, groups, "ulysses")
-    for ours, theirs in worlds(world_size).run(run_loop, size, groups, "ulysses", "ddp"):
+    for ours, theirs in worlds(world_size).run(run_loop, size, groups, "ulysses", wrapper):
         assert ours == pytest.approx(losses, rel=1e-5)
         for name, weight in weights.items():
             error = (theirs[name] - weight).abs().max() / weight.abs().max()
