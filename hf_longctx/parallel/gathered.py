@@ -23,8 +23,8 @@ def gather_shares(local: torch.Tensor, group: dist.ProcessGroup, stopwatch: Stop
         stopwatch ([`Stopwatch`], *optional*): times the collectives, forward and backward.
 
     Returns:
-        `torch.Tensor` of shape `(P, *S)`. Every rank must let a gradient reach it, be it of zeros, or the others wait
-        for ever in the backward: see [`joined`].
+        `torch.Tensor` of shape `(P, *S)`. Every rank must let a gradient reach it, be it of zeros, or the others hang
+        in the backward: see [`joined`].
 
     Communication: one all-gather; one reduce-scatter in the backward.
     Gradient: the sum of what all ranks computed for my part, no scaling.

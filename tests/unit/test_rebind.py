@@ -98,14 +98,14 @@ def test_it_lies_below_other_patches_in_any_order(first):
     put_on(layer, first())
     put_on(layer, second())
     assert layer(X).tolist() == [14.0, 14.0]
-    twin = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
+    copied = pickle.loads(pickle.dumps(copy.deepcopy(layer)))
     take_off(layer, first.name)
     assert layer(X).tolist() == ([13.0, 13.0] if first is Tripled else [4.0, 4.0])
     take_off(layer, second.name)
     assert layer(X).tolist() == [3.0, 3.0] and set(vars(layer)) == set(vars(Layer()))
-    assert twin(X).tolist() == [14.0, 14.0]
-    PatchHandle(twin, Tripled.name, PlusTen.name).remove()
-    assert twin(X).tolist() == [3.0, 3.0]
+    assert copied(X).tolist() == [14.0, 14.0]
+    PatchHandle(copied, Tripled.name, PlusTen.name).remove()
+    assert copied(X).tolist() == [3.0, 3.0]
 
 
 def test_a_forward_of_another_tool_on_the_instance_is_refused():
