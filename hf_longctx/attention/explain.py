@@ -81,12 +81,13 @@ def explain_attention(model: torch.nn.Module, batch: Mapping[str, Any]) -> Atten
     inputs = {key: value for key, value in batch.items() if "labels" not in key and key != "num_items_in_batch"}
     with whole_model(model):
         model.base_model(**inputs)
-    if not shard.kernel_plans:
+    if not shard.kernel_plans and not shard.layer_plans:
         raise ValueError(
             f"`{type(model).__name__}` runs attn_implementation={name!r}, which plans no inner kernel, so there is "
             "nothing to explain: read its own function."
         )
-    return AttentionExplanation(tuple(_describe(name[1], plan, shard) for name, plan in shard.kernel_plans.items()))
+    attention = (_describe(name[1], plan, shard) for name, plan in shard.kernel_plans.items())
+    return AttentionExplanation((*attention, *(say() for say in shard.layer_plans.values())))
 
 
 def _describe(kernel: str, plan: KernelPlan, shard: SequenceShard) -> LayerPlan:

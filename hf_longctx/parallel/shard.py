@@ -96,6 +96,11 @@ class SequenceShard:
         """What layers without a kernel derive from these facts, such as where documents begin: once per batch."""
         return {}
 
+    @cached_property
+    def layer_plans(self) -> dict:
+        """What layers other than attention did with the batch: functions that say it in words."""
+        return {}
+
     def bind(self, mesh: SequenceMesh) -> SequenceShard:
         """The same facts with this process's `sp` group, ready for the model."""
         weight = float(mesh.data_parallel_size)

@@ -23,12 +23,17 @@ from ..instance_forward import PatchHandle, named_arguments, put_on
 from ..pass_shard import ForwardRows, ShardReader
 from ..rebind import RebindPatch, called_names
 from .convolution import convolve
+from .delta_rule import delta_rule
 from .pieces import pieces_of
 
 
 RECURRENT = "recurrent layer"
 
-RULES: dict[str, Callable] = {"causal_conv1d_fn": convolve}
+RULES: dict[str, Callable] = {
+    "causal_conv1d_fn": convolve,
+    "torch_chunk_gated_delta_rule": delta_rule,
+    "chunk_kimi_delta_attention": delta_rule,
+}
 
 # How recurrent layers call the mask of padding tokens.
 _MASK_NAMES = ("attention_mask", "conv_mask")

@@ -69,11 +69,31 @@ class SharePieces:
         return (index < firsts[:, None]).to(self.documents.device)
 
 
+    def in_words(self) -> str:
+        """How many documents the whole rows hold, and of which lengths."""
+        kept = self.documents[:, : self.shard.num_tokens].cpu()
+        lengths = [length for row in kept for length in row.unique_consecutive(return_counts=True)[1].tolist()]
+        if len(lengths) == len(kept):
+            return f"one document of {self.shard.num_tokens:,} tokens a row"
+        return f"{len(lengths):,} segments of {min(lengths):,} to {max(lengths):,} tokens"
+
+
 def pieces_of(shard: SequenceShard, rows: int, device: torch.device) -> SharePieces:
     """The pieces of a rank's tokens, from its shard; one integer a token is read, once per batch."""
     if "pieces" not in shard.derived:
         shard.derived["pieces"] = _cut(shard, rows, device)
     return shard.derived["pieces"]
+
+
+def pieces_of_whole_rows(pieces: SharePieces) -> SharePieces:
+    """The pieces of the whole rows, without the tokens that make them divisible, for a rank that holds them."""
+    shard, plans = pieces.shard, pieces.shard.recurrent_plans
+    if "whole" not in plans:
+        documents = pieces.documents[:, : shard.num_tokens]
+        lengths = tuple(tuple(row.unique_consecutive(return_counts=True)[1].tolist()) for row in documents.cpu())
+        alone = SequenceShard(1, 0, shard.num_tokens, shard.num_tokens, shard.segment_ids)
+        plans["whole"] = SharePieces(alone, documents, lengths, (False,) * len(documents))
+    return plans["whole"]
 
 
 def _cut(shard: SequenceShard, rows: int, device: torch.device) -> SharePieces:
