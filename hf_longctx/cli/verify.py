@@ -113,6 +113,9 @@ def _print(console: Console, options: argparse.Namespace, result: VerifyResult) 
         console.print(f"if texts saw each other, or ranks exchanged nothing, embeddings would be off by {seen}")
     elif baseline:
         console.print(f"without the exchange between processes the outputs would be off by {max(baseline):.1e}")
+    noise = [rows.noise for rows in result.rows if rows.noise is not None]
+    if noise:
+        console.print(f"one process is off from itself by {max(noise):.1e} with other chunks of its recurrent layers")
     outcome = result.outcome
     message = f"{len(result.rows)} kinds of rows in {result.seconds:.1f} s" if result else result.message
     console.print(f"[{_STYLES[outcome]}]{_WORDS[outcome]}[/]: {escape(message)}")

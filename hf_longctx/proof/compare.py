@@ -21,9 +21,10 @@ from ..trainer.adaptation import adapt
 from ..trainer.checks import check_model
 from ..trainer.sanity_check import SanityResult
 from .build import build_model, sharded_model_on_meta
+from .chunk_noise import other_chunks
 from .model_under_test import ModelUnderTest, Setting
 from .numbers import Numbers, compare, of_one_process, on_the_ranks, outputs_without_communication, relative, wrap
-from .outcomes import SENSITIVE, Outcome, attempt, first_line, worst_of_ranks
+from .outcomes import SENSITIVE, Outcome, attempt, first_line, least_of_ranks, worst_of_ranks
 from .random_rows import ROWS_OF_A_GROUP, Rows, make_rows, num_tokens_of
 from .result import REFUSED, UNBUILDABLE, WRONG, RowsResult, judge, tolerance
 from .tiny import FIRST_TOKEN
@@ -135,7 +136,20 @@ class Pair:
         ours = attempt(lambda: on_the_ranks(self.wrapped, self.tested.task, rows, self.mesh, self.setting))
         errors = compare(ours, theirs, self.mesh.data_parallel_rank * ROWS_OF_A_GROUP)
         measured = 0.0 if rounded is None else compare(rounded, theirs, 0).worst
-        return judge(kind, worst_of_ranks(errors), self.dtype, self.num_tokens(kind), self.baseline, measured)
+        result = judge(kind, worst_of_ranks(errors), self.dtype, self.num_tokens(kind), self.baseline, measured)
+        return result if result.outcome != WRONG else self._with_noise(result, measured)
+
+    def _with_noise(self, result: RowsResult, measured: float) -> RowsResult:
+        """The outcome by what rounding makes of one process, where its layers run in chunks and cast inside."""
+        theirs = self.reference(result.rows)
+        with other_chunks(self.unsharded) as has_chunks:
+            if not has_chunks:
+                return result
+            again = of_one_process(self.unsharded, self.tested.task, self.rows(result.rows))
+        noise = least_of_ranks(compare(again, theirs, 0).worst)
+        allowed, tokens = max(measured, noise), self.num_tokens(result.rows)
+        judged = judge(result.rows, result.errors, self.dtype, tokens, self.baseline, allowed)
+        return dataclasses.replace(judged, noise=noise)
 
     def rounding_of(self, rounded: Pair, kind: str) -> float:
         """How far the reference in less precision is from this one; 0 where this one has no numbers."""

@@ -67,6 +67,8 @@ class RowsResult:
             each other, which shows that the proof could see one.
         message (`str`): why, for an outcome other than exact; else empty.
         seconds (`float`): of this kind.
+        noise (`float`, *optional*): how far one process is from itself where its recurrences run in smaller chunks;
+            measured where the tolerance did not do.
     """
 
     rows: str
@@ -77,6 +79,7 @@ class RowsResult:
     baseline: float | None = None
     message: str = ""
     seconds: float = 0.0
+    noise: float | None = None
 
 
 @dataclass(frozen=True)
@@ -165,8 +168,9 @@ def judge(
     """The outcome on numbers of one precision.
 
     Args:
-        measured (`float`): how far one process in float32 is from itself in float64. A model that casts inside float64
-            leaves as much on either side, so twice that is allowed where it is more, but never over a thousandth.
+        measured (`float`): how far one process is from itself, in float64 or with other chunks of a recurrence. A
+            model that casts inside leaves as much on either side, so twice that is allowed where it is more, but never
+            over a thousandth.
     """
     allowed = max(tolerance(num_tokens), min(2 * measured, _MOST))
     if errors.worst <= allowed:

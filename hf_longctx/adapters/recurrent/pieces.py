@@ -68,7 +68,6 @@ class SharePieces:
         firsts = torch.tensor([row[0] if goes_on else 0 for row, goes_on in zip(self.lengths, self.continues)])
         return (index < firsts[:, None]).to(self.documents.device)
 
-
     def in_words(self) -> str:
         """How many documents the whole rows hold, and of which lengths."""
         kept = self.documents[:, : self.shard.num_tokens].cpu()
@@ -87,13 +86,13 @@ def pieces_of(shard: SequenceShard, rows: int, device: torch.device) -> SharePie
 
 def pieces_of_whole_rows(pieces: SharePieces) -> SharePieces:
     """The pieces of the whole rows, without the tokens that make them divisible, for a rank that holds them."""
-    shard, plans = pieces.shard, pieces.shard.recurrent_plans
-    if "whole" not in plans:
+    shard = pieces.shard
+    if "whole" not in shard.derived:
         documents = pieces.documents[:, : shard.num_tokens]
         lengths = tuple(tuple(row.unique_consecutive(return_counts=True)[1].tolist()) for row in documents.cpu())
         alone = SequenceShard(1, 0, shard.num_tokens, shard.num_tokens, shard.segment_ids)
-        plans["whole"] = SharePieces(alone, documents, lengths, (False,) * len(documents))
-    return plans["whole"]
+        shard.derived["whole"] = SharePieces(alone, documents, lengths, (False,) * len(documents))
+    return shard.derived["whole"]
 
 
 def _cut(shard: SequenceShard, rows: int, device: torch.device) -> SharePieces:

@@ -1,0 +1,110 @@
+"""Tiny models with a delta rule next to attention, rows that are hard on a state, and the numbers of one process."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import transformers as tf
+
+from hf_longctx.adapters.recurrent.layers import called_function
+from hf_longctx.adapters.rebind import called_names, rebind
+
+
+VOCAB = 97
+CHUNKS = ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
+_BASE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "max_position_embeddings": 256,
+    "layer_types": ["linear_attention", "full_attention"],
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Four heads of values read two of keys.
+_LINEAR = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+_LINEAR |= {"linear_value_head_dim": 12, "linear_conv_kernel_dim": 4}
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "shared_expert_intermediate_size": 32}
+HYBRIDS = {
+    "qwen3_next": ("Qwen3NextConfig", {**_LINEAR, **_EXPERTS}),
+    "qwen3_5_text": ("Qwen3_5TextConfig", _LINEAR),
+    "qwen3_5_moe_text": ("Qwen3_5MoeTextConfig", {**_LINEAR, **_EXPERTS}),
+    "olmo_hybrid": ("OlmoHybridConfig", {**_LINEAR, "linear_num_key_heads": 4}),
+}
+
+
+def build(name: str, attention: str = "ulysses", dtype: torch.dtype = torch.float32, **changes):
+    """A random model of this type, the same on every rank."""
+    kind, values = HYBRIDS[name]
+    torch.manual_seed(0)
+    config = getattr(tf, kind)(**{**_BASE, **values, **changes})
+    return tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).eval()
+
+
+def rows_of(*lengths: int, rows: int = 2, left: int = 0) -> dict[str, torch.Tensor]:
+    """Random rows, each with documents of these lengths; `left`: tokens of padding in the first row."""
+    generator = torch.Generator().manual_seed(1)
+    batch = {"input_ids": torch.randint(3, VOCAB, (rows, sum(lengths)), generator=generator)}
+    if left:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        batch["attention_mask"][0, :left] = 0
+    if len(lengths) > 1:
+        batch["position_ids"] = torch.cat([torch.arange(length) for length in lengths]).expand(rows, -1)
+    return batch
+
+
+def upstream(batch: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """A random gradient for the logits of every real token."""
+    generator = torch.Generator().manual_seed(7)
+    weights = torch.randn(*batch["input_ids"].shape, VOCAB, generator=generator, dtype=dtype)
+    return weights * batch.get("attention_mask", torch.ones_like(batch["input_ids"]))[..., None]
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Of all parameters, which lose them."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def one_process(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+    """Logits and gradients of transformers' own model, packed documents one by one."""
+    weights = upstream(batch, model.dtype)
+    positions = batch.get("position_ids")
+    starts = [0] if positions is None else (positions[0] == 0).nonzero().flatten().tolist()
+    bounds = list(zip(starts, [*starts[1:], batch["input_ids"].shape[1]]))
+    inputs = {name: value for name, value in batch.items() if name != "position_ids"}
+    pieces = [{name: value[:, slice(*bound)] for name, value in inputs.items()} for bound in bounds]
+    logits = torch.cat([model(**piece, use_cache=False).logits for piece in pieces], dim=1)
+    (logits * weights).sum().backward()
+    return logits.detach() * (weights != 0), gradients(model)
+
+
+def with_chunks(model: torch.nn.Module, size: int) -> torch.nn.Module:
+    """The model with another chunk size of its delta rule: what differs is transformers' own noise."""
+    for module in model.modules():
+        forward = type(module).forward
+        names = set(CHUNKS) & called_names(forward)
+        if names:
+            changed = {name: functools.partial(called_function(forward, name), chunk_size=size) for name in names}
+            module.forward = rebind(forward, changed).__get__(module)
+    return model
+
+
+def worst(ours: tuple[torch.Tensor, dict], theirs: tuple[torch.Tensor, dict]) -> dict[str, float]:
+    """By parameter, the largest difference relative to its largest entry; `logits` and the `worst` of all."""
+    relative = lambda one, two: float((one - two).abs().max() / two.abs().max().clamp(min=1e-30))
+    largest = max(float(gradient.abs().max()) for gradient in theirs[1].values())
+    found = {
+        name: relative(ours[1][name], gradient)
+        for name, gradient in theirs[1].items()
+        if float(gradient.abs().max()) > 1e-3 * largest
+    }
+    return {"logits": relative(ours[0], theirs[0]), **found, "worst": max(found.values())}
