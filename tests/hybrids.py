@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import transformers as tf
 
-from hf_longctx.adapters.recurrent.layers import called_function
-from hf_longctx.adapters.rebind import called_names, rebind
+from hf_longctx.proof.chunk_noise import other_chunks
 
 
 VOCAB = 97
-CHUNKS = ("torch_chunk_gated_delta_rule", "chunk_kimi_delta_attention")
 _BASE = {
     "vocab_size": VOCAB,
     "hidden_size": 48,
@@ -37,6 +33,21 @@ HYBRIDS = {
     "qwen3_5_text": ("Qwen3_5TextConfig", _LINEAR),
     "qwen3_5_moe_text": ("Qwen3_5MoeTextConfig", {**_LINEAR, **_EXPERTS}),
     "olmo_hybrid": ("OlmoHybridConfig", {**_LINEAR, "linear_num_key_heads": 4}),
+    "kimi_linear": (
+        "KimiLinearConfig",
+        {
+            "linear_num_heads": 4,
+            "linear_head_dim": 8,
+            "linear_conv_kernel_dim": 4,
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "mlp_layer_types": ["dense", "dense"],
+            "head_dim": None,
+        },
+    ),
 }
 
 
@@ -44,7 +55,8 @@ def build(name: str, attention: str = "ulysses", dtype: torch.dtype = torch.floa
     """A random model of this type, the same on every rank."""
     kind, values = HYBRIDS[name]
     torch.manual_seed(0)
-    config = getattr(tf, kind)(**{**_BASE, **values, **changes})
+    values = {**_BASE, **values, **changes}
+    config = getattr(tf, kind)(**{name: value for name, value in values.items() if value is not None})
     return tf.AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype).eval()
 
 
@@ -87,15 +99,11 @@ def one_process(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple
     return logits.detach() * (weights != 0), gradients(model)
 
 
-def with_chunks(model: torch.nn.Module, size: int) -> torch.nn.Module:
-    """The model with another chunk size of its delta rule: what differs is transformers' own noise."""
-    for module in model.modules():
-        forward = type(module).forward
-        names = set(CHUNKS) & called_names(forward)
-        if names:
-            changed = {name: functools.partial(called_function(forward, name), chunk_size=size) for name in names}
-            module.forward = rebind(forward, changed).__get__(module)
-    return model
+def noise_of(model: torch.nn.Module, batch: dict[str, torch.Tensor], expected: tuple[torch.Tensor, dict]) -> float:
+    """How far transformers' own numbers move with chunks of another size."""
+    with other_chunks(model) as has_chunks:
+        assert has_chunks
+        return worst(one_process(model, batch), expected)["worst"]
 
 
 def worst(ours: tuple[torch.Tensor, dict], theirs: tuple[torch.Tensor, dict]) -> dict[str, float]:

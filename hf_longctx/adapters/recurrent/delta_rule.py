@@ -167,5 +167,3 @@ def _whole_rows_of_my_heads(split, pieces: SharePieces, query, key, value, g, be
         query, key = query[:, list(index)], key[:, list(index)]
     rows = [tensor.transpose(1, 2)[:, : shard.num_tokens] for tensor in (query, key, value, found["g"], found["beta"])]
     return [*rows[:3], rows[3] if g.dim() == 4 else rows[3][..., 0], rows[4][..., 0]]
-
-

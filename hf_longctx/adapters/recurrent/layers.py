@@ -18,7 +18,9 @@ import torch
 from ...attention.cache_names import CACHE_NAMES, find_cache
 from ...attention.call_documents import refuse_cache
 from ...attention.implicit_positions import packs_documents
+from ...attention.registry import find_attention
 from ...attention.unadapted import layers_with_state
+from ...parallel.segments import DOCUMENT_BOUND_KEYS
 from ..instance_forward import PatchHandle, named_arguments, put_on
 from ..pass_shard import ForwardRows, ShardReader
 from ..rebind import RebindPatch, called_names
@@ -79,14 +81,16 @@ class RecurrentPatch(ShardReader, RebindPatch):
 
     def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
         rows = self.rows_of_call(module)
+        # Bounds of one document say nothing, and without its kernels transformers refuses them.
+        unbound = {name: value for name, value in kwargs.items() if name not in DOCUMENT_BOUND_KEYS}
         if rows.shard is None:
-            return own(*args, **kwargs)
+            return own(*args, **(unbound if find_attention(rows.attention) else kwargs))
         rows.shard.readers.add(id(module))
         given = named_arguments(module, args, kwargs)
         hidden_states = given["hidden_states"]
         pieces = pieces_of(rows.shard, len(hidden_states), hidden_states.device)
         if pieces.is_whole:
-            return own(*args, **kwargs)
+            return own(*args, **unbound)
         if rows.has_cache or (find_cache(given) is not None and packs_documents(rows.shard)):
             refuse_cache()
         given |= dict.fromkeys(set(CACHE_NAMES) & given.keys())  # an empty one, of a model whose `use_cache` is on
