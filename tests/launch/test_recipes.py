@@ -16,7 +16,13 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3_5TextConfig,
+)
 from trl import TrlParser
 
 from hf_longctx import LongContextConfig, LongContextSFTTrainer
@@ -178,6 +184,40 @@ def test_packed_sft_fills_rows_trains_and_saves(inputs, pairs, tmp_path):
     assert metrics["num_steps"] == -(-tokens // 64)  # as few rows as can be
     assert all(entry["loss"] > 0 and entry["grad_norm"] > 0 for entry in metrics["history"])
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+def test_the_hybrid_recipe_trains_shared_packed_rows(inputs, pairs, tmp_path):
+    """As it is, but for a tiny model, these pairs, and what needs GPUs."""
+    settings = yaml.safe_load((ROOT / "recipes" / "sft_hybrid.yaml").read_text())
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(inputs["model"])
+    sizes = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8}
+    config = Qwen3_5TextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=12,
+        layer_types=["linear_attention", "full_attention"],
+        linear_value_head_dim=12,
+        eos_token_id=tokenizer.eos_token_id,
+        **sizes,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    for name in ("output_dir", "warmup_steps"):
+        del settings[name]
+    changes = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": pairs["file"], "max_length": 64}
+    changes |= {"bf16": False, "max_steps": 2, "num_train_epochs": 1, "save_strategy": "no"}
+    done = start(
+        *TORCHRUN, "recipes/sft.py", "--config", write_config(tmp_path / "run.yaml", inputs, **{**settings, **changes})
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (metrics["sequence_parallel_size"], metrics["num_steps"]) == (2, 2)
+    assert all(entry["loss"] > 0 and entry["grad_norm"] > 0 for entry in metrics["history"])
+    assert "linear_attention" in AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.layer_types
 
 
 def test_packed_rows_keep_prompts_out_of_the_loss(inputs, pairs, tmp_path):

@@ -68,7 +68,7 @@ def test_a_state_without_gradient_trades_heads_or_is_refused():
         choose_exchange(many, False, None, "rule")
     with pytest.raises(NotImplementedError, match="final state of `rule` has no gradient"):
         choose_exchange(LAYER, False, "states", "rule")
-    with pytest.raises(ValueError, match=r"deals the 8 heads of `rule` out to 16 ranks"):
+    with pytest.raises(ValueError, match=r"shares the 8 heads of `rule` among 16 ranks"):
         choose_exchange(many, True, "heads", "rule")
 
 

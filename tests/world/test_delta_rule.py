@@ -216,4 +216,4 @@ def test_more_ranks_than_recurrent_heads_hand_states_on(world4):
         errors = worst(actual, expected)
         assert errors["worst"] <= max(tolerance(46), 2 * noise_of(model, ROWS["packed"], expected)), errors
     for message in world4.run(with_more_ranks_than_heads, "heads"):
-        assert "deals the 2 heads of `torch_chunk_gated_delta_rule` out to 4 ranks" in message
+        assert "shares the 2 heads of `torch_chunk_gated_delta_rule` among 4 ranks" in message

@@ -65,7 +65,7 @@ class DeltaSizes:
         return self.ranks <= self.heads and self.heads % self.key_heads == 0
 
     def bytes_of(self, exchange: str) -> int:
-        """What leaves a rank, forward and backward; of heads that cannot be dealt out evenly, the mean over ranks."""
+        """What leaves a rank, forward and backward; of heads that cannot be shared evenly, the mean over ranks."""
         return 2 * (self._of_states() if exchange == STATES else self._of_heads())
 
     def _of_states(self) -> int:
@@ -101,7 +101,7 @@ def choose_exchange(sizes: DeltaSizes, hands_on: bool, wanted: str | None, name:
     """
     if wanted == HEADS and not sizes.can_trade:
         raise ValueError(
-            f"`exchange` ('heads') deals the {sizes.heads} heads of `{name}` out to {sizes.ranks} ranks, and every "
+            f"`exchange` ('heads') shares the {sizes.heads} heads of `{name}` among {sizes.ranks} ranks, and every "
             f"rank needs one: leave it unset, or set `sequence_parallel_size` to {sizes.heads} or less."
         )
     if wanted == STATES or not sizes.can_trade:
@@ -133,7 +133,7 @@ def state_has_gradient(
     decay = fill(heads, decays, number=-0.1).float() if decays > 1 else fill(heads, number=-0.1).float()
     arguments = (fill(key_heads, keys), fill(key_heads, keys), gradient_of)
     start = torch.zeros(1, heads, keys, values, device=device)
-    # A layer that is checkpointed counts what its forward saves, and the probe is not run again.
+    # A layer that is checkpointed counts what its forward saves, and this call is not run again.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, lambda saved: saved):
         _, state = function(
             *arguments,
