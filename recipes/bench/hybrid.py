@@ -4,7 +4,7 @@ What: forward and backward of one `Qwen3NextGatedDeltaNet` with random weights, 
 *Heads* trades tokens for heads, as attention does; *states* hands the state on from rank to rank. The layer chooses
 what sends less.
 
-How: every measurement starts fresh ranks with one thread each. The first rank runs the whole row by itself while the
+How: ranks have one thread each and take the variants in turn. The first rank runs the whole row by itself while the
 others wait, then all run their shares; gradients of both must be equal. Bytes are counted at the collectives, and must
 be those of the formula. Price: on 2 cores, some 2 minutes at the defaults.
 
@@ -87,6 +87,15 @@ def run_once(settings: dict, ranks: Ranks) -> dict:
     }
 
 
+def validate(row: dict, run: dict) -> None:
+    """A variant that is wrong, or sends other bytes than the formula says, is not timed."""
+    if not run["error"] <= TOLERANCE or run["bytes"] != row["formula"]:
+        raise RuntimeError(
+            f"{row['exchange']} at {row['tokens']:,} tokens: error {run['error']:.1e}, {run['bytes']:,} bytes sent, "
+            f"{row['formula']:,} by the formula, so its speed does not matter"
+        )
+
+
 def summarize(rows: list[dict], cores: int) -> None:
     """Add medians and the ratio to one process; each round has its own."""
     for row in rows:
@@ -121,18 +130,14 @@ def main(arguments: list[str] | None = None) -> None:
         settings = settings_of(args, row["tokens"])
         row["formula"] = formula(settings, row["exchange"])
         row["chosen"] = "yes" if row["formula"] == min(formula(settings, way) for way in EXCHANGES) else ""
-    for index in range(args.repeats):
-        for row in rows:
-            with Ranks(args.ranks) as ranks:
+    with Ranks(args.ranks) as ranks:
+        for index in range(args.repeats):
+            for row in rows:
                 run = run_once({**settings_of(args, row["tokens"]), "exchange": row["exchange"]}, ranks)
-            if not run["error"] <= TOLERANCE or run["bytes"] != row["formula"]:
-                raise RuntimeError(
-                    f"{row['exchange']} at {row['tokens']:,} tokens: error {run['error']:.1e}, {run['bytes']:,} bytes "
-                    f"sent, {row['formula']:,} by the formula: its speed does not matter"
-                )
-            row["runs"].append(run)
-            ratio = run["cpu_seconds"] / run["alone"]
-            console.print(f"round {index + 1}: {row['exchange']} at {row['tokens']:,}: {ratio:.2f}", highlight=False)
+                validate(row, run)
+                row["runs"].append(run)
+                shown = f"{row['exchange']} at {row['tokens']:,}: {run['cpu_seconds'] / run['alone']:.2f}"
+                console.print(f"round {index + 1}: {shown}", highlight=False)
     summarize(rows, args.cores)
     result = describe_run("hybrid", arguments, args, ("hf-longctx", "torch", "transformers"), rows)
     finish(page_of(result), result, args.output, console)
