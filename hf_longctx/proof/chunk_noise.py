@@ -39,7 +39,7 @@ def other_chunks(model: torch.nn.Module) -> Iterator[bool]:
 
 def _chunked(forward: Callable) -> dict[str, Callable]:
     """By global name, what a forward calls that takes the size of a chunk, with smaller ones."""
-    found = {}
+    found: dict[str, Callable] = {}
     for name in called_names(forward):
         function = _global(forward, name)
         if inspect.isfunction(function) and _SETTING in inspect.signature(function).parameters:

@@ -26,7 +26,7 @@ from .model_under_test import ModelUnderTest, Setting
 from .numbers import Numbers, compare, of_one_process, on_the_ranks, outputs_without_communication, relative, wrap
 from .outcomes import SENSITIVE, Outcome, attempt, first_line, least_of_ranks, worst_of_ranks
 from .random_rows import ROWS_OF_A_GROUP, Rows, make_rows, num_tokens_of
-from .result import REFUSED, UNBUILDABLE, WRONG, RowsResult, judge, tolerance
+from .result import REFUSED, UNBUILDABLE, WRONG, Errors, RowsResult, judge, tolerance
 from .tiny import FIRST_TOKEN
 
 
@@ -136,10 +136,11 @@ class Pair:
         ours = attempt(lambda: on_the_ranks(self.wrapped, self.tested.task, rows, self.mesh, self.setting))
         errors = compare(ours, theirs, self.mesh.data_parallel_rank * ROWS_OF_A_GROUP)
         measured = 0.0 if rounded is None else compare(rounded, theirs, 0).worst
-        result = judge(kind, worst_of_ranks(errors), self.dtype, self.num_tokens(kind), self.baseline, measured)
-        return result if result.outcome != WRONG else self._with_noise(result, measured)
+        errors = worst_of_ranks(errors)
+        result = judge(kind, errors, self.dtype, self.num_tokens(kind), self.baseline, measured)
+        return result if result.outcome != WRONG else self._with_noise(result, errors, measured)
 
-    def _with_noise(self, result: RowsResult, measured: float) -> RowsResult:
+    def _with_noise(self, result: RowsResult, errors: Errors, measured: float) -> RowsResult:
         """The outcome by what rounding makes of one process, where its layers run in chunks and cast inside."""
         theirs = self.reference(result.rows)
         with other_chunks(self.unsharded) as has_chunks:
@@ -148,7 +149,7 @@ class Pair:
             again = of_one_process(self.unsharded, self.tested.task, self.rows(result.rows))
         noise = least_of_ranks(compare(again, theirs, 0).worst)
         allowed, tokens = max(measured, noise), self.num_tokens(result.rows)
-        judged = judge(result.rows, result.errors, self.dtype, tokens, self.baseline, allowed)
+        judged = judge(result.rows, errors, self.dtype, tokens, self.baseline, allowed)
         return dataclasses.replace(judged, noise=noise)
 
     def rounding_of(self, rounded: Pair, kind: str) -> float:

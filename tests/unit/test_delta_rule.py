@@ -7,8 +7,10 @@ import torch
 
 from hf_longctx.adapters.attach import attach_adapters
 from hf_longctx.adapters.recurrent.delta_exchange import DeltaSizes, choose_exchange, state_has_gradient
+from hf_longctx.proof import compare
 from hf_longctx.proof.chunk_noise import other_chunks
-from hf_longctx.proof.result import tolerance
+from hf_longctx.proof.model_under_test import ModelUnderTest, Setting
+from hf_longctx.proof.result import Errors, judge, tolerance
 
 from ..hybrids import build, gradients, noise_of, one_process, rows_of, upstream, worst
 
@@ -107,3 +109,16 @@ def test_noise_is_that_of_another_chunk_size_and_leaves_no_trace():
     assert torch.equal(again[0], expected[0])
     with other_chunks(torch.nn.Linear(2, 2)) as has_chunks:
         assert not has_chunks
+
+
+def test_a_doubtful_case_is_judged_by_the_noise_of_one_process(monkeypatch):
+    """Errors past the tolerance are exact within twice the noise, and wrong past it; the result quotes the noise."""
+    tested = ModelUnderTest.of(build("qwen3_next").config, None, 1)
+    pair = compare.Pair(tested, Setting(1), "float32")
+    pair.baseline = None
+    dense = judge("dense", Errors(0.0, 0.0, 5e-4, "A_log", 0.0), "float32", 1)
+    assert dense.outcome == "wrong" and dense.noise is None
+    for noise, outcome in ((4e-4, "exact"), (1e-4, "wrong")):
+        monkeypatch.setattr(compare, "compare", lambda *_, noise=noise: Errors(0.0, 0.0, noise, "A_log", 0.0))
+        again = pair._with_noise(dense, dense.errors, 0.0)
+        assert (again.outcome, again.noise) == (outcome, noise)
