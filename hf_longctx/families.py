@@ -13,7 +13,18 @@ from typing import Any
 
 # Decoders that count their tokens from 0, whatever `position_ids` say.
 COUNTS_POSITIONS = frozenset(
-    {"bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "pegasus", "plbart"}
+    {
+        "bart",
+        "bigbird_pegasus",
+        "blenderbot",
+        "blenderbot-small",
+        "marian",
+        "mbart",
+        "mvp",
+        "pegasus",
+        "plbart",
+        "trocr",
+    }
 )
 # Models that number a row's tokens from `pad_token_id + 1` where they get no positions, skipping padding tokens.
 COUNTS_FROM_PADDING = frozenset(
@@ -40,7 +51,7 @@ COUNTS_FROM_PADDING = frozenset(
 # Models that keep what a batch brings from their attention layers, which then never see a shard.
 DROPS_SHARD = frozenset({"nemotron", "stablelm"})
 # Causal language models whose own loss compares the logits of a token with the label of the same token.
-UNSHIFTED_LABELS = COUNTS_POSITIONS | {"whisper"}
+UNSHIFTED_LABELS = COUNTS_POSITIONS | {"flaubert", "whisper", "xlm"}
 
 # Kinds of rotary embeddings whose frequencies depend on the largest position of a call.
 LENGTH_ROPE_KINDS = ("dynamic", "longrope")

@@ -23,6 +23,8 @@ from ..attention.implicit_positions import FOLLOWED, local_positions, longest_do
 from ..families import counts_positions
 from ..parallel.shard import SequenceShard
 from .instance_forward import InstancePatch, PatchHandle, named_arguments, patch_on, put_on
+from .own_attention.counted_positions import table_of
+from .pass_shard import ShardReader
 
 
 _DECODER, _TABLE = "positions of the decoder", "positions of the table"
@@ -43,7 +45,7 @@ def follow_positions(model: torch.nn.Module) -> PatchHandle:
         NotImplementedError: transformers has changed how such a decoder looks up positions.
     """
     models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    counting = [module for module in models if counts_positions(module.config)]
+    counting = [module for module in models if counts_positions(module.config) and not _has_another_table(module)]
     decoders = [module for module in counting if hasattr(module, "embed_positions") and _tables(module)]
     if counting and not decoders:
         raise NotImplementedError(
@@ -67,14 +69,20 @@ def _looks_up_positions(kind: type[Any]) -> bool:
     return "position_ids" in names and not names.isdisjoint(CACHE_LENGTH_NAMES)
 
 
-class _DecoderPatch(InstancePatch):
+def _has_another_table(model: torch.nn.Module) -> bool:
+    """Whether a model looks up its positions where [`count_positions`] patches it."""
+    return any(table_of(module) is not None for module in model.modules())
+
+
+class _DecoderPatch(ShardReader):
     """Passes the positions of a call's shard to the position embeddings."""
 
     name = _DECODER
 
     def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
         given = named_arguments(module, args, kwargs)
-        shard = given.get("sequence_shard") or _documents_of_batch(module, given)
+        given_shard = given.get("sequence_shard") or (None if self.rows is None else self.rows.shard)
+        shard = given_shard or _documents_of_batch(module, given)
         if shard is None:
             return own(*args, **kwargs)
         tables, positions = _tables(module), local_positions(shard)

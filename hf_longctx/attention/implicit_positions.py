@@ -36,8 +36,8 @@ def local_positions(shard: SequenceShard) -> torch.Tensor | None:
     """
     segments = shard.segment_ids
     if segments is not None and packs_documents(shard):
-        return _local(shard, positions_of(segments, shard.num_tokens, segments.device))
-    return _local(shard, torch.arange(shard.num_tokens)) if shard.size > 1 else None
+        return local_share(shard, positions_of(segments, shard.num_tokens, segments.device))
+    return local_share(shard, torch.arange(shard.num_tokens)) if shard.size > 1 else None
 
 
 def local_lengths(shard: SequenceShard) -> torch.Tensor | None:
@@ -50,10 +50,10 @@ def local_lengths(shard: SequenceShard) -> torch.Tensor | None:
     if not packs_documents(shard):
         return None
     lengths = shard.document_lengths
-    return _local(shard, document_lengths(shard.segment_ids) if lengths is None else lengths)
+    return local_share(shard, document_lengths(shard.segment_ids) if lengths is None else lengths)
 
 
-def _local(shard: SequenceShard, whole: torch.Tensor) -> torch.Tensor:
+def local_share(shard: SequenceShard, whole: torch.Tensor) -> torch.Tensor:
     """This rank's share of numbers of whole rows."""
     whole = torch.nn.functional.pad(whole, (0, shard.size * shard.local_len - shard.num_tokens))
     return whole[..., shard.rank * shard.local_len :][..., : shard.local_len]

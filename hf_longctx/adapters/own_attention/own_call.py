@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -49,7 +50,7 @@ class OwnCall:
         scaling: float | None = None,
         window: int | None = None,
         is_causal: bool | None = None,
-        mask_name: str = "attention_mask",
+        returns_cache: bool = True,
         **extras: object,
     ) -> torch.Tensor:
         """Run the attention function of the model on my tokens of whole rows.
@@ -62,13 +63,18 @@ class OwnCall:
             window (`int`, *optional*): a causal layer sees the last `window` tokens, itself included.
             is_causal (`bool`, *optional*): for a layer whose model makes its own mask, which then is not read: it can
                 hold nothing but padding and this rule, since a shard or bounds refuse any other mask of the caller.
-            mask_name (`str`): the argument that holds transformers' description of the mask otherwise.
+            returns_cache (`bool`): a cache among the arguments leaves the model.
             extras: further arguments of the attention function.
 
         Returns:
             `torch.Tensor` of shape `(B, t, N * H_v)`.
+
+        Raises:
+            NotImplementedError: cross-attention, or what the attention function does not compute.
+            ValueError: a cache that the caller passed, or that packed rows would fill.
         """
-        mask = self.given.get(mask_name) if is_causal is None else None
+        self._validate(returns_cache)
+        mask = self.given.get("attention_mask") if is_causal is None else None
         if window is not None and isinstance(mask, DeferredMask):
             mask = mask.restricted(sliding_window_overlay(window))
         output, _ = self.entry.function(
@@ -91,17 +97,20 @@ class OwnCall:
             return self
         return replace(self, shard=replace(self.shard, segment_ids=None, only_right_padding=True))
 
-    def validate(self) -> None:
-        """Refuse keys that are not those of the rows' own tokens.
+    def function(self, name: str) -> Callable:
+        """A function of the module of transformers in which the layer is written."""
+        forward = type(self.module).forward
+        while getattr(forward, "__wrapped__", None) is not None:
+            forward = forward.__wrapped__
+        return forward.__globals__[name]
 
-        Raises:
-            NotImplementedError: cross-attention.
-            ValueError: a cache, which a share or a packed row cannot fill.
-        """
+    def _validate(self, returns_cache: bool) -> None:
+        """Refuse keys that are not those of the rows' own tokens, and a cache, which packed rows cannot fill."""
         if any(self.given.get(name) is not None for name in _OTHER_SEQUENCE):
             raise NotImplementedError(
                 f"`{type(self.module).__name__}` attends to `encoder_hidden_states`, a sequence of another length, "
                 "which is not sharded or packed: leave it out, or set `sequence_parallel_size` to 1."
             )
-        if self.rows.has_cache or (find_cache(self.given) is not None and packs_documents(self.shard)):
+        fills_cache = returns_cache and find_cache(self.given) is not None and packs_documents(self.shard)
+        if self.rows.has_cache or fills_cache:
             refuse_cache()

@@ -20,19 +20,43 @@ from ...attention.deferred import DeferredMask
 from ...attention.registry import find_attention
 from ..instance_forward import PatchHandle, named_arguments, put_on
 from ..pass_shard import ShardReader
+from .bert import bert, big_bird_blocks, ibert, lilt, luke, roformer, squeezebert
+from .counted_positions import COUNTED_TABLE, count_positions
+from .decoders import bart, gpt_neox_japanese, image_gpt, openai_gpt, xlm
 from .gpt_neo import gpt_neo
+from .keywords import KEYWORDS, pass_keywords
 from .own_call import OwnCall
 
 
 OWN_ATTENTION = "own attention"
 
+# By class, with the folder of transformers where several classes have the name.
 FAMILIES: dict[str, Callable[[OwnCall], Any]] = {
+    "BigBirdBlockSparseAttention": big_bird_blocks,
+    "BigBirdSelfAttention": bert,
     "GPTNeoSelfAttention": gpt_neo,
+    "GPTNeoXJapaneseAttention": gpt_neox_japanese,
+    "IBertSelfAttention": ibert,
+    "ImageGPTAttention": image_gpt,
+    "LiltSelfAttention": lilt,
+    "LukeSelfAttention": luke,
+    "MegatronBertSelfAttention": bert,
+    "MvpAttention": bart,
+    "RemBertSelfAttention": bert,
+    "RoFormerSelfAttention": roformer,
+    "SqueezeBertSelfAttention": squeezebert,
+    "TapasSelfAttention": bert,
+    "TrOCRAttention": bart,
+    "VisualBertSelfAttention": bert,
+    "XGLMAttention": bart,
+    "flaubert.MultiHeadAttention": xlm,
+    "openai.Attention": openai_gpt,
+    "xlm.MultiHeadAttention": xlm,
 }
 
 
 def follow_own_attention(model: torch.nn.Module) -> PatchHandle:
-    """Patch the attention layers of one model that do not use transformers' attention interface.
+    """Patch the attention layers of one model that do not use transformers' attention interface, or get no keywords.
 
     Args:
         model (`torch.nn.Module`): any; a model without such layers is left alone.
@@ -43,14 +67,19 @@ def follow_own_attention(model: torch.nn.Module) -> PatchHandle:
     for module in list(model.modules()):
         if family_of(module) is not None:
             put_on(module, OwnAttentionPatch())
-    return PatchHandle(model, OWN_ATTENTION)
+    count_positions(model)
+    pass_keywords(model)
+    return PatchHandle(model, OWN_ATTENTION, COUNTED_TABLE, KEYWORDS)
 
 
 def family_of(module: torch.nn.Module) -> Callable[[OwnCall], Any] | None:
     """The function for a module, by the class of transformers whose `forward` it runs, or `None`."""
     for kind in type(module).__mro__:
         if "forward" in vars(kind):
-            return FAMILIES.get(kind.__name__) if kind.__module__.startswith("transformers.") else None
+            if not kind.__module__.startswith("transformers.models."):
+                return None
+            folder = kind.__module__.split(".")[2]
+            return FAMILIES.get(f"{folder}.{kind.__name__}", FAMILIES.get(kind.__name__))
     return None
 
 
@@ -67,9 +96,7 @@ class OwnAttentionPatch(ShardReader):
         family = family_of(module)
         if rows.shard is None or entry is None or family is None:
             return own(**_with_own_masks(given))
-        call = OwnCall(module, given, rows, rows.shard, entry)
-        call.validate()
-        return family(call)
+        return family(OwnCall(module, given, rows, rows.shard, entry))
 
 
 def _with_own_masks(given: dict[str, Any]) -> dict[str, Any]:
