@@ -87,3 +87,19 @@ def random_tokens(vocab_size: int, *shape: int) -> torch.Tensor:
     """
     generator = torch.Generator().manual_seed(0)
     return torch.randint(first_ordinary_token(vocab_size), min(vocab_size, 1000), shape, generator=generator)
+
+
+def as_leaf(output, found: list[torch.Tensor]):
+    """What an embedding returned, with its vectors as a leaf of the graph, for a hook on its forward.
+
+    Args:
+        output (`torch.Tensor` or `tuple`): the vectors, or a tuple that begins with them (I-BERT's has a scale).
+        found (`list`): gets the leaf.
+
+    Returns:
+        the same with a copy of the leaf, which models may overwrite.
+    """
+    embedded, *others = (output,) if isinstance(output, torch.Tensor) else output
+    found.append(embedded.detach().requires_grad_())
+    copied = found[-1].clone()
+    return (copied, *others) if others else copied

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ..parallel.shard import IGNORE_INDEX
-from ..tiny_check import REORDERED_SUMS, random_tokens, whole_model
+from ..tiny_check import REORDERED_SUMS, as_leaf, random_tokens, whole_model
 from .instance_forward import patch_on
 from .tiled_loss import TILED_LOSS, TiledLossHandle, find_causal_lm, tile_loss
 
@@ -67,11 +67,7 @@ def _loss_and_gradient(model: torch.nn.Module, inner: PreTrainedModel) -> dict[s
     """Of one forward with the model as it is now."""
     seen: list[torch.Tensor] = []
 
-    def capture(module, inputs, output):
-        seen.append(output.detach().requires_grad_())
-        return seen[-1].clone()  # which the model may overwrite
-
-    handle = inner.get_input_embeddings().register_forward_hook(capture)
+    handle = inner.get_input_embeddings().register_forward_hook(lambda *call: as_leaf(call[-1], seen))
     try:
         with torch.enable_grad():
             loss = model(**_labelled_rows(inner)).loss

@@ -19,7 +19,7 @@ from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.segments import PAD_SEGMENT, segment_rows
 from ..parallel.shard import share_of_group
-from ..tiny_check import SAME_SUMS, first_ordinary_token, vectors_of, whole_model
+from ..tiny_check import SAME_SUMS, as_leaf, first_ordinary_token, vectors_of, whole_model
 from .registry import name_that_packs, name_that_shards, packs_rows
 
 
@@ -86,11 +86,7 @@ class _Run:
         outputs, and the largest among those documents."""
         seen: list[torch.Tensor] = []
 
-        def capture(module, inputs, output):
-            seen.append(output.detach().requires_grad_())
-            return seen[-1].clone()  # some models scale their embeddings in place, which a leaf forbids
-
-        handle = self.model.get_input_embeddings().register_forward_hook(capture)
+        handle = self.model.get_input_embeddings().register_forward_hook(lambda *call: as_leaf(call[-1], seen))
         try:
             outputs = self._forward(batch)
         finally:

@@ -19,6 +19,7 @@ from ..parallel.shard import SequenceShard
 from .call import AttentionCall
 from .call_documents import documents_of_call, rows_of_call
 from .deferred import DeferredMask, deferred_mask
+from .distance_bias import DISTANCE_BIAS
 from .implicit_positions import packs_documents, validate_positions
 from .kernels import choose_kernel, is_flash, plan_for_kernel, refuse_unsupported, run_plain, run_planned
 from .masks import KernelPlan
@@ -72,7 +73,12 @@ def packed_attention(
 
 
 PACKED = AttentionEntry(
-    "packed", packed_attention, deferred_mask, packs_rows=True, per_head=("s_aux",), takes=("dropout", "softcap")
+    "packed",
+    packed_attention,
+    deferred_mask,
+    packs_rows=True,
+    per_head=("s_aux", DISTANCE_BIAS),
+    takes=("dropout", "softcap"),
 )
 
 
@@ -192,7 +198,8 @@ def _plan(call: AttentionCall, shard: SequenceShard, kernel: str) -> KernelPlan:
             f"its mask does not have, so '{kernel}' and 'sdpa' would disagree: use `inner_attention='sdpa'`."
         )
     sizes = query.shape[0], query.shape[-1], call.value.shape[-1]
-    name = (rule, kernel, query.dtype, query.device, sizes, bool(call.dropout))
+    has_bias = call.per_head.get(DISTANCE_BIAS) is not None
+    name = (rule, kernel, query.dtype, query.device, sizes, bool(call.dropout), has_bias)
     if name not in shard.kernel_plans:
         plan = call.plan(shard)
         shard.kernel_plans[name] = replace(plan, prepared=plan_for_kernel(plan, kernel, call))

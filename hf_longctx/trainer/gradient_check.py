@@ -21,7 +21,7 @@ from ..families import length_thresholds, scales_by_count
 from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.shard import share_of_group
-from ..tiny_check import REORDERED_SUMS, vectors_of
+from ..tiny_check import REORDERED_SUMS, as_leaf, vectors_of
 
 
 # Gradients add up more terms than outputs, and cancel more of them.
@@ -124,12 +124,8 @@ def embeddings_of(model) -> Iterator[list[torch.Tensor]]:
     """What the token embedding returns in the block, as leaves of the graph."""
     found: list[torch.Tensor] = []
 
-    def as_leaf(module, args, output):
-        found.append(output.detach().requires_grad_())
-        return found[-1].clone()  # some models add to it in place
-
     try:
-        handle = unwrap(model).get_input_embeddings().register_forward_hook(as_leaf)
+        handle = unwrap(model).get_input_embeddings().register_forward_hook(lambda *call: as_leaf(call[-1], found))
     except (NotImplementedError, AttributeError):  # transformers does not know which it is
         yield found
         return

@@ -25,6 +25,7 @@ from .counted_positions import COUNTED_TABLE, count_positions
 from .decoders import bart, gpt_neox_japanese, image_gpt, openai_gpt, xlm
 from .gpt_neo import gpt_neo
 from .keywords import KEYWORDS, pass_keywords
+from .mpnet import DISTANCES, mpnet, number_distances
 from .own_call import OwnCall
 
 
@@ -40,6 +41,7 @@ FAMILIES: dict[str, Callable[[OwnCall], Any]] = {
     "ImageGPTAttention": image_gpt,
     "LiltSelfAttention": lilt,
     "LukeSelfAttention": luke,
+    "MPNetSelfAttention": mpnet,
     "MegatronBertSelfAttention": bert,
     "MvpAttention": bart,
     "RemBertSelfAttention": bert,
@@ -68,8 +70,9 @@ def follow_own_attention(model: torch.nn.Module) -> PatchHandle:
         if family_of(module) is not None:
             put_on(module, OwnAttentionPatch())
     count_positions(model)
+    number_distances(model)
     pass_keywords(model)
-    return PatchHandle(model, OWN_ATTENTION, COUNTED_TABLE, KEYWORDS)
+    return PatchHandle(model, OWN_ATTENTION, COUNTED_TABLE, DISTANCES, KEYWORDS)
 
 
 def family_of(module: torch.nn.Module) -> Callable[[OwnCall], Any] | None:
