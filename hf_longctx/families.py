@@ -53,6 +53,29 @@ DROPS_SHARD = frozenset({"nemotron", "stablelm"})
 # Causal language models whose own loss compares the logits of a token with the label of the same token.
 UNSHIFTED_LABELS = COUNTS_POSITIONS | {"flaubert", "whisper", "xlm"}
 
+# Models whose layers mix tokens in a way that no share of a row and no document can be kept to: what they do.
+MIXES_TOKENS = {
+    "convbert": "adds a convolution over neighbouring tokens to its attention",
+    "cpmant": "puts prompt tokens in front of every row and attends by their distances",
+    "deberta": "adds scores between contents and relative positions to its attention",
+    "deberta-v2": "adds scores between contents and relative positions to its attention",
+    "doge": "chooses the keys of its attention by numbers that each layer computes from its values",
+    "fnet": "mixes the tokens of a row by a Fourier transform",
+    "funnel": "pools the tokens of a row between its blocks",
+    "longformer": "attends in chunks of windows and through global tokens",
+    "nystromformer": "attends through means over pieces of the row",
+    "prophetnet": "predicts several tokens ahead by streams of their own, with relative positions",
+    "reformer": "attends within buckets into which it hashes the tokens of a row",
+    "sam3_lite_text_text_model": "stretches its positions over the row, and convolves and normalizes over all tokens",
+    "xlnet": "adds scores between contents and relative positions to its attention",
+    "yoso": "attends by sums over buckets into which it hashes the tokens of a row",
+}
+# ... or do with one value of a field: the field, the value, what they do, and a value without it.
+MIXES_TOKENS_WITH = {
+    "big_bird": ("attention_type", "block_sparse", "attends to blocks at random", "original_full"),
+    "mobilebert": ("trigram_input", True, "embeds each token with its neighbours", False),
+}
+
 # Kinds of rotary embeddings whose frequencies depend on the largest position of a call.
 LENGTH_ROPE_KINDS = ("dynamic", "longrope")
 # Fields with the length from which on they change; that of the configuration, which most kinds only read when they are
@@ -106,6 +129,16 @@ LOGITS_DIVISORS = {"logits_scaling": ("granite", "minicpm3"), "logits_mup_width_
 def counts_positions(config) -> bool:
     """Whether a model of this configuration is a decoder that counts its tokens itself."""
     return config.model_type in COUNTS_POSITIONS and not getattr(config, "is_encoder_decoder", False)
+
+
+def token_mixing(config) -> str | None:
+    """What a model of this configuration does across ranks and documents, with a remedy, or `None`."""
+    text = config.get_text_config()
+    field, value, effect, other = MIXES_TOKENS_WITH.get(text.model_type, (None, None, "", None))
+    if field is not None and getattr(text, field, None) == value:
+        return f"{effect} (`{field}` {value!r}), across ranks and documents: load it with `{field}={other!r}`, or"
+    effect = MIXES_TOKENS.get(text.model_type, "")
+    return f"{effect}, across ranks and documents:" if effect else None
 
 
 def skips_layers(config) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 import torch.distributed as dist
 
-from ..families import DROPS_SHARD, SHARDED_LAYERS, TOKEN_LAYERS, first_position
+from ..families import DROPS_SHARD, SHARDED_LAYERS, TOKEN_LAYERS, first_position, token_mixing
 from ..parallel.adapted import is_marked
 from ..parallel.shard import SequenceShard
 from .implicit_positions import packs_documents
@@ -31,13 +31,15 @@ def validate_config(name: str, config, layers: Sequence[str] | None = None) -> N
             all that have one.
 
     Raises:
-        NotImplementedError: an encoder-decoder, or layers with a state along the sequence.
+        NotImplementedError: an encoder-decoder, or layers that mix tokens in their own way or have a state along the
+            sequence.
     """
     if getattr(config, "is_encoder_decoder", False):
         raise NotImplementedError(
             f"`{name}` is an encoder-decoder: its cross-attention reads two sequences of different lengths, which are "
             "not sharded; set `sequence_parallel_size` to 1."
         )
+    refuse_token_mixing(name, config)
     other = layers_with_state(config) if layers is None else layers
     if other:
         raise NotImplementedError(
@@ -54,6 +56,17 @@ def _refuse_router_loss(name: str, config, given: Mapping[str, object]) -> None:
             f"over tokens, to which shares do not add up: {_REMEDY}, which computes it of whole rows, or set it to "
             "False."
         )
+
+
+def refuse_token_mixing(name: str, config) -> None:
+    """Refuse a model of a type that is known to mix the tokens of a row in a way of its own.
+
+    Raises:
+        NotImplementedError: it is one of those in `families.MIXES_TOKENS`.
+    """
+    mixing = token_mixing(config)
+    if mixing is not None:
+        raise NotImplementedError(f"`{name}` {mixing} set `sequence_parallel_size` to 1, and do not pack.")
 
 
 def refuse_dropped_shard(module: torch.nn.Module) -> None:

@@ -169,6 +169,7 @@ def relative(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 def worst_gradient(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> tuple[float, str]:
     """The largest difference, relative to the module's largest entry; and whose it is."""
+    ours, theirs = ({name: gradient for name, gradient in side.items() if gradient.numel()} for side in (ours, theirs))
     largest = max((float(gradient.abs().max()) for gradient in theirs.values()), default=0.0)
     of_module: dict[str, float] = {}
     for name, gradient in theirs.items():

@@ -21,6 +21,7 @@ from ..adapters.tiled_loss import TILED_LOSS, TiledLossHandle
 from ..adapters.wrapped import runs_our_attention, unwrap
 from ..attention.contamination import assert_no_cross_document
 from ..attention.registry import packs_rows
+from ..attention.unadapted import refuse_token_mixing
 from ..config.run import LongContextConfig
 from ..families import expects_unshifted_labels, first_position
 from ..parallel.adapted import Adapted
@@ -71,7 +72,7 @@ def adapt(model: torch.nn.Module, mesh: SequenceMesh, *, inner_attention: str = 
             tiled = patch_on(inner, TILED_LOSS) is not None
             with TiledLossHandle(inner).paused() if tiled else contextlib.nullcontext():
                 needs = run_sanity_check(inner, mesh, inner_attention, shifts, check_loss=has_loss)
-                leaks = _adapters_across_documents(model) or _find_leaks(inner, mesh, inner_attention, needs)
+                leaks = _known_across_documents(model) or _find_leaks(inner, mesh, inner_attention, needs)
             put_on(inner, LoopBatches(adapted, needs, leaks))
     except Exception:
         handle.remove()
@@ -89,10 +90,11 @@ def predicts_next_token(model) -> bool:
     return loss_type not in LOSS_MAPPING or LOSS_MAPPING[loss_type] is ForCausalLMLoss
 
 
-def _adapters_across_documents(model) -> dict[str, str]:
-    """Why packed rows are refused, by the way in which a batch tells them, for an adapter that reads across tokens."""
+def _known_across_documents(model) -> dict[str, str]:
+    """Why packed rows are refused, by the way in which a batch tells them, for what is known to read across tokens."""
     try:
         check_peft(model, *PACKED_ROWS)
+        refuse_token_mixing(type(unwrap(model)).__name__, unwrap(model).config)
     except NotImplementedError as error:
         return dict.fromkeys(("shard", "position_ids", "seq_idx", "cu_seq_lens_q"), str(error))
     return {}

@@ -14,6 +14,7 @@ from transformers.utils import is_datasets_available
 from ..adapters.peft_kinds import PACKED_ROWS, check_peft
 from ..adapters.wrapped import unwrap
 from ..attention.contamination import assert_no_cross_document
+from ..attention.unadapted import refuse_token_mixing
 from ..data.packing.collator import PackingCollator, fills_rows
 from ..data.packing.samplers import BalancedSampler
 from ..parallel.collectives import gather_integers
@@ -97,6 +98,7 @@ def check_packed_batch(trainer, inputs: dict[str, Any]) -> bool:
     elif not packed:
         return shard is None  # reading the documents of every batch again would slow an unsharded run
     check_peft(trainer.model, *PACKED_ROWS)
+    refuse_token_mixing(type(unwrap(trainer.model)).__name__, unwrap(trainer.model).config)
     model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.accelerator.unwrap_model(trainer.model)
     batch = _miniature(trainer, inputs, lengths, unwrap(model).config.get_text_config().vocab_size)
     # The wrapper that shards the weights owns their backward.

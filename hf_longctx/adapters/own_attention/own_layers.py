@@ -27,6 +27,7 @@ from .gpt_neo import gpt_neo
 from .keywords import KEYWORDS, pass_keywords
 from .mpnet import DISTANCES, mpnet, number_distances
 from .own_call import OwnCall
+from .row_checks import ROW_CHECK, check_rows
 
 
 OWN_ATTENTION = "own attention"
@@ -72,7 +73,8 @@ def follow_own_attention(model: torch.nn.Module) -> PatchHandle:
     count_positions(model)
     number_distances(model)
     pass_keywords(model)
-    return PatchHandle(model, OWN_ATTENTION, COUNTED_TABLE, DISTANCES, KEYWORDS)
+    check_rows(model)
+    return PatchHandle(model, OWN_ATTENTION, COUNTED_TABLE, DISTANCES, KEYWORDS, ROW_CHECK)
 
 
 def family_of(module: torch.nn.Module) -> Callable[[OwnCall], Any] | None:
