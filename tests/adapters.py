@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 
 from hf_longctx import SequenceMesh, adapt, shard_batch
+from hf_longctx.adapters.attach import attach_adapters
 from hf_longctx.adapters.instance_forward import InstancePatch, PatchHandle, put_on
 from hf_longctx.adapters.positions import follow_positions
 from hf_longctx.adapters.router_losses import follow_router_losses
@@ -19,6 +20,7 @@ from hf_longctx.adapters.tiled_mlp import tile_mlp
 
 from .lengths import build_with_lengths
 from .models import VOCAB, build
+from .own_attention import keeps_apart, model_of
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,13 @@ ADAPTERS = {
         lambda model: model.get_decoder(),
         _whole_row,
         _follows,
+    ),
+    "own attention": Adapter(
+        lambda: model_of("openai-gpt", "packed"),
+        attach_adapters,
+        lambda model: model.transformer.h[0].attn,
+        lambda model: model(input_ids=_packed_row()["input_ids"]).logits,
+        keeps_apart,
     ),
     "tiled loss": Adapter(
         lambda: build("llama", "sdpa").eval(),

@@ -107,6 +107,16 @@ def one_process(model: torch.nn.Module, batch: dict) -> torch.Tensor:
     return torch.cat(outputs, dim=1)
 
 
+@torch.no_grad()
+def keeps_apart(model: torch.nn.Module) -> bool:
+    """Whether a document of a packed row is the same next to another one."""
+    batch = rows_of("openai-gpt", "packed", model.config)
+    outputs = [forward(model, batch)]
+    batch["input_ids"][:, : LENGTHS[0]] = 7
+    outputs.append(forward(model, batch))
+    return torch.equal(*(output[:, LENGTHS[0] :] for output in outputs))
+
+
 def projection(batch: dict, width: int) -> torch.Tensor:
     """Random weights of the outputs of real tokens, `(B, T, D)`."""
     generator = torch.Generator().manual_seed(5)

@@ -22,6 +22,28 @@ from .masks import KernelPlan, build_mask
 DISTANCE_BIAS = "distance_bias"
 
 
+def has_distance_bias(call: AttentionCall) -> bool:
+    return call.per_head.get(DISTANCE_BIAS) is not None
+
+
+def refuse_other_kernels(kernel: str, call: AttentionCall) -> None:
+    """Raise `NotImplementedError` for a kernel that would drop the numbers."""
+    if has_distance_bias(call) and kernel != "sdpa":
+        raise NotImplementedError(
+            f"this model adds numbers of relative positions to its scores (`{DISTANCE_BIAS}`), which '{kernel}' does "
+            "not: use `inner_attention='auto'` or 'sdpa'."
+        )
+
+
+def refuse_unknown_rows(call: AttentionCall) -> None:
+    """Raise `NotImplementedError` where a kernel of transformers would run as it is, and drop the numbers."""
+    if has_distance_bias(call):
+        raise NotImplementedError(
+            f"`{type(call.module).__name__}` passes `{DISTANCE_BIAS}` for rows that no one has described, where "
+            "transformers' kernels would drop it: pass the `sequence_shard` of the rows, too."
+        )
+
+
 def run_with_distance_bias(call: AttentionCall, plan: KernelPlan, view: object) -> torch.Tensor:
     """Run `sdpa` on whole rows of some heads, whose scores get the numbers of their distances.
 

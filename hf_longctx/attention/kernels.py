@@ -21,7 +21,12 @@ from transformers.utils import is_flash_attn_2_available
 from ..parallel.segments import PAD_SEGMENT
 from .blocks import BlockPlan, plan_blocks, run_blocks, visible
 from .call import AttentionCall
-from .distance_bias import DISTANCE_BIAS, blocks_for_distances, run_with_distance_bias
+from .distance_bias import (
+    blocks_for_distances,
+    has_distance_bias,
+    refuse_other_kernels,
+    run_with_distance_bias,
+)
 from .masks import AttentionRule, KernelPlan, build_mask, segment_bounds
 from .side_inputs import refuse_dropped_inputs
 from .varlen import VarlenBounds, fits, run_varlen
@@ -71,7 +76,7 @@ def choose_kernel(name: str, call: AttentionCall) -> str:
     if name != "auto":
         return name
     query = call.query
-    if call.per_head.get(DISTANCE_BIAS) is not None:
+    if has_distance_bias(call):
         return "sdpa"
     needs_more = call.per_head.get("s_aux") is not None or call.extras.get("softcap") is not None
     on_gpu = query.device.type == "cuda"
@@ -86,11 +91,7 @@ def choose_kernel(name: str, call: AttentionCall) -> str:
 def refuse_unsupported(kernel: str, call: AttentionCall) -> None:
     """Raise `NotImplementedError` if the model asks `kernel` for something it would silently ignore."""
     sinks, softcap, dropout = call.per_head.get("s_aux"), call.extras.get("softcap"), call.dropout
-    if call.per_head.get(DISTANCE_BIAS) is not None and kernel != "sdpa":
-        raise NotImplementedError(
-            f"this model adds numbers of relative positions to its scores (`{DISTANCE_BIAS}`), which '{kernel}' does "
-            "not: use `inner_attention='auto'` or 'sdpa'."
-        )
+    refuse_other_kernels(kernel, call)
     if sinks is not None and (
         kernel == "sdpa" or (is_flash(kernel) and not _flash_supports(kernel, "s_aux", "learnable_sink"))
     ):
@@ -164,7 +165,7 @@ def run_planned(kernel: str, call: AttentionCall, plan: KernelPlan) -> torch.Ten
     groups = query.shape[1] // key.shape[1]
     view = ModuleView(call.module, kernel, num_key_value_groups=groups, is_causal=rule.causal)
     extras: dict[str, Any] = {"dropout": call.dropout, "scaling": call.scaling}
-    if call.per_head.get(DISTANCE_BIAS) is not None:
+    if has_distance_bias(call):
         return run_with_distance_bias(call, plan, view)
     if isinstance(prepared, VarlenBounds):
         return _without_padding(run_varlen(rule, prepared, query, key, value, call.scaling), plan)
@@ -204,7 +205,7 @@ def plan_for_kernel(plan: KernelPlan, kernel: str, call: AttentionCall) -> objec
     """
     query = call.query
     rows, _, num_tokens, _ = query.shape
-    if call.per_head.get(DISTANCE_BIAS) is not None:
+    if has_distance_bias(call):
         return blocks_for_distances(plan, rows, num_tokens)
     if is_flash(kernel):
         return _bounds_for_flash(plan, kernel, rows, num_tokens, query.device)

@@ -19,7 +19,7 @@ from ..parallel.shard import SequenceShard
 from .call import AttentionCall
 from .call_documents import documents_of_call, rows_of_call
 from .deferred import DeferredMask, deferred_mask
-from .distance_bias import DISTANCE_BIAS
+from .distance_bias import DISTANCE_BIAS, has_distance_bias, refuse_unknown_rows
 from .implicit_positions import packs_documents, validate_positions
 from .kernels import choose_kernel, is_flash, plan_for_kernel, refuse_unsupported, run_plain, run_planned
 from .masks import KernelPlan
@@ -127,6 +127,7 @@ def _attend_documents(call: AttentionCall, shard: SequenceShard | None, run: Cal
 
 def run_inner_kernel(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rows of one document each: the inner kernel as transformers runs it, on the mask that it would have built."""
+    refuse_unknown_rows(call)
     kernel = choose_kernel("auto", call)
     mask, is_causal = call.mask, call.is_causal
     if isinstance(mask, DeferredMask):
@@ -198,7 +199,7 @@ def _plan(call: AttentionCall, shard: SequenceShard, kernel: str) -> KernelPlan:
             f"its mask does not have, so '{kernel}' and 'sdpa' would disagree: use `inner_attention='sdpa'`."
         )
     sizes = query.shape[0], query.shape[-1], call.value.shape[-1]
-    has_bias = call.per_head.get(DISTANCE_BIAS) is not None
+    has_bias = has_distance_bias(call)
     name = (rule, kernel, query.dtype, query.device, sizes, bool(call.dropout), has_bias)
     if name not in shard.kernel_plans:
         plan = call.plan(shard)

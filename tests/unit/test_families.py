@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import json
 import re
 from pathlib import Path
@@ -10,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 import hf_longctx
 from hf_longctx import families
@@ -27,7 +28,13 @@ ROW = torch.tensor([[11, 12, 13, 14]])
 
 def tiny(kind: str) -> torch.nn.Module:
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(shrink(CONFIG_MAPPING[kind]())).eval()
+    return auto_of(kind).from_config(shrink(CONFIG_MAPPING[kind]())).eval()
+
+
+def auto_of(kind: str) -> type:
+    """A language model of this type, or its encoder."""
+    masked = AutoModelForMaskedLM if kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES else AutoModel
+    return AutoModelForCausalLM if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else masked
 
 
 def uses_positions(model: torch.nn.Module) -> bool:
@@ -77,6 +84,37 @@ def test_a_model_drops_the_shard_of_its_batch_or_is_not_said_to(kind):
     except AttributeError:  # attention looked into it
         drops = False
     assert drops == (kind in families.DROPS_SHARD)
+
+
+@pytest.mark.parametrize("kind", sorted({*families.MIXES_TOKENS, *families.MIXES_TOKENS_WITH}))
+def test_a_type_mixes_documents_or_its_masks_are_its_own(kind):
+    """Its tokens are documents of one token each; transformers' own code looks at more of them, or cannot be told."""
+    torch.manual_seed(0)
+    config = shrink(CONFIG_MAPPING[kind]())
+    if kind == "big_bird":
+        config.block_size, config.num_random_blocks = 1, 1  # of rows that are longer than its blocks
+    config.is_decoder = kind == "reformer"  # as its language model requires
+    assert families.token_mixing(config) is not None
+    model = auto_of(kind).from_config(config, attn_implementation="packed").eval()
+    rows = torch.randint(10, 100, (2, 24))
+    rows[1, 2:] = rows[0, 2:]
+    row = {"position_ids": torch.zeros(1, 24, dtype=torch.long)}
+    row = {name: value for name, value in row.items() if name in inspect.signature(type(model).forward).parameters}
+    try:
+        with torch.no_grad():
+            one, other = (model(input_ids=ids[None], **row)[0][:, 2:] for ids in rows)
+    except NotImplementedError as error:
+        assert "edits its attention mask itself" in str(error)
+    else:
+        assert not torch.equal(one, other)
+
+
+def test_types_that_mix_tokens_with_a_field_do_not_without_it():
+    for kind, (field, value, _, other) in families.MIXES_TOKENS_WITH.items():
+        config = CONFIG_MAPPING[kind]()
+        assert getattr(config, field) == value
+        setattr(config, field, other)
+        assert families.token_mixing(config) is None
 
 
 def rope_of(kind: str) -> dict[str, object]:

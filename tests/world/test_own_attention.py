@@ -44,8 +44,10 @@ def _error(model, reference, mesh: SequenceMesh, batch: dict) -> float:
     share = share_of_group(batch, mesh, inner_attention="auto", shift_labels=False)
     shard = share["sequence_shard"]
     outputs = forward(model, share)
-    filler = shard.local_len * shard.size - shard.num_tokens
-    mine = torch.nn.functional.pad(weights, (0, 0, 0, filler))[:, shard.rank * shard.local_len :][:, : shard.local_len]
+    missing = shard.local_len * shard.size - shard.num_tokens
+    mine = torch.nn.functional.pad(weights, (0, 0, 0, missing))[:, shard.rank * shard.local_len :][
+        :, : shard.local_len
+    ]
     ours = gradients_of(model, (outputs * mine).sum())
     for name in theirs:  # a rank without a gradient of its own takes part, too
         ours[name] = ours.get(name, torch.zeros_like(theirs[name]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .own_call import OwnCall
@@ -82,27 +84,28 @@ def ibert(call: OwnCall) -> tuple[tuple[torch.Tensor], tuple[None]]:
 
 
 def lilt(call: OwnCall) -> tuple[torch.Tensor, torch.Tensor]:
-    """LiLT: the scores of text and layout are added, so both attend alike, each to values of its own."""
+    """LiLT: the scores of text and layout are added, so both attend alike, each to values of its own.
+
+    In two calls: the last layer's layout is used by nothing, and its values must get no gradient at all.
+    """
     layer, layout = call.module, call.given["layout_inputs"]
     query, key, value = projected(call, call.given["hidden_states"])
     layout_query, layout_key, layout_value = (
         layer_heads(call, project(layout)) for project in (layer.layout_query, layer.layout_key, layer.layout_value)
     )
-    size, layout_size = query.shape[-1], layout_query.shape[-1]
-    both_queries = torch.cat([query * size**-0.5, layout_query * layout_size**-0.5], dim=-1)
-    both_keys = torch.cat([key, layout_key], dim=-1)
-    settings = {"scaling": 1.0, "dropout": layer.dropout.p}
-    if layer.training and layer.dropout.p:  # each drops weights of its own
-        layout_output = call.attend(both_queries, both_keys, layout_value, **settings)
-        return call.attend(both_queries, both_keys, value, **settings), layout_output
-    output = call.attend(both_queries, both_keys, torch.cat([value, layout_value], dim=-1), **settings)
-    text, layout_output = output.unflatten(-1, (layer.num_attention_heads, -1)).split([size, layout_size], dim=-1)
-    return text.flatten(2), layout_output.flatten(2)
+    scaled = query * query.shape[-1] ** -0.5, layout_query * layout_query.shape[-1] ** -0.5
+    queries, keys = torch.cat(scaled, dim=-1), torch.cat([key, layout_key], dim=-1)
+    layout_output = call.attend(queries, keys, layout_value, scaling=1.0, dropout=layer.dropout.p)
+    return call.attend(queries, keys, value, scaling=1.0, dropout=layer.dropout.p), layout_output
 
 
-def big_bird_blocks(call: OwnCall) -> None:
-    """BigBird's block sparse attention."""
-    raise NotImplementedError(
-        "BigBird's `attention_type` is 'block_sparse', whose random blocks reach across ranks and documents: load it "
-        "with `attention_type='original_full'`, or set `sequence_parallel_size` to 1 without packed rows."
-    )
+def big_bird(call: OwnCall) -> tuple[torch.Tensor, None]:
+    """BigBird in full mode. Its model may exchange the layer inside, so the layer around it is patched."""
+    layer = call.module
+    if layer.attention_type != "original_full":
+        raise NotImplementedError(
+            "BigBird's `attention_type` is 'block_sparse', whose random blocks reach across ranks and documents: load "
+            "it with `attention_type='original_full'`, or set `sequence_parallel_size` to 1 without packed rows."
+        )
+    output, _ = bert(replace(call, module=layer.self))
+    return layer.output(output, call.given["hidden_states"]), None

@@ -80,7 +80,7 @@ def _trocr(table: Any, own: Callable, given: dict[str, Any], shard: SequenceShar
     mine = given["input_ids"]
     is_token = gather_sequence(mine.ne(table.padding_idx).int(), shard.group)[:, : shard.num_tokens]
     counts = is_token.cumsum(1)
-    if packs_documents(shard):
+    if shard.segment_ids is not None and packs_documents(shard):
         segments = shard.segment_ids.to(counts.device)
         begins = torch.nn.functional.pad(segments.diff(dim=1) != 0, (1, 0), value=True)
         before = torch.where(begins, counts - is_token, 0)

@@ -20,7 +20,7 @@ from ...attention.deferred import DeferredMask
 from ...attention.registry import find_attention
 from ..instance_forward import PatchHandle, named_arguments, put_on
 from ..pass_shard import ShardReader
-from .bert import bert, big_bird_blocks, ibert, lilt, luke, roformer, squeezebert
+from .bert import bert, big_bird, ibert, lilt, luke, roformer, squeezebert
 from .counted_positions import COUNTED_TABLE, count_positions
 from .decoders import bart, gpt_neox_japanese, image_gpt, openai_gpt, xlm
 from .gpt_neo import gpt_neo
@@ -34,8 +34,7 @@ OWN_ATTENTION = "own attention"
 
 # By class, with the folder of transformers where several classes have the name.
 FAMILIES: dict[str, Callable[[OwnCall], Any]] = {
-    "BigBirdBlockSparseAttention": big_bird_blocks,
-    "BigBirdSelfAttention": bert,
+    "BigBirdAttention": big_bird,
     "GPTNeoSelfAttention": gpt_neo,
     "GPTNeoXJapaneseAttention": gpt_neox_japanese,
     "IBertSelfAttention": ibert,
