@@ -65,7 +65,7 @@ def tested(case: str, size: int = 2) -> ModelUnderTest:
     return ModelUnderTest.of(config, task, size)
 
 
-def model_of(case: str, attention: str) -> torch.nn.Module:
+def model_of(case: str, attention: str | None) -> torch.nn.Module:
     """With weights that depend on the case alone."""
     return build_model(tested(case), attention, torch.float32).eval()
 

@@ -116,7 +116,8 @@ class DeferredMask:
     def _refuse(name: str) -> NoReturn:
         raise NotImplementedError(
             f"this model edits its attention mask itself (`{name}`), which attn_implementation='ulysses' or 'packed' "
-            "cannot follow: use 'sdpa' or 'eager' for it, without sharding."
+            "cannot follow: call `hf_longctx.adapt(model, mesh)` before its first batch, or use 'sdpa' or 'eager' for "
+            "it, without sharding."
         )
 
 

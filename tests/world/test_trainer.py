@@ -11,6 +11,7 @@ import pytest
 from transformers import TrainingArguments
 
 from ..lengths import build_with_lengths
+from ..own_attention import model_of
 from ..training import Rows, Stream, assert_same_trajectory, pad_right, train
 
 
@@ -34,6 +35,17 @@ def test_mesh_shapes_equal_one_process(worlds, world_size, size):
     for _, _, extra in results:
         assert extra["wrapped"] == "DistributedDataParallel"
         assert extra["total_train_batch_size"] == 2 * world_size // size
+
+
+@pytest.mark.parametrize("case", ["gpt_neo", "stablelm"])
+def test_attention_of_ones_own(world2, case):
+    expected = train(0, model=model_of(case, None))
+    for actual in world2.run(train_own_attention, case):
+        assert_same_trajectory(actual, expected)
+
+
+def train_own_attention(case):
+    return train(2, model=model_of(case, "ulysses"))
 
 
 def test_accumulation_with_uneven_valid_tokens(world4):
