@@ -10,6 +10,7 @@ from hf_longctx import SequenceMesh, adapt
 from hf_longctx.adapters.attach import attach_adapters
 from hf_longctx.adapters.instance_forward import patches_on
 from hf_longctx.adapters.own_attention.own_layers import follow_own_attention
+from hf_longctx.adapters.pass_shard import ForwardRows
 from hf_longctx.attention.cache_names import OUTPUT_NAME
 from hf_longctx.attention.registry import find_attention
 from hf_longctx.parallel.shard import cut_batch
@@ -219,3 +220,17 @@ def test_padding_inside_a_document_and_windows_of_distances():
     share = cut_batch(batch, 1, 0)
     real = batch["attention_mask"][..., None]
     assert difference(forward(model, share) * real, forward(reference, batch) * real) <= TOLERANCE
+
+
+@pytest.mark.parametrize("case", ["xglm", "trocr sinusoidal"])
+def test_tables_are_as_long_as_whole_rows_need(case):
+    tables = [m for m in adapted(case).modules() if hasattr(m, "get_embedding") and patches_on(m)]
+    (table,) = tables
+    known = len(table.weights)
+    ids = torch.full((1, known + 5), 11)
+    (patch,) = patches_on(table)
+    patch.rows = ForwardRows(cut_batch({"input_ids": ids}, 1, 0)["sequence_shard"], None, None, False)
+    given = torch.arange(known + 5)[None] if case == "xglm" else ids
+    longer = table.get_embedding(known + 50, table.embedding_dim, table.padding_idx)
+    first = table.offset if case == "xglm" else table.padding_idx + 1
+    assert torch.equal(table(given)[0], longer[first : first + known + 5].to(table.weights))

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, BartForConditionalGeneration, Dyn
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_longctx import assert_no_cross_document, explain_attention
+from hf_longctx.adapters.attach import attach_adapters
 from hf_longctx.adapters.positions import follow_positions
 from hf_longctx.attention.cache_names import CACHE_LENGTH_NAMES, OUTPUT_NAME, find_cache
 from hf_longctx.attention.implicit_positions import local_positions, longest_document
@@ -80,6 +81,7 @@ def test_packed_documents_are_those_that_stand_alone_and_gradients_follow(kind):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).double().eval()
         assert follow_positions(model).modules
+        attach_adapters(model)  # some have an attention of their own, too
         outputs = one_by_one(model, pieces) if attention == "eager" else model(**packed(pieces)).logits
         upstream = torch.randn(outputs.shape, generator=torch.Generator().manual_seed(1), dtype=outputs.dtype)
         (outputs * upstream).sum().backward()
