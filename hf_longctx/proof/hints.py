@@ -27,7 +27,10 @@ _STATE_HEADS = {"mamba_n_heads": 8, "mamba_d_head": "auto"}
 
 # Types whose default configuration has layers of one kind, where released models have several: a proof of the type
 # without them would not be one. Read where a type is named, never for a configuration that was given.
-LAYER_KINDS: dict[str, dict[str, list[str]]] = {
+# Names repeat over all layers; numbers are those of the layers.
+LAYER_KINDS: dict[str, dict[str, list[str] | list[int]]] = {
+    "bamba": {"attn_layer_indices": [1]},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
 }
@@ -76,6 +79,8 @@ HINTS: dict[str, dict[str, Any]] = {
     "hy_v4_vl_text": {"rope_parameters": {"mrope_section": [2, 1, 1]}},
     "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     "qwen2_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+    # Several layers share one transformer, and transformers looks for the second one.
+    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
     "reformer": {"axial_pos_embds": False},
 }
 

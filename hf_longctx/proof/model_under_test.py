@@ -204,7 +204,7 @@ def default_config(model_type: str) -> PretrainedConfig:
     text = config.get_text_config()
     for field, kinds in LAYER_KINDS.get(text.model_type, {}).items():
         layers = text.num_hidden_layers
-        setattr(text, field, (kinds * layers)[:layers])
+        setattr(text, field, kinds if isinstance(kinds[0], int) else (kinds * layers)[:layers])
     return config
 
 

@@ -10,35 +10,45 @@ gives the function, `rule(original, pieces, *args, **kwargs)`, with transformers
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ...attention.cache_names import CACHE_NAMES, find_cache
-from ...attention.call_documents import refuse_cache
-from ...attention.implicit_positions import packs_documents
-from ...attention.registry import find_attention
 from ...attention.unadapted import layers_with_state
-from ...parallel.segments import DOCUMENT_BOUND_KEYS
-from ..instance_forward import PatchHandle, named_arguments, put_on
-from ..pass_shard import ForwardRows, ShardReader
+from ..instance_forward import PatchHandle, put_on
+from ..pass_shard import ForwardRows
 from ..rebind import RebindPatch, called_names
 from .convolution import convolve
 from .delta_rule import delta_rule
-from .pieces import pieces_of
+from .lightning import LightningPatch
+from .mamba1 import selective_scan
+from .mamba2 import chunk_scan
+from .pieces import SharePieces
+from .reader import RECURRENT, RecurrentReader
+from .rg_lru import follow_block
+from .scan import no_fused_kernel
 
-
-RECURRENT = "recurrent layer"
 
 RULES: dict[str, Callable] = {
     "causal_conv1d_fn": convolve,
-    "torch_chunk_gated_delta_rule": delta_rule,
     "chunk_kimi_delta_attention": delta_rule,
+    "mamba2_chunk_scan": chunk_scan,
+    "mamba2_split_conv1d_scan_combined": no_fused_kernel,
+    "mamba_inner_fn": no_fused_kernel,
+    "mamba_selective_scan": selective_scan,
+    "torch_chunk_gated_delta_rule": delta_rule,
 }
 
-# How recurrent layers call the mask of padding tokens.
-_MASK_NAMES = ("attention_mask", "conv_mask")
+# Functions that do all of a layer at once, and the one that a layer must be able to call instead.
+_FUSED = {"mamba2_split_conv1d_scan_combined": "mamba2_chunk_scan", "mamba_inner_fn": "mamba_selective_scan"}
+
+# By the name of their class, layers that call no such function: what patches one.
+LAYERS: dict[str, Callable[[torch.nn.Module], None]] = {
+    "MiniMaxLightningAttention": lambda module: put_on(module, LightningPatch()),
+    "RecurrentGemmaRecurrentBlock": follow_block,
+}
 
 
 def follow_recurrences(model: torch.nn.Module) -> PatchHandle:
@@ -49,10 +59,17 @@ def follow_recurrences(model: torch.nn.Module) -> PatchHandle:
 
     Returns:
         [`PatchHandle`]: `remove()` takes the patches off. Patching twice is patching once.
+
+    Raises:
+        NotImplementedError: a layer does all of its recurrence in one function.
     """
     for module in list(model.modules()):
-        if rules_of(module):
+        rules = rules_of(module)
+        if rules:
+            _refuse_fused(module, rules)
             put_on(module, RecurrentPatch())
+        elif (patch := LAYERS.get(type(module).__name__)) is not None:
+            patch(module)
     return PatchHandle(model, RECURRENT)
 
 
@@ -71,46 +88,40 @@ def unfollowed_layers(model: torch.nn.Module) -> list[str]:
     """
     kinds = layers_with_state(model.config)
     layers = [kind for kind in model.config.get_text_config().layer_types or () if kind in kinds] if kinds else []
-    return kinds if sum(bool(rules_of(module)) for module in model.modules()) < len(layers) else []
+    return kinds if sum(is_followed(module) for module in model.modules()) < len(layers) else []
 
 
-class RecurrentPatch(ShardReader, RebindPatch):
+def is_followed(module: torch.nn.Module) -> bool:
+    """Whether there is an adapter for this layer."""
+    return bool(rules_of(module)) or type(module).__name__ in LAYERS
+
+
+class RecurrentPatch(RecurrentReader, RebindPatch):
     """The layer's own forward, whose functions know of ranks and documents."""
 
-    name = RECURRENT
-
-    def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
-        rows = self.rows_of_call(module)
-        # Bounds of one document say nothing, and without its kernels transformers refuses them.
-        unbound = {name: value for name, value in kwargs.items() if name not in DOCUMENT_BOUND_KEYS}
-        if rows.shard is None:
-            return own(*args, **(unbound if find_attention(rows.attention) else kwargs))
-        rows.shard.readers.add(id(module))
-        given = named_arguments(module, args, kwargs)
-        hidden_states = given["hidden_states"]
-        pieces = pieces_of(rows.shard, len(hidden_states), hidden_states.device)
-        if pieces.is_whole:
-            return own(*args, **unbound)
-        if rows.has_cache or (find_cache(given) is not None and packs_documents(rows.shard)):
-            refuse_cache()
-        given |= dict.fromkeys(set(CACHE_NAMES) & given.keys())  # an empty one, of a model whose `use_cache` is on
+    def follow(
+        self, module: torch.nn.Module, own: Callable, pieces: SharePieces, rows: ForwardRows, given: dict[str, Any]
+    ) -> Any:
         forward = type(module).forward
         rules = {
             name: functools.partial(rule, called_function(forward, name), pieces)
             for name, rule in rules_of(module).items()
         }
-        return self.run(module, own, rules, (), _with_padding(given, rows))
+        return self.run(module, own, rules, (), given)
 
 
 def called_function(forward: Callable, name: str) -> Callable:
     """What a global name means in the code of `forward`."""
-    while getattr(forward, "__wrapped__", None) is not None:
-        forward = forward.__wrapped__
-    return forward.__globals__[name]
+    inner: Any = inspect.unwrap(forward)
+    return inner.__globals__[name]
 
 
-def _with_padding(given: dict[str, Any], rows: ForwardRows) -> dict[str, Any]:
-    """The arguments of a layer with the mask of its tokens: transformers leaves it out for a row of one token."""
-    if rows.padding is None or given["hidden_states"].shape[1] != 1:
-        return given
-    return {**given, **{name: rows.padding for name in _MASK_NAMES if name in given}}
+def _refuse_fused(module: torch.nn.Module, rules: dict[str, Callable]) -> None:
+    """Raise `NotImplementedError` for a layer that has no other way than a fused kernel, which knows of no ranks."""
+    for name, parts in _FUSED.items():
+        if name in rules and parts not in rules:
+            raise NotImplementedError(
+                f"`{type(module).__name__}` runs its recurrence in `{name}` only, a fused kernel that keeps its state "
+                "to itself: set `sequence_parallel_size` to 1 and do not pack, or install a version of transformers "
+                f"whose layer also calls `{parts}`."
+            )
