@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 from typing import Any
 
 
+# A field that the configuration computes from the others if it is not given.
+DERIVED = object()
+
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 _INDEXER = {
     "indexer_n_heads": 2,
@@ -22,6 +25,7 @@ _INDEXER = {
     "indexer_budget": 8,
     "indexer_compress_ratio": 2,
 }
+_SHARED_TRANSFORMER = {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]}
 # Heads of a recurrent layer, whose size follows from the width.
 _STATE_HEADS = {"mamba_n_heads": 8, "mamba_d_head": "auto"}
 
@@ -80,7 +84,14 @@ HINTS: dict[str, dict[str, Any]] = {
     "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     "qwen2_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     # Several layers share one transformer, and transformers looks for the second one.
-    "zamba": {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]},
+    "zamba": {**_SHARED_TRANSFORMER, "attention_hidden_size": DERIVED, "attention_head_dim": DERIVED},
+    "zamba2": {
+        **_SHARED_TRANSFORMER,
+        "attention_hidden_size": DERIVED,
+        "attention_head_dim": DERIVED,
+        "hybrid_layer_ids": DERIVED,
+        "mamba_headdim": DERIVED,
+    },
     "reformer": {"axial_pos_embds": False},
 }
 

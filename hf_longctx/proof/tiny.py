@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..families import POSITION_STEPS, ROPE_THRESHOLD, ROPE_THRESHOLDS
-from .hints import HINTS, lost_layer_kind
+from .hints import DERIVED, HINTS, lost_layer_kind
 from .tiny_rope import HEAD_SIZE, THRESHOLD, rotates_by_length, scales_positions, shrink_rope
 
 
@@ -126,7 +126,9 @@ def shrink_values(values: Mapping[str, Any], size: int, least_layers: int = 2) -
 
 def _merge(values: dict, hints: Mapping) -> None:
     for name, value in hints.items():
-        if isinstance(value, Mapping) and isinstance(values.get(name), dict):
+        if value is DERIVED:
+            values.pop(name, None)
+        elif isinstance(value, Mapping) and isinstance(values.get(name), dict):
             _merge(values[name], value)
         else:
             values[name] = value

@@ -10,8 +10,7 @@ import torch
 from ...attention.cache_names import CACHE_NAMES, find_cache
 from ...attention.call_documents import refuse_cache
 from ...attention.implicit_positions import packs_documents
-from ...attention.registry import find_attention
-from ...parallel.segments import DOCUMENT_BOUND_KEYS
+from ...parallel.segments import DOCUMENT_BOUND_KEYS, segment_rows
 from ..instance_forward import named_arguments
 from ..pass_shard import ForwardRows, ShardReader
 from .pieces import SharePieces, pieces_of
@@ -45,20 +44,30 @@ class RecurrentReader(ShardReader):
 
     def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
         rows = self.rows_of_call(module)
-        # Bounds of one document say nothing, and without its kernels transformers refuses them.
-        unbound = {name: value for name, value in kwargs.items() if name not in DOCUMENT_BOUND_KEYS}
-        if rows.shard is None:
-            return own(*args, **(unbound if find_attention(rows.attention) else kwargs))
-        rows.shard.readers.add(id(module))
         given = named_arguments(module, args, kwargs)
         hidden_states = next(given[name] for name in _TOKEN_NAMES if name in given)
+        if rows.shard is None:
+            return own(*args, **_without_bounds_of_one(kwargs, hidden_states))
+        rows.shard.readers.add(id(module))
         pieces = pieces_of(rows.shard, len(hidden_states), hidden_states.device)
         if pieces.is_whole:
-            return own(*args, **unbound)
+            return own(*args, **_without_bounds(kwargs))
         if rows.has_cache or (find_cache(given) is not None and packs_documents(rows.shard)):
             refuse_cache()
         given |= dict.fromkeys(set(CACHE_NAMES) & given.keys())  # an empty one, of a model whose `use_cache` is on
         return self.follow(module, own, pieces, rows, _with_padding(given, rows))
+
+
+def _without_bounds(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in kwargs.items() if name not in DOCUMENT_BOUND_KEYS}
+
+
+def _without_bounds_of_one(kwargs: dict[str, Any], hidden_states: torch.Tensor) -> dict[str, Any]:
+    """Keyword arguments without bounds if those are of one document a row: transformers raises for any in PyTorch."""
+    bounds = {name: kwargs[name] for name in DOCUMENT_BOUND_KEYS if kwargs.get(name) is not None}
+    if not bounds or segment_rows(bounds, *hidden_states.shape[:2], hidden_states.device)[0] is not None:
+        return kwargs
+    return _without_bounds(kwargs)
 
 
 def _with_padding(given: dict[str, Any], rows: ForwardRows) -> dict[str, Any]:
