@@ -63,9 +63,12 @@ class ShardReader(InstancePatch):
 
     Attributes:
         rows ([`ForwardRows`], *optional*): `None` outside of a forward of the model.
+        tells_attention (`bool`): whether attention layers next to this one get the documents of a batch that no one
+            has cut, as a keyword of the model: some models make their masks without the positions that tell them.
     """
 
     rows: ForwardRows | None = None
+    tells_attention = False
 
     def rows_of_call(self, module: torch.nn.Module) -> ForwardRows:
         """The rows of the forward that runs.
@@ -104,6 +107,8 @@ class _CallerPatch(InstancePatch):
         if not readers or any(reader.rows is not None for reader in readers):
             return own(*args, **kwargs)  # a model around this one has passed them
         rows = _read(module, named_arguments(module, args, kwargs))
+        if rows.shard is not None and any(reader.tells_attention for reader in readers):
+            kwargs["sequence_shard"] = rows.shard
         with _passed(readers, rows), _recomputed_with(module, readers, rows):
             return own(*args, **kwargs)
 

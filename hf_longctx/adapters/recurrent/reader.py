@@ -27,6 +27,7 @@ class RecurrentReader(ShardReader):
     """A patch on a layer with a state along the sequence; a subclass says how its class runs on pieces."""
 
     name = RECURRENT
+    tells_attention = True
 
     def follow(
         self, module: torch.nn.Module, own: Callable, pieces: SharePieces, rows: ForwardRows, given: dict[str, Any]
