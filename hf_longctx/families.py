@@ -104,6 +104,8 @@ ROW_ADAPTER_FIELDS = {
 SHARDED_LAYERS = ("full_attention", "sliding_attention", "chunked_attention", "attention", "dense", "sparse")
 # ... and kinds that look at one token at a time.
 TOKEN_LAYERS = ("mlp", "moe")
+# ... and kinds with a state along the sequence and no heads of attention; "hybrid" has both.
+STATE_LAYERS = ("linear_attention", "conv")
 
 # Fields that say how many experts a token is routed to.
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
@@ -205,3 +207,12 @@ def scales_by_count(layer) -> bool:
     """Whether an attention layer scales queries by positions that it counts itself: Llama 4 where nothing rotates."""
     fields = ("attn_temperature_tuning", "floor_scale", "attn_scale", "use_rope")
     return all(hasattr(layer, name) for name in fields) and bool(layer.attn_temperature_tuning) and not layer.use_rope
+
+
+def query_heads(config) -> int | None:
+    """The heads of a model's attention layers, which ranks share out; `None` if it has no such layers."""
+    text = config.get_text_config()
+    kinds = getattr(text, "layer_types", None)
+    heads = getattr(text, "num_attention_heads", None)
+    has_attention = not kinds or any(kind not in (*TOKEN_LAYERS, *STATE_LAYERS) for kind in kinds)
+    return heads if has_attention and isinstance(heads, int) else None

@@ -11,8 +11,10 @@ from sentence_transformers.sentence_transformer.modules import CNN, LSTM, WordWe
 from transformers.utils.generic import is_flash_attention_requested
 
 from ..adapters.peft_kinds import check_peft
+from ..adapters.recurrent.layers import is_followed
 from ..attention.kernels import validate_kernel_available
 from ..attention.registry import name_that_packs, name_that_shards, packs_rows, shards_rows
+from ..families import query_heads
 from ..parallel.heads import validate_head_count
 
 
@@ -96,7 +98,8 @@ def _check_transformer(module: Transformer) -> None:
             f"`{name}` runs on the backend '{module.backend}' through {', '.join(sorted(methods))}: packing needs the "
             "torch model's own `forward`; leave the model padded."
         )
-    if not module.model.is_backend_compatible():
+    has_own_layers = any(is_followed(layer) for layer in module.model.modules())  # without attention, as in Mamba
+    if not module.model.is_backend_compatible() and not has_own_layers:
         raise NotImplementedError(
             f"`{name}` does not call transformers' attention interface, so no kernel of ours is asked to keep texts "
             "apart: load it with attn_implementation='eager' and leave it padded."
@@ -132,6 +135,6 @@ def _check_shared_transformer(module: Transformer, size: int) -> None:
             f"`sequence_parallel_size` ({size}): load it with `model_kwargs={{'attn_implementation': "
             f"{name_that_shards()!r}}}`."
         )
-    heads = getattr(module.config.get_text_config(), "num_attention_heads", None)
-    if isinstance(heads, int):
+    heads = query_heads(module.config)
+    if heads is not None:
         validate_head_count(heads, size)

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from ..adapters.instance_forward import InstancePatch, PatchHandle, patch_on, put_on
+from ..adapters.pass_shard import CALLER, pass_shard
+from ..adapters.recurrent.layers import RECURRENT, follow_recurrences
 from ..adapters.row_lengths import LENGTH_PATCHES, follow_lengths
 from ..parallel.adapted import mark, unmark
 from ..parallel.mesh import SequenceMesh
@@ -96,6 +98,8 @@ def pack_embeddings(
         module.can_flatten_inputs = True
         put_on(module, _TransformerPatch(layout, before))
         follow_lengths(module)
+        follow_recurrences(module)
+        pass_shard(module)
     for module in model.modules():
         if isinstance(module, Pooling):
             put_on(module, _PoolingPatch())
@@ -122,7 +126,7 @@ def unpack_embeddings(model: SentenceTransformer) -> SentenceTransformer:
             for name in _CHANGED:
                 vars(module).pop(name, None)
             vars(module).update(patch.before)
-    PatchHandle(model, PACKED, *LENGTH_PATCHES).remove()
+    PatchHandle(model, PACKED, *LENGTH_PATCHES, RECURRENT, CALLER).remove()
     unmark(model)
     return model
 

@@ -11,6 +11,7 @@ from ..attention.kernels import validate_kernel_available
 from ..attention.registry import name_that_shards, shards_rows
 from ..attention.unadapted import validate_config
 from ..config.run import LongContextConfig
+from ..families import query_heads
 from ..parallel.heads import validate_head_count
 from .other_axes import refuse_axes_of_arguments, refuse_axes_of_model
 
@@ -106,8 +107,8 @@ def check_model(model, config: LongContextConfig) -> None:
         )
     validate_config(name, base.config, unfollowed_layers(base))
     check_peft(model, "on a share of a row", "set `sequence_parallel_size` to 1")
-    heads = getattr(text, "num_attention_heads", None)
-    if isinstance(heads, int):
+    heads = query_heads(base.config)
+    if heads is not None:
         validate_head_count(heads, size)
     if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(base).forward).parameters.values()):
         raise NotImplementedError(

@@ -10,8 +10,7 @@ gives the function, `rule(original, pieces, *args, **kwargs)`, with transformers
 from __future__ import annotations
 
 import functools
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from ..instance_forward import PatchHandle, put_on
 from ..pass_shard import ForwardRows
 from ..rebind import RebindPatch, called_names
 from .convolution import convolve
-from .delta_rule import delta_rule
 from .lightning import LightningPatch
 from .mamba1 import selective_scan
 from .mamba2 import chunk_scan
@@ -33,12 +31,10 @@ from .scan import no_fused_kernel
 
 RULES: dict[str, Callable] = {
     "causal_conv1d_fn": convolve,
-    "chunk_kimi_delta_attention": delta_rule,
     "mamba2_chunk_scan": chunk_scan,
     "mamba2_split_conv1d_scan_combined": no_fused_kernel,
     "mamba_inner_fn": no_fused_kernel,
     "mamba_selective_scan": selective_scan,
-    "torch_chunk_gated_delta_rule": delta_rule,
 }
 
 # Functions that do all of a layer at once, and the one that a layer must be able to call instead.
@@ -49,6 +45,9 @@ LAYERS: dict[str, Callable[[torch.nn.Module], None]] = {
     "MiniMaxLightningAttention": lambda module: put_on(module, LightningPatch()),
     "RecurrentGemmaRecurrentBlock": follow_block,
 }
+
+# ... and layers whose recurrence is a loop of their own over tokens, for which there is no adapter.
+LOOPS = {"RwkvSelfAttention": "rwkv", "xLSTMBlock": "xlstm"}
 
 
 def follow_recurrences(model: torch.nn.Module) -> PatchHandle:
@@ -68,7 +67,7 @@ def follow_recurrences(model: torch.nn.Module) -> PatchHandle:
         if rules:
             _refuse_fused(module, rules)
             put_on(module, RecurrentPatch())
-        elif (patch := LAYERS.get(type(module).__name__)) is not None:
+        elif (patch := _of_class(module, LAYERS)) is not None:
             patch(module)
     return PatchHandle(model, RECURRENT)
 
@@ -86,6 +85,9 @@ def unfollowed_layers(model: torch.nn.Module) -> list[str]:
         their names; empty if at least as many modules of `model` can be followed as there are such layers. That all of
         them are exact is for the sanity check to find, which runs the model.
     """
+    loops = {kind for module in model.modules() if (kind := _of_class(module, LOOPS)) is not None}
+    if loops:
+        return sorted(loops)
     kinds = layers_with_state(model.config)
     layers = [kind for kind in model.config.get_text_config().layer_types or () if kind in kinds] if kinds else []
     return kinds if sum(is_followed(module) for module in model.modules()) < len(layers) else []
@@ -93,7 +95,12 @@ def unfollowed_layers(model: torch.nn.Module) -> list[str]:
 
 def is_followed(module: torch.nn.Module) -> bool:
     """Whether there is an adapter for this layer."""
-    return bool(rules_of(module)) or type(module).__name__ in LAYERS
+    return bool(rules_of(module)) or _of_class(module, LAYERS) is not None
+
+
+def _of_class(module: torch.nn.Module, table: Mapping[str, Any]) -> Any:
+    """The entry of the module's class; FSDP2 gives it one of its own, below transformers'."""
+    return next((table[kind.__name__] for kind in type(module).__mro__ if kind.__name__ in table), None)
 
 
 class RecurrentPatch(RecurrentReader, RebindPatch):
@@ -112,8 +119,9 @@ class RecurrentPatch(RecurrentReader, RebindPatch):
 
 def called_function(forward: Callable, name: str) -> Callable:
     """What a global name means in the code of `forward`."""
-    inner: Any = inspect.unwrap(forward)
-    return inner.__globals__[name]
+    while getattr(forward, "__wrapped__", None) is not None:
+        forward = forward.__wrapped__
+    return forward.__globals__[name]
 
 
 def _refuse_fused(module: torch.nn.Module, rules: dict[str, Callable]) -> None:
