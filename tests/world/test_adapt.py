@@ -66,6 +66,7 @@ def refusals_of(name: str) -> list[str]:
     mesh, said = SequenceMesh.build(2), []
     cases = {"mamba": (tf.MambaConfig, {"state_size": 4, "hidden_size": 32}), "stablelm": (tf.StableLmConfig, {})}
     cases["bloom"] = (tf.BloomConfig, {"n_head": 4})
+    cases["rwkv"] = (tf.RwkvConfig, {"num_hidden_layers": 2, "attention_hidden_size": 32})
     if name in cases:
         kind, changes = cases[name]
         sizes = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 32}
@@ -86,13 +87,14 @@ def refusals_of(name: str) -> list[str]:
 @pytest.mark.parametrize(
     ("name", "by_the_forward", "by_adapt"),
     [
-        ("hybrid", "has layers of type conv", "has layers of type conv"),
+        ("hybrid", "has layers of type conv", ""),
         ("roberta", r"`roberta` does not count from 0 but from `pad_token_id`", ""),
         ("bloom", "edits its attention mask itself", "edits its attention mask itself"),
         # Its attention gets the shard from an adapter.
         ("stablelm", "does not tell its attention whether rows are shared", ""),
         # Its layers never call an attention of ours; docs/conformance.md lists such types.
-        ("mamba", "", "layers of type linear_attention"),
+        ("mamba", "", ""),
+        ("rwkv", "", "layers of type rwkv, whose state runs along the sequence"),
     ],
 )
 def test_what_a_loop_would_get_wrong_is_refused(world2, name, by_the_forward, by_adapt):
