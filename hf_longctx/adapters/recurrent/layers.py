@@ -10,6 +10,7 @@ gives the function, `rule(original, pieces, *args, **kwargs)`, with transformers
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from ..instance_forward import PatchHandle, put_on
 from ..pass_shard import ForwardRows
 from ..rebind import RebindPatch, called_names
 from .convolution import convolve
+from .delta_rule import delta_rule
 from .lightning import LightningPatch
 from .mamba1 import selective_scan
 from .mamba2 import chunk_scan
@@ -31,10 +33,12 @@ from .scan import no_fused_kernel
 
 RULES: dict[str, Callable] = {
     "causal_conv1d_fn": convolve,
+    "chunk_kimi_delta_attention": delta_rule,
     "mamba2_chunk_scan": chunk_scan,
     "mamba2_split_conv1d_scan_combined": no_fused_kernel,
     "mamba_inner_fn": no_fused_kernel,
     "mamba_selective_scan": selective_scan,
+    "torch_chunk_gated_delta_rule": delta_rule,
 }
 
 # Functions that do all of a layer at once, and the one that a layer must be able to call instead.
@@ -118,9 +122,8 @@ class RecurrentPatch(RecurrentReader, RebindPatch):
 
 def called_function(forward: Callable, name: str) -> Callable:
     """What a global name means in the code of `forward`."""
-    while getattr(forward, "__wrapped__", None) is not None:
-        forward = forward.__wrapped__
-    return forward.__globals__[name]
+    inner: Any = inspect.unwrap(forward)
+    return inner.__globals__[name]
 
 
 def _refuse_fused(module: torch.nn.Module, rules: dict[str, Callable]) -> None:
