@@ -48,6 +48,33 @@ COUNTS_FROM_PADDING = frozenset(
         "yoso",
     }
 )
+# Axes of a multimodal rotary embedding: such a model takes `position_ids` of shape `(axes, rows, tokens)`, or one
+# plane more, the first, with the positions of the text. `None`: as many as the configuration's rotary sections.
+POSITION_AXES: dict[str, int | None] = {
+    "cohere_compass_text": 3,
+    "cosmos3_edge_text": 3,
+    "ernie4_5_vl_moe_text": 3,
+    "glm4v_moe_text": 3,
+    "glm4v_text": 3,
+    "glm_image_text": 3,
+    "glm_ocr_text": 3,
+    "hunyuan_vl_text": None,
+    "hy_v4_vl_text": 3,
+    "paddleocr_vl_text": 3,
+    "qwen2_5_omni_text": 3,
+    "qwen2_5_vl_text": 3,
+    "qwen2_vl_text": 3,
+    "qwen3_5_moe_text": 3,
+    "qwen3_5_text": 3,
+    "qwen3_omni_moe_text": 3,
+    "qwen3_vl_moe_text": 3,
+    "qwen3_vl_text": 3,
+    "qwen4_exp_text": 3,
+}
+# ... of which these take no plane of the text, in some version of transformers that is supported.
+NO_TEXT_PLANE = frozenset({"cosmos3_edge_text", "hunyuan_vl_text"})
+# What a batch of text alone says of every token, where a model asks for it or reads another kind of token without it.
+TEXT_MARKS: dict[str, tuple[str, int]] = {"molmo2": ("mm_token_type_ids", 0), "paligemma": ("token_type_ids", 1)}
 # Models that keep what a batch brings from their attention layers, which then never see a shard.
 DROPS_SHARD = frozenset({"nemotron", "stablelm"})
 # Causal language models whose own loss compares the logits of a token with the label of the same token.
@@ -114,7 +141,21 @@ EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_expe
 LAYER_DROPS = ("layerdrop", "encoder_layerdrop", "decoder_layerdrop")
 
 # Parts of the names under which a batch holds images, video or audio.
-MULTIMODAL_INPUTS = ("pixel_values", "image_grid", "video_grid", "input_features", "image_sizes", "input_values")
+MULTIMODAL_INPUTS = (
+    "pixel_",
+    "image_grid",
+    "video_grid",
+    "input_features",
+    "image_sizes",
+    "input_values",
+    "image_embeds",
+    "image_features",
+    "image_hidden_states",
+    "mm_encoder_outputs",
+    "deepstack_",
+    "visual_",
+    "audio_feature",
+)
 
 # Fields by which a model multiplies its logits, and the beginnings of the model types that do. One field may mean two
 # things: `logits_scaling` divides in Granite and multiplies in HyperCLOVA X.
@@ -152,6 +193,23 @@ def first_position(config) -> int:
     """The position that a model of this configuration gives to the first token of a text that brings none."""
     text = config.get_text_config()
     return (text.pad_token_id or 0) + 1 if text.model_type in COUNTS_FROM_PADDING else 0
+
+
+def position_axes(config) -> int:
+    """Axes of the rotary embedding of this configuration's text model, where `position_ids` may have a plane each.
+
+    Returns:
+        `int`: 0 for a model that takes `(rows, tokens)` only.
+    """
+    text = config.get_text_config()
+    axes = POSITION_AXES.get(text.model_type, 0)
+    return len((rope_settings(text) or [{}])[0].get("mrope_section") or ()) if axes is None else axes
+
+
+def text_marks(config, tokens) -> dict[str, Any]:
+    """What a batch of text alone brings for a model of this configuration next to its tokens, of their shape."""
+    name, value = TEXT_MARKS.get(config.model_type, ("", 0))
+    return {name: tokens.new_full(tokens.shape, value)} if name else {}
 
 
 def expects_unshifted_labels(config) -> bool:

@@ -13,6 +13,7 @@ from .positions import follow_positions
 from .recurrent.layers import follow_recurrences
 from .router_losses import follow_router_losses
 from .row_lengths import follow_lengths
+from .text_planes import add_text_planes
 from .wrapped import unwrap
 
 
@@ -23,6 +24,7 @@ _ADAPTERS = (
     follow_recurrences,
     follow_own_attention,
     follow_router_losses,
+    add_text_planes,
 )
 
 

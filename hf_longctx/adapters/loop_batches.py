@@ -61,7 +61,8 @@ class LoopBatches(InstancePatch):
         if tokens is None or not (counts or first or self.leaks):
             return kwargs
         rows, num_tokens = tokens.shape[:2]
-        facts = {**document_facts(given, num_tokens), "attention_mask": given.get("attention_mask")}
+        documents = document_facts(given, num_tokens, self.adapted.position_axes)
+        facts = {**documents, "attention_mask": given.get("attention_mask")}
         shard = shard_of_rows(facts, rows, num_tokens, tokens.device)
         if not packs_documents(shard):
             return kwargs

@@ -63,9 +63,16 @@ def depends_on_length(rotary: torch.nn.Module) -> bool:
             alone, beside = (_rotate_on_a_copy(rotary, positions, kind) for positions in (near, far))
         except Exception:  # it is none that transformers' models call with rows of positions
             continue
-        if any(not torch.equal(one, two.narrow(-2, 0, 4)) for one, two in zip(alone, beside)):
+        if any(_differ_before(one, two, near.shape[-1]) for one, two in zip(alone, beside)):
             return True
     return False
+
+
+def _differ_before(alone: torch.Tensor, beside: torch.Tensor, count: int) -> bool:
+    """Whether the first `count` rotations changed; those of an image have no dimension of positions to compare."""
+    if min(alone.dim(), beside.dim()) < 2 or alone.shape[-2] != count or beside.shape[-2] != count + 1:
+        return False
+    return not torch.equal(alone, beside.narrow(-2, 0, count))
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from ..families import position_axes
+from ..parallel.position_planes import rotary_positions, text_positions
 from ..parallel.segments import DOCUMENT_BOUND_KEYS, position_facts, segment_rows
 from ..parallel.shard import SequenceShard
 from .call import AttentionCall
@@ -105,10 +107,16 @@ def _validate_positions_restart(call: AttentionCall, positions: Any, shard: Sequ
         )
 
 
-def document_facts(given: Mapping[str, object], num_tokens: int) -> dict[str, object]:
-    """What tells documents among the keyword arguments of a model or of its attention: bounds and positions."""
+def document_facts(given: Mapping[str, object], num_tokens: int, axes: int = 0) -> dict[str, object]:
+    """What tells documents among the keyword arguments of a model or of its attention: bounds and positions.
+
+    Args:
+        given (`Mapping`): by name.
+        num_tokens (`int`): of a row.
+        axes (`int`, *optional*): see [`position_axes`][hf_longctx.families.position_axes].
+    """
     facts = {name: given[name] for name in DOCUMENT_BOUND_KEYS if given.get(name) is not None}
-    positions = given.get("position_ids")
+    positions = text_positions(given, axes) if axes else given.get("position_ids")
     if isinstance(positions, torch.Tensor) and positions.dim() == 2 and positions.shape[1] == num_tokens:
         facts["position_ids"] = positions
     return facts
@@ -135,14 +143,15 @@ def documents_of_forward(config, given: Mapping[str, Any]) -> SequenceShard | No
     if tokens is None or is_padded or find_attention(getattr(config, "_attn_implementation", None)) is None:
         return None
     rows, num_tokens = tokens.shape[:2]
-    facts = document_facts(given, num_tokens)
+    axes = position_axes(config) if hasattr(config, "get_text_config") else 0
+    facts = document_facts(given, num_tokens, axes)
     shard = shard_of_rows(facts, rows, num_tokens, tokens.device)
     if shard.segment_ids is None and isinstance(mask, DeferredMask):  # a layer inside the model sees no positions
         segments = packed_documents(mask.mask_function)
         return None if segments is None else SequenceShard(1, 0, num_tokens, num_tokens, segments, False)
     if shard.segment_ids is None:
         return None
-    positions = facts.get("position_ids")
+    positions = rotary_positions(given.get("position_ids"), axes) if "position_ids" in facts else None
     return shard if positions is None else replace(shard, **position_facts(shard.segment_ids, positions))
 
 

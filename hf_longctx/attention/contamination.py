@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from ..families import SHARDED_LAYERS
+from ..families import SHARDED_LAYERS, position_axes
 from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
+from ..parallel.position_planes import text_positions
 from ..parallel.segments import PAD_SEGMENT, segment_rows
 from ..parallel.shard import share_of_group
 from ..tiny_check import SAME_SUMS, as_leaf, first_ordinary_token, vectors_of, whole_model
@@ -52,7 +53,8 @@ def assert_no_cross_document(
     Communication: with `mesh`, that of the forwards, the backward and two gathers of the outputs.
     """
     rows, num_tokens = batch["input_ids"].shape
-    segments, _ = segment_rows(batch, rows, num_tokens, batch["input_ids"].device)
+    documents = {**batch, "position_ids": text_positions(batch, _axes(model))}
+    segments, _ = segment_rows(documents, rows, num_tokens, batch["input_ids"].device)
     chosen = None if segments is None else _choose_documents(segments)
     if chosen is None or not chosen.any():
         raise ValueError(
@@ -110,7 +112,8 @@ class _Run:
 
     def _forward(self, batch: Mapping[str, Any]) -> torch.Tensor:
         if self.mesh is not None:
-            batch = share_of_group(batch, self.mesh, inner_attention=self.inner_attention, shift_labels=True)
+            settings: dict[str, Any] = {"inner_attention": self.inner_attention, "shift_labels": True}
+            batch = share_of_group(batch, self.mesh, position_axes=_axes(self.model), **settings)
         tokens = batch["input_ids"].shape
         extras = {"use_cache": False} if hasattr(self.model.config.get_text_config(), "use_cache") else {}
         output = vectors_of(self.model(**{**batch, **extras}))
@@ -120,6 +123,11 @@ class _Run:
                 f"{tuple(tokens)}, not with one vector a token: check the model without its pooled head."
             )
         return output
+
+
+def _axes(model: Any) -> int:
+    config = model.config.get_text_config()
+    return position_axes(config) if hasattr(config, "model_type") else 0
 
 
 def _choose_documents(segments: torch.Tensor) -> torch.Tensor:

@@ -48,6 +48,15 @@ class DeferredMask:
         """transformers' index function, documents included."""
         return self._arguments["mask_function"]
 
+    def with_function(self, mask_function: Callable) -> DeferredMask:
+        """The same description with another index function."""
+        return DeferredMask({**self._arguments, "mask_function": mask_function})
+
+    @property
+    def may_be_left_out(self) -> bool:
+        """Whether transformers builds no mask where a causal kernel would need none."""
+        return bool(self._arguments.get("allow_is_causal_skip", True))
+
     @property
     def padding(self) -> torch.Tensor | None:
         """The 2-D mask of the batch, `(B, T)`, or `None`."""

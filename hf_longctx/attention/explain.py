@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..families import position_axes
 from ..parallel.segments import PAD_SEGMENT
 from ..parallel.shard import SequenceShard, cut_batch
 from ..tiny_check import whole_model
@@ -76,7 +77,7 @@ def explain_attention(model: torch.nn.Module, batch: Mapping[str, Any]) -> Atten
         )
     shard = batch.get("sequence_shard")
     if shard is None:
-        batch = cut_batch(batch, 1, 0)
+        batch = cut_batch(batch, 1, 0, position_axes=position_axes(model.config))
         shard = batch["sequence_shard"]
     inputs = {key: value for key, value in batch.items() if "labels" not in key and key != "num_items_in_batch"}
     with whole_model(model):

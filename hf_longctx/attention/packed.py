@@ -23,6 +23,7 @@ from .distance_bias import DISTANCE_BIAS, has_distance_bias, refuse_unknown_rows
 from .implicit_positions import packs_documents, validate_positions
 from .kernels import choose_kernel, is_flash, plan_for_kernel, refuse_unsupported, run_plain, run_planned
 from .masks import KernelPlan
+from .open_blocks import read_text_mask
 from .padding_masks import without_padding_mask
 from .registry import AttentionEntry, name_that_packs, name_that_shards
 from .side_inputs import refuse_added_keys, validate_side_inputs
@@ -168,6 +169,7 @@ def validated(call: AttentionCall, shard: SequenceShard) -> AttentionCall:
     validate_positions(call.module, shard, call.extras)
     validate_side_inputs(call, name)
     validate_unadapted(call.module, shard, call.extras)
+    call = replace(call, mask=read_text_mask(call, shard))
     shard.readers.add(id(call.module))
     return call
 

@@ -29,11 +29,11 @@ def without_padding_mask(
         return mask, is_causal
     hidden = ~mask if mask.dtype == torch.bool else mask <= _FORBIDDEN
     says_more = mask.dtype != torch.bool and bool(((mask != 0) & ~hidden).any())
-    same = not says_more and torch.equal(hidden[:, 0, 0].expand(rows, -1), _local_padding(shard, rows, mask.device))
+    same = not says_more and torch.equal(hidden[:, 0, 0].expand(rows, -1), padding_of_share(shard, rows, mask.device))
     return (None, False) if same else (mask, is_causal)
 
 
-def _local_padding(shard: SequenceShard, rows: int, device: torch.device) -> torch.Tensor:
+def padding_of_share(shard: SequenceShard, rows: int, device: torch.device) -> torch.Tensor:
     """Which of my tokens are padding, boolean `(B, t)`; the pad segment added for divisibility is."""
     padding = torch.ones(rows, shard.local_len * shard.size, dtype=torch.bool, device=device)
     segments = shard.segment_ids

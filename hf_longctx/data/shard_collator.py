@@ -22,6 +22,8 @@ class ShardCollator:
             any method.
         inner_attention (`str`, *optional*, defaults to `"auto"`): see [`LongContextConfig`].
         shift_labels (`bool`, *optional*, defaults to `True`): the model predicts the next token.
+        position_axes (`int`, *optional*): axes of the model's rotary embedding, as
+            [`position_axes`][hf_longctx.families.position_axes] says, where batches have 3-D `position_ids`.
 
     Returns of a call:
         `dict`: the share, with an unbound `sequence_shard`: bind it in the main process with `.bind(mesh)`.
@@ -39,10 +41,12 @@ class ShardCollator:
         *,
         inner_attention: str = "auto",
         shift_labels: bool = True,
+        position_axes: int | None = None,
     ) -> None:
         self.collator = collator
         self.size, self.rank = mesh.sequence_parallel_size, mesh.sequence_parallel_rank
         self.inner_attention, self.shift_labels = inner_attention, shift_labels
+        self.position_axes = position_axes
 
     def __call__(self, rows: list) -> dict[str, object]:
         real = [row for row in rows if not isinstance(row, DummySample)]
@@ -64,5 +68,10 @@ class ShardCollator:
                 if key in batch:
                     batch[key] = batch[key].new_full(batch[key].shape, IGNORE_INDEX)
         return cut_batch(
-            batch, self.size, self.rank, inner_attention=self.inner_attention, shift_labels=self.shift_labels
+            batch,
+            self.size,
+            self.rank,
+            inner_attention=self.inner_attention,
+            shift_labels=self.shift_labels,
+            position_axes=self.position_axes,
         )

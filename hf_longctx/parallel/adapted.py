@@ -23,11 +23,13 @@ class Adapted:
         inner_attention (`str`): the kernel that it was checked with.
         shifts_labels (`bool`, *optional*): it predicts the next token, so labels are shifted before rows are cut.
             `None`: it has no loss of its own.
+        position_axes (`int`): of its rotary embedding, see [`position_axes`][hf_longctx.families.position_axes].
     """
 
     sequence_parallel_size: int
     inner_attention: str
     shifts_labels: bool | None
+    position_axes: int = 0
 
 
 def is_marked(module: torch.nn.Module) -> bool:

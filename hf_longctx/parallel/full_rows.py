@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from ..families import MULTIMODAL_INPUTS
+from .position_planes import has_planes, validate_planes
 from .segments import DOCUMENT_BOUND_KEYS
 
 
 _TOKEN_KEYS = ("input_ids", "inputs_embeds", "labels", "shift_labels", "attention_mask", "position_ids", "seq_idx")
 
 
-def validate_full_rows(batch: Mapping[str, Any]) -> tuple[int, int, torch.device]:
+def validate_full_rows(batch: Mapping[str, Any], position_axes: int | None = None) -> tuple[int, int, torch.device]:
     """Refuse what cannot be cut; see [`shard_batch`] for the errors.
 
     Returns:
@@ -30,18 +31,16 @@ def validate_full_rows(batch: Mapping[str, Any]) -> tuple[int, int, torch.device
     _validate_tensors(batch, len(tokens[0]) if len(tokens) else 0)
     rows, num_tokens = tokens.shape[:2]
     for key, value in batch.items():
-        if any(mark in key for mark in MULTIMODAL_INPUTS):
+        if value is not None and any(mark in key for mark in MULTIMODAL_INPUTS):
             raise NotImplementedError(
                 f"`{key}` belongs to an image, video or audio input, which `ulysses` does not shard: train the text "
                 "model alone, or set `sequence_parallel_size` to 1."
             )
         if not isinstance(value, torch.Tensor) or key in DOCUMENT_BOUND_KEYS:
             continue
-        if key == "position_ids" and value.dim() == 3:
-            raise NotImplementedError(
-                f"`position_ids` has shape {tuple(value.shape)}: 3-D multimodal rotary positions are not sharded; "
-                "pass 2-D positions of shape (rows, tokens)."
-            )
+        if key == "position_ids" and has_planes(value):
+            validate_planes(value, rows, num_tokens, position_axes)
+            continue
         if key == "attention_mask" and value.dim() != 2:
             raise NotImplementedError(
                 f"`attention_mask` has shape {tuple(value.shape)}: a hand-made mask cannot be cut by heads; pass a "

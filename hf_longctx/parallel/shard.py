@@ -26,6 +26,7 @@ from .adapted import adapted_for
 from .collectives import gather_integers
 from .full_rows import validate_full_rows
 from .mesh import SequenceMesh
+from .position_planes import has_planes, rotary_positions, text_positions
 from .segments import DOCUMENT_BOUND_KEYS, has_documents, position_facts, positions_of, segment_rows
 from .stopwatch import Stopwatch
 
@@ -127,7 +128,8 @@ def shard_batch(
     Args:
         batch (`Mapping`): collated full rows: `input_ids` (or `inputs_embeds`), and optionally `labels`,
             `attention_mask`, `position_ids`, `token_type_ids`, packed bounds (`cu_seq_lens_*`), each of shape `(B, T,
-            ...)`. Every rank of a group passes the same rows.
+            ...)`; for a `model` with multimodal rotary positions also `position_ids` of shape `(3, B, T)` or, with
+            those of the text first, `(4, B, T)`. Every rank of a group passes the same rows.
         mesh ([`SequenceMesh`]): the axes of the run.
         model (`torch.nn.Module`, *optional*): the model that gets the share, wrapped or not, after
             [`adapt`][hf_longctx.adapt]. It decides the two arguments below, and a model that was not adapted is
@@ -146,17 +148,18 @@ def shard_batch(
     Raises:
         ValueError: the batch is already sharded, packs documents and pads at once, or has a tensor without a token
             dimension; or an argument that is not the model's.
-        NotImplementedError: the batch holds images, 3-D positions or a 4-D mask.
+        NotImplementedError: the batch holds images, a 4-D mask, or 3-D positions that no `model` is known to take.
         RuntimeError: the ranks of the group hold different rows, or the model was not adapted on such a mesh.
 
     Communication: with `check_rows`, one all-gather of 8 bytes per rank.
     Gradient: none; it moves integers, and `inputs_embeds` keeps its gradient on the kept slice.
     """
+    position_axes: int | None = None
     if model is not None:
         adapted = adapted_for(model, mesh.sequence_parallel_size)
         _validate_chosen("inner_attention", inner_attention, adapted.inner_attention)
         _validate_chosen("shift_labels", shift_labels, adapted.shifts_labels)
-        inner_attention = adapted.inner_attention
+        inner_attention, position_axes = adapted.inner_attention, adapted.position_axes
         shift_labels = shift_labels if adapted.shifts_labels is None else adapted.shifts_labels
     elif mesh.sequence_parallel_size > 1 and "adapted" not in mesh.noted:
         mesh.noted.add("adapted")
@@ -172,6 +175,7 @@ def shard_batch(
         inner_attention="auto" if inner_attention is None else inner_attention,
         shift_labels=True if shift_labels is None else shift_labels,
         check_rows=check_rows,
+        position_axes=position_axes,
     )
 
 
@@ -190,10 +194,12 @@ def share_of_group(
     inner_attention: str,
     shift_labels: bool,
     check_rows: bool = True,
+    position_axes: int | None = None,
 ) -> dict[str, Any]:
     """[`shard_batch`] for a model that is known to take it, or is about to be checked."""
     size, rank = mesh.sequence_parallel_size, mesh.sequence_parallel_rank
-    share = cut_batch(batch, size, rank, inner_attention=inner_attention, shift_labels=shift_labels)
+    settings: dict[str, Any] = {"inner_attention": inner_attention, "shift_labels": shift_labels}
+    share = cut_batch(batch, size, rank, position_axes=position_axes, **settings)
     shard = share["sequence_shard"].bind(mesh)
     if check_rows:
         validate_same_rows(shard)
@@ -205,15 +211,23 @@ def share_of_group(
 
 
 def cut_batch(
-    batch: Mapping[str, Any], size: int, rank: int, *, inner_attention: str = "auto", shift_labels: bool = True
+    batch: Mapping[str, Any],
+    size: int,
+    rank: int,
+    *,
+    inner_attention: str = "auto",
+    shift_labels: bool = True,
+    position_axes: int | None = None,
 ) -> dict[str, Any]:
     """Rank `rank` of `size`'s share of full rows, as plain facts: no process group, safe in a data worker.
 
-    See [`shard_batch`] for the arguments and errors. Communication: none.
+    See [`shard_batch`] for the arguments and errors; `position_axes` is that of
+    [`position_axes`][hf_longctx.families.position_axes], or `None` where no model is known. Communication: none.
     """
-    rows, num_tokens, device = validate_full_rows(batch)
+    rows, num_tokens, device = validate_full_rows(batch, position_axes)
     local_len = -(-num_tokens // size)
-    segments, only_right_padding = segment_rows(batch, rows, num_tokens, device)
+    documents = {**batch, "position_ids": text_positions(batch, position_axes)}
+    segments, only_right_padding = segment_rows(documents, rows, num_tokens, device)
     padding = local_len * size - num_tokens
     full = {key: value for key, value in batch.items() if key not in DOCUMENT_BOUND_KEYS}
     # One process counts its whole rows itself, in its own way; across documents and on a share it would be wrong.
@@ -230,7 +244,10 @@ def cut_batch(
     for key, value in full.items():
         if value is None:
             continue
-        if isinstance(value, torch.Tensor) and value.dim() >= 2:
+        if key == "position_ids" and has_planes(value):
+            planes = value.expand(-1, rows, -1)
+            value = torch.stack([_cut(plane, rank, local_len, 0) for plane in planes])
+        elif isinstance(value, torch.Tensor) and value.dim() >= 2:
             value = value.expand(rows, *value.shape[1:])
             fill = IGNORE_INDEX if key in ("labels", "shift_labels") else 0
             value = _cut(value, rank, local_len, fill)
@@ -244,7 +261,7 @@ def cut_batch(
         only_right_padding=only_right_padding,
         inner_attention=inner_attention,
         has_own_positions=has_own_positions,
-        **position_facts(segments, full.get("position_ids")),
+        **position_facts(segments, rotary_positions(full.get("position_ids"), position_axes)),
         row_hash=_hash(batch),
     )
     return share

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PretrainedConfig
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+)
 
 from .model_under_test import ModelUnderTest
 from .tiny import validate_tiny
@@ -14,6 +21,7 @@ from .tiny import validate_tiny
 _AUTO = {
     "causal-lm": AutoModelForCausalLM,
     "masked-lm": AutoModelForMaskedLM,
+    "multimodal-lm": AutoModelForMultimodalLM,
     "encoder": AutoModel,
     "embedding": AutoModel,
 }
@@ -32,10 +40,21 @@ def build_model(tested: ModelUnderTest, attention: str | None, dtype: torch.dtyp
         model = auto.from_pretrained(tested.weights, config=config, dtype=torch.float32, **chosen)
     else:
         validate_tiny(config, _count_parameters(auto, config))
-        model = auto.from_config(config, dtype=torch.float32, **chosen)
+        model = _from_config(tested, auto, config, chosen)
         _draw_weights(model)
     turn_dropout_off(model)
     return model.to(dtype).train()
+
+
+def _from_config(tested: ModelUnderTest, auto, config: PretrainedConfig, chosen: dict[str, Any]) -> torch.nn.Module:
+    """On the chosen attention; of a multimodal model whose other parts do not know it, the text part alone."""
+    try:
+        return auto.from_config(copy.deepcopy(config), dtype=torch.float32, **chosen)
+    except KeyError:
+        if tested.task != "multimodal-lm" or "attn_implementation" not in chosen:
+            raise
+        chosen = {**chosen, "attn_implementation": {"text_config": chosen["attn_implementation"]}}
+        return auto.from_config(config, dtype=torch.float32, **chosen)
 
 
 def loading_options(config: PretrainedConfig, attention: str | None, dtype: torch.dtype) -> dict[str, str]:

@@ -16,6 +16,7 @@ from ..adapters.instance_forward import patch_on
 from ..adapters.loop_batches import LOOP_BATCHES
 from ..attention.contamination import assert_no_cross_document
 from ..config.run import LongContextConfig
+from ..families import text_marks
 from ..parallel.mesh import SequenceMesh
 from ..trainer.adaptation import adapt
 from ..trainer.checks import check_model
@@ -97,7 +98,9 @@ class Pair:
     def __init__(self, tested: ModelUnderTest, setting: Setting, dtype: str) -> None:
         self.tested, self.setting, self.dtype = tested, setting, dtype
         self.unsharded = self._unsharded_model()
-        self.vocabulary = self.unsharded.config.get_text_config().vocab_size
+        self.vocabulary = getattr(self.unsharded.config.get_text_config(), "vocab_size", None)
+        if self.vocabulary is None:
+            raise Outcome(UNBUILDABLE, "its configuration has no `vocab_size`, so it reads more than rows of tokens")
         self.references: dict[str, Numbers] = {}
         self.needs = SanityResult()
         self.start: int | None = 0
@@ -170,6 +173,8 @@ class Pair:
         tokens = num_tokens_of(kind, self.setting.sequence_parallel_size)
         settings = (self.vocabulary, self.setting.data_parallel_size, tokens, first)
         rows = make_rows(kind, self.tested.task, *settings, self.tested.shifts_labels)
+        ids = rows.batch["input_ids"]
+        rows = dataclasses.replace(rows, batch={**rows.batch, **text_marks(self.unsharded.config, ids)})
         if self.needs.needs_position_ids:
             rows = rows.with_positions(self.start)
         return rows.without_padding_targets() if self.needs.padding_predicts else rows

@@ -18,6 +18,8 @@ from typing import Any
 DERIVED = object()
 
 _ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+# Pairs of a head's numbers that turn with each axis.
+_SECTIONS = {**_ROPE, "mrope_section": [3, 3, 2]}
 _INDEXER = {
     "indexer_n_heads": 2,
     "indexer_kv_heads": 1,
@@ -26,6 +28,8 @@ _INDEXER = {
     "indexer_compress_ratio": 2,
 }
 _SHARED_TRANSFORMER = {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]}
+# Of what turns an image into tokens.
+_CODEBOOK = {"latent_channels": 32, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
 # Heads of a recurrent layer, whose size follows from the width.
 _STATE_HEADS = {"mamba_n_heads": 8, "mamba_d_head": "auto"}
 
@@ -41,7 +45,7 @@ LAYER_KINDS: dict[str, dict[str, list[str] | list[int]]] = {
 
 HINTS: dict[str, dict[str, Any]] = {
     # Sizes that the default configuration leaves out and the model needs.
-    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _SECTIONS)},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dbrx": {"attn_config": {"rope_theta": 10_000.0, "clip_qkv": 8.0}},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
@@ -49,7 +53,31 @@ HINTS: dict[str, dict[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
+    "step3p5": {"sliding_window": 6},
     "xmod": {"default_language": "en_XX"},
+    # Parts beside the text model of a multimodal one, whose sizes have names of their own.
+    "apertus1p5_vision_tokenizer": _CODEBOOK,
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
+    "chameleon_vqgan": {**_CODEBOOK, "num_embeddings": 16},
+    "deepseek_ocr2_encoder": {"head_dim": 16},
+    "deepseek_ocr2_sam_vision_model": {"global_attn_indexes": [1]},
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+    "emu3": {"vocabulary_map": {"<image>": 4, "<|extra_200|>": 5}},
+    "emu3_vqgan": {**_CODEBOOK, "codebook_size": 16},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "granite4_vision": {"deepstack_layer_map": [[0, 0]], "spatial_target_layers": [0, 1], "downsample_rate": "4/8"},
+    "janus_vision_model": {"num_image_tokens": 16},
+    "janus_vqgan": {**_CODEBOOK, "num_embeddings": 16},
+    "llama4_vision_model": {"vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0], "text_hidden_size": 64}},
+    "muse_spark": {"projector_hidden_size": 64},
+    "muse_spark_audio": {"hidden_sizes": [16, 16, 16, 16], "depths": [1, 1, 1, 1]},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 9},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 9},
+    "sam_vision_model": {"global_attn_indexes": [1]},
+    "vibevoice_asr": {"acoustic_tokenizer_chunk_size": 3200},
+    "vibevoice_acoustic_tokenizer_encoder": {"num_filters": 4, "depths": [1, 1, 1, 1, 1, 1, 1]},
+    "wavtokenizer_encoder": {"codebook_dim": 64, "codebook_size": 16},
     # Sizes that must fit each other.
     "bamba": _STATE_HEADS,
     # Every layer counts twice: attention, then MLP.
@@ -76,11 +104,19 @@ HINTS: dict[str, dict[str, Any]] = {
     "mamba2": {"expand": 2, "head_dim": 32, "n_groups": 1},
     "mobilebert": {"embedding_size": 64, "true_hidden_size": 64, "intra_bottleneck_size": 64, "use_bottleneck": False},
     # Rotary sections are pairs of a head's numbers: 8, or 4 and 2 where a half or a quarter of it rotates.
+    "ernie4_5_vl_moe_text": {
+        "rope_parameters": _SECTIONS,
+        "moe_intermediate_size": [64, 64],
+    },
     "glm4v_moe_text": {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 2]}},
     "glm4v_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+    "glm_image_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+    "glm_image_vqmodel": {"num_embeddings": 16},
     "glm_ocr_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
     "hy_v4_vl_text": {"rope_parameters": {"mrope_section": [2, 1, 1]}},
+    "paddleocr_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
+    "qwen2_5_omni_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     "qwen2_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     # Several layers share one transformer, and transformers looks for the second one.

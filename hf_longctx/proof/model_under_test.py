@@ -24,7 +24,7 @@ from .tiny import CannotShrink, shrink, without_dropout
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-TASKS = ("causal-lm", "masked-lm", "encoder", "embedding")
+TASKS = ("causal-lm", "masked-lm", "multimodal-lm", "encoder", "embedding")
 KINDS = ("dense", "even", "padded", "packed")
 EMBEDDING_KINDS = ("packed", "shared")
 WRAPPERS = ("none", "ddp", "fsdp2")
@@ -81,7 +81,7 @@ class ModelUnderTest:
 
     Args:
         name (`str`): model type.
-        task (`str`): `"causal-lm"`, `"masked-lm"`, `"encoder"` or `"embedding"`.
+        task (`str`): `"causal-lm"`, `"masked-lm"`, `"multimodal-lm"` (on text alone), `"encoder"` or `"embedding"`.
         config (`PretrainedConfig`, *optional*): to build with; `None` if there is no tiny one.
         original (`PretrainedConfig`): as it was given.
         weights (`str`, *optional*): hub id or folder whose weights are taken, instead of random ones.
@@ -98,7 +98,7 @@ class ModelUnderTest:
     @property
     def shifts_labels(self) -> bool:
         """Whether labels are the inputs, of which each predicts the next."""
-        return self.task == "causal-lm" and not expects_unshifted_labels(self.original)
+        return self.task in ("causal-lm", "multimodal-lm") and not expects_unshifted_labels(self.original)
 
     @classmethod
     def of(
@@ -133,20 +133,21 @@ def validate_task(task: str | None, bidirectional: bool = False) -> None:
 
 
 def task_of(config: PretrainedConfig) -> str:
-    """What the model is for: as its `architectures` say, else masked before causal language model before encoder.
+    """What the model is for: as its `architectures` say, else masked before causal before multimodal language model
+    before encoder.
 
     Raises:
         ValueError: transformers has no text model of this type.
     """
     from transformers.models.auto import modeling_auto
 
-    causal, masked = (
-        dict(getattr(modeling_auto, name))
-        for name in ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_MASKED_LM_MAPPING_NAMES")
+    causal, masked, multimodal = (
+        dict(getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES"))
+        for name in ("CAUSAL_LM", "MASKED_LM", "MULTIMODAL_LM")
     )
     kind = config.model_type
     said = set(getattr(config, "architectures", None) or ())
-    for task, mapping in (("causal-lm", causal), ("masked-lm", masked)):
+    for task, mapping in (("causal-lm", causal), ("masked-lm", masked), ("multimodal-lm", multimodal)):
         if mapping.get(kind) in said:
             return task
     if kind in masked and not getattr(config, "is_encoder_decoder", False):
@@ -155,10 +156,13 @@ def task_of(config: PretrainedConfig) -> str:
         return "causal-lm"
     if kind in masked:
         return "masked-lm"
+    if kind in multimodal:
+        return "multimodal-lm"
     if kind in modeling_auto.MODEL_MAPPING_NAMES and hasattr(config.get_text_config(), "vocab_size"):
         return "encoder"
     raise ValueError(
-        f"transformers has no text model of type `{kind}`: give a causal or masked language model, or an encoder."
+        f"transformers has no text model of type `{kind}`: give a causal, masked or multimodal language model, or an "
+        "encoder."
     )
 
 

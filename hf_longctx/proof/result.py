@@ -88,7 +88,7 @@ class VerifyResult:
 
     Args:
         model (`str`): model type.
-        task (`str`): `"causal-lm"`, `"masked-lm"`, `"encoder"` or `"embedding"`.
+        task (`str`): `"causal-lm"`, `"masked-lm"`, `"multimodal-lm"`, `"encoder"` or `"embedding"`.
         world_size (`int`): processes.
         sequence_parallel_size (`int`): that share a row.
         rows (`tuple[RowsResult, ...]`): each kind of rows.

@@ -84,7 +84,7 @@ def shrink(config: PretrainedConfig, sequence_parallel_size: int = 2) -> Pretrai
 
 def _shrunk(config: PretrainedConfig, size: int, least_layers: int) -> PretrainedConfig:
     values = shrink_values(config.to_dict(), size, least_layers)
-    _merge(values, HINTS.get(config.model_type, {}))
+    _add_hints(values, config.model_type)
     try:
         return type(config).from_dict(values)
     except Exception as error:  # transformers validates in its own ways
@@ -122,6 +122,14 @@ def shrink_values(values: Mapping[str, Any], size: int, least_layers: int = 2) -
         if not isinstance(small[name], bool) and small[name] >= FIRST_TOKEN:
             small[name] = 3 + place % (FIRST_TOKEN - 3)
     return small
+
+
+def _add_hints(values: dict[str, Any], model_type: str) -> None:
+    """Set what is known of a type, and of the types of the configurations inside it."""
+    for value in values.values():
+        if isinstance(value, dict) and isinstance(value.get("model_type"), str):
+            _add_hints(value, value["model_type"])
+    _merge(values, HINTS.get(model_type, {}))
 
 
 def _merge(values: dict, hints: Mapping) -> None:

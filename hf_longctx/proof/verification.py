@@ -55,8 +55,8 @@ def verify(
         dtype (`str`, *optional*, defaults to `"float32"`): in which what exceeds its tolerance is decided in float64;
             or `"float64"`.
         full (`bool`, *optional*, defaults to `False`): take the model with its own size and weights, once a process.
-        task (`str`, *optional*): `"causal-lm"`, `"masked-lm"` or `"encoder"`, where a type is several. `"embedding"`:
-            compare a sentence-transformer, packed and shared, with the padded one.
+        task (`str`, *optional*): `"causal-lm"`, `"masked-lm"`, `"multimodal-lm"` (on text alone) or `"encoder"`, where
+            a type is several. `"embedding"`: compare a sentence-transformer, packed and shared, with the padded one.
         bidirectional (`bool`, *optional*, defaults to `False`): with `"embedding"`, a decoder without its causal mask.
         seconds (`float`, *optional*, defaults to 600): time limit.
 

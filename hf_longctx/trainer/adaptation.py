@@ -23,7 +23,7 @@ from ..attention.contamination import assert_no_cross_document
 from ..attention.registry import packs_rows
 from ..attention.unadapted import refuse_token_mixing
 from ..config.run import LongContextConfig
-from ..families import expects_unshifted_labels, first_position
+from ..families import expects_unshifted_labels, first_position, position_axes, text_marks
 from ..parallel.adapted import Adapted
 from ..parallel.mesh import SequenceMesh
 from ..tiny_check import random_tokens
@@ -64,7 +64,8 @@ def adapt(model: torch.nn.Module, mesh: SequenceMesh, *, inner_attention: str = 
     warn_about_draws(model, mesh.sequence_parallel_size)
     inner = unwrap(model)
     shifts, has_loss = predicts_next_token(inner), "labels" in inspect.signature(type(inner).forward).parameters
-    adapted = Adapted(mesh.sequence_parallel_size, inner_attention, shifts if has_loss else None)
+    axes = position_axes(inner.config)
+    adapted = Adapted(mesh.sequence_parallel_size, inner_attention, shifts if has_loss else None, axes)
     handle = attach_adapters(model, adapted)
     try:
         if runs_our_attention(model):
@@ -111,6 +112,7 @@ def _find_leaks(model, mesh: SequenceMesh, inner_attention: str, needs: SanityRe
         "input_ids": random_tokens(text.vocab_size, 1, int(sizes.sum())).to(device),
         "position_ids": torch.cat([start + torch.arange(size) for size in sizes])[None].to(device),
     }
+    batch |= text_marks(model.config, batch["input_ids"])
     ways: dict[str, dict[str, object]] = {"shard": {}}
     if mesh.sequence_parallel_size == 1:  # then batches may also go to the model as they are
         bounds = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32).to(device)

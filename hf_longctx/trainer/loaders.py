@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import seed_worker
 from transformers.utils import is_datasets_available
 
+from ..adapters.wrapped import unwrap
 from ..data.endless import endless_loader
 from ..data.evaluation_rows import evaluation_loader
 from ..data.packing.collator import fills_rows
 from ..data.shard_collator import ShardCollator
 from ..data.streams import is_stream, split_stream
+from ..families import position_axes
 from .checks import refuse_dispatcher
 from .packed_rows import pack_dataset
 
@@ -52,8 +54,13 @@ def build_loader(trainer, dataset, description: str, batch_size: int, sampler_fn
             dataset, batch_size, num_processes=mesh.data_parallel_size, process_index=mesh.data_parallel_rank
         )
     if trainer.shards_batches:
-        inner_attention, shift_labels = trainer.long_context.inner_attention, trainer.shifts_labels
-        collator = ShardCollator(collator, mesh, inner_attention=inner_attention, shift_labels=shift_labels)
+        collator = ShardCollator(
+            collator,
+            mesh,
+            inner_attention=trainer.long_context.inner_attention,
+            shift_labels=trainer.shifts_labels,
+            position_axes=position_axes(unwrap(trainer.model).config),
+        )
     arguments = {
         "batch_size": batch_size,
         "collate_fn": collator,

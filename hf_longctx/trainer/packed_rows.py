@@ -17,7 +17,9 @@ from ..attention.contamination import assert_no_cross_document
 from ..attention.unadapted import refuse_token_mixing
 from ..data.packing.collator import PackingCollator, fills_rows
 from ..data.packing.samplers import BalancedSampler
+from ..families import position_axes, text_marks
 from ..parallel.collectives import gather_integers
+from ..parallel.position_planes import text_positions
 from ..parallel.segments import PAD_SEGMENT, segment_rows
 from ..tiny_check import random_tokens
 
@@ -87,7 +89,8 @@ def check_packed_batch(trainer, inputs: dict[str, Any]) -> bool:
     sum over them as well, since all must then take part.
     """
     shard = inputs.get("sequence_shard")
-    segments = shard.segment_ids if shard is not None else _segments_of_batch(inputs)
+    axes = position_axes(unwrap(trainer.model).config)
+    segments = shard.segment_ids if shard is not None else _segments_of_batch(inputs, axes)
     lengths = [] if segments is None else _document_lengths(segments)
     packed = len(lengths) > 1
     sharded_weights = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
@@ -100,7 +103,7 @@ def check_packed_batch(trainer, inputs: dict[str, Any]) -> bool:
     check_peft(trainer.model, *PACKED_ROWS)
     refuse_token_mixing(type(unwrap(trainer.model)).__name__, unwrap(trainer.model).config)
     model = trainer.model_wrapped if trainer.is_fsdp_enabled else trainer.accelerator.unwrap_model(trainer.model)
-    batch = _miniature(trainer, inputs, lengths, unwrap(model).config.get_text_config().vocab_size)
+    batch = _miniature(trainer, inputs, lengths, unwrap(model).config)
     # The wrapper that shards the weights owns their backward.
     settings: dict[str, Any] = {"check_gradients": not sharded_weights}
     if shard is not None:
@@ -120,8 +123,9 @@ def packs_rows_of(inputs: dict[str, object]) -> bool:
     return segments is not None and bool(_document_lengths(segments))
 
 
-def _segments_of_batch(inputs: dict[str, Any]) -> torch.Tensor | None:
+def _segments_of_batch(inputs: dict[str, Any], axes: int = 0) -> torch.Tensor | None:
     """Documents of a batch that goes to the model's own attention."""
+    inputs = {**inputs, "position_ids": text_positions(inputs, axes) if axes else inputs.get("position_ids")}
     ids, *others = (inputs.get(name) for name in ("input_ids", "position_ids", "attention_mask"))
     given = [ids, *(x for x in others if x is not None)]
     if ids is None or not all(isinstance(x, torch.Tensor) and x.dim() == 2 for x in given):
@@ -140,22 +144,23 @@ def _document_lengths(segments: torch.Tensor) -> list[int]:
     return []
 
 
-def _miniature(trainer, inputs: dict[str, Any], lengths: list[int], vocabulary: int) -> dict[str, Any]:
+def _miniature(trainer, inputs: dict[str, Any], lengths: list[int], config: Any) -> dict[str, Any]:
     """A row of a few short documents, described in the way that `inputs` describes its own."""
     device, shard = inputs["input_ids"].device, inputs.get("sequence_shard")
     sizes = torch.tensor([min(length, _CHECKED_TOKENS) for length in lengths[:_CHECKED_DOCUMENTS]])
     total, bounds = int(sizes.sum()), torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).to(torch.int32).to(device)
-    batch = {"input_ids": random_tokens(vocabulary, 1, total).to(device)}
+    ids = random_tokens(config.get_text_config().vocab_size, 1, total).to(device)
+    batch = {"input_ids": ids, **text_marks(config, ids)}
     positions = inputs.get("position_ids")
     if positions is not None:
         # The earliest start: RoBERTa-likes do not count from 0, and from a later one a longer document could leave the
         # table of positions.
-        real = positions if shard is None else positions[:, : shard.num_local_tokens]
+        real = positions if shard is None else positions[..., : shard.num_local_tokens]
         start = int(real.min()) if real.numel() else torch.iinfo(torch.int64).max
         if shard is not None and shard.group is not None:
             start = min(gather_integers(start, shard.group))
         counts = torch.cat([start + torch.arange(size) for size in sizes])
-        batch["position_ids"] = counts[None].to(device)
+        batch["position_ids"] = counts.expand(*positions.shape[:-2], 1, -1).to(device)
     if "cu_seq_lens_q" in inputs or shard is not None:
         longest = int(sizes.max())
         batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}

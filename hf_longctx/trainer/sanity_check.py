@@ -23,7 +23,7 @@ from torch.distributed import DistError
 from ..adapters.rotary_lengths import lengths_forgotten
 from ..adapters.router_losses import asks_for_router_loss
 from ..adapters.wrapped import unwrap
-from ..families import first_position
+from ..families import first_position, text_marks
 from ..losses.token_mean import token_mean
 from ..parallel.collectives import gather_integers, gather_sequence
 from ..parallel.mesh import SequenceMesh
@@ -45,12 +45,14 @@ class SanityResult:
     Args:
         needs_position_ids (`bool`): the model would count positions on a share.
         loss_ignores_count (`bool`): its loss is a mean over its own tokens, whatever `num_items_in_batch` says.
+        drops_padding (`bool`): its loss leaves out targets that the mask says are padding.
         padding_predicts (`bool`): what the last of the padding on the left predicts is not what one process predicts.
         readers (`frozenset` of `int`): the `id` of every attention layer that read the shard.
     """
 
     needs_position_ids: bool = False
     loss_ignores_count: bool = False
+    drops_padding: bool = False
     padding_predicts: bool = False
     readers: frozenset[int] = frozenset()
 
@@ -63,9 +65,9 @@ class SanityResult:
             inputs (`dict`): this rank's share.
 
         Raises:
-            ValueError: there are no positions, or a padding token has a target.
+            ValueError: there are no positions, or a padding token has or is a target.
 
-        Communication: none, save 8 bytes a rank for a model of the second kind.
+        Communication: none, save 8 bytes a rank for a model of the last two kinds.
         """
         name = type(unwrap(model)).__name__
         if self.needs_position_ids and not shard.has_own_positions:
@@ -76,6 +78,13 @@ class SanityResult:
         if has_documents(shard.segment_ids):
             self.validate_first_positions(model, shard, inputs)
         targets, mask = inputs.get("shift_labels"), inputs.get("attention_mask")
+        if self.drops_padding and mask is not None and inputs.get("labels") is not None:
+            on_padding = int(((inputs["labels"] != IGNORE_INDEX) & (mask == 0)).sum())
+            if sum(gather_integers(on_padding, shard.group)):
+                raise ValueError(
+                    f"`labels` of padding are not -100, and the loss of `{name}` leaves them out by the mask, of "
+                    "which a rank sees its share: set them to -100."
+                )
         if not self.padding_predicts or targets is None or mask is None:
             return
         trained = int(((targets != IGNORE_INDEX) & (mask == 0)).sum())
@@ -97,7 +106,7 @@ class SanityResult:
         first = first_position(config) if self.needs_position_ids else 0
         if not first:
             return
-        positions = inputs["position_ids"][:, : shard.num_local_tokens]
+        positions = inputs["position_ids"][..., : shard.num_local_tokens]
         lowest = int(positions.min()) if positions.numel() else first
         if min(gather_integers(lowest, shard.group)) < first:
             kind = config.get_text_config().model_type
@@ -156,7 +165,7 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityRe
     if size == 1:
         refuse_nonfinite_outputs(model, name, local[valid])
     if size > 1 or "position_ids" in inspect.signature(type(unwrap(model)).forward).parameters:
-        positions = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1)
+        positions = torch.arange(valid.shape[1], device=valid.device).expand(len(valid), -1).contiguous()
         one_process = vectors_of(model(**batch, position_ids=positions))
         explicit = one_process[valid]
         needs_position_ids = _difference(vectors_of(model(**batch))[valid], explicit) > _noise(explicit)
@@ -174,8 +183,10 @@ def _compare(model, mesh, inner_attention, shift_labels, check_loss) -> SanityRe
             # Two kernels do not equal one kernel of transformers, and kernels disagree about what padding sees.
             kernels = {kernel for _, kernel, *_ in share["sequence_shard"].kernel_plans}
             padding_predicts = len(kernels) > 1 or not _difference(*padding) <= _noise(explicit)
-    ignores = check_loss and _loss_ignores_count(model, share, local.shape[-1], shift_labels)
-    return SanityResult(needs_position_ids, ignores, padding_predicts, readers)
+    ignores = drops = False
+    if check_loss:
+        ignores, drops = _loss_ignores_count(model, share, local.shape[-1], shift_labels)
+    return SanityResult(needs_position_ids, ignores, drops, padding_predicts, readers)
 
 
 def _validate_one_vector_a_token(local: torch.Tensor, name: str, size: int, num_tokens: int) -> None:
@@ -216,7 +227,7 @@ def _padded_rows(model, size: int) -> dict[str, torch.Tensor]:
     ids = random_tokens(vocabulary, 2, num_tokens)
     mask = torch.ones_like(ids)
     mask[1, : num_tokens // 3] = 0
-    batch = {"input_ids": ids, "attention_mask": mask}
+    batch = {"input_ids": ids, "attention_mask": mask, **text_marks(unwrap(model).config, ids)}
     return {key: value.to(device) for key, value in batch.items()}
 
 
@@ -249,8 +260,9 @@ def _validate_outputs(name: str, sharded, unaware, error: float, baseline_error:
     )
 
 
-def _loss_ignores_count(model, share: dict, num_classes: int, shift_labels: bool) -> bool:
-    """Whether the model averages over its own tokens, whatever `num_items_in_batch` says."""
+def _loss_ignores_count(model, share: dict, num_classes: int, shift_labels: bool) -> tuple[bool, bool]:
+    """Whether the model averages over its own tokens, whatever `num_items_in_batch` says; and whether it shifts
+    `labels` itself, whatever `shift_labels` says, and leaves out padding by the mask."""
     labels = (share["input_ids"] % num_classes).masked_fill(share["attention_mask"] == 0, IGNORE_INDEX)
     share = {**share, "labels": labels}
     if shift_labels:
@@ -264,7 +276,7 @@ def _loss_ignores_count(model, share: dict, num_classes: int, shift_labels: bool
     noise = max(_noise(outputs["logits"]), 1e-3)
     counted = token_mean(outputs, targets, 10.0)
     if torch.allclose(loss.float(), counted, rtol=noise, atol=noise):
-        return False
+        return False, False
     averaged = token_mean(outputs, targets)
     if adds_router_loss:
         raise NotImplementedError(
@@ -273,7 +285,12 @@ def _loss_ignores_count(model, share: dict, num_classes: int, shift_labels: bool
             "`compute_loss_func`."
         )
     if torch.allclose(loss.float(), averaged, rtol=noise, atol=noise) or not (targets != IGNORE_INDEX).any():
-        return True
+        return True, False
+    if shift_labels:
+        own_targets = labels[:, 1:]
+        own = token_mean({"logits": outputs["logits"][:, :-1]}, own_targets)
+        if torch.allclose(loss.float(), own, rtol=noise, atol=noise) or not (own_targets != IGNORE_INDEX).any():
+            return True, True
     raise NotImplementedError(
         f"the loss of `{type(unwrap(model)).__name__}` ({float(loss):.4f}) is not the mean cross entropy of its "
         f"tokens ({float(averaged):.4f}), so shards cannot add up to it: pass a `compute_loss_func` that divides a "

@@ -13,7 +13,12 @@ from hf_longctx.proof.result import EXACT, REFUSED, UNBUILDABLE, WORST_FIRST, WR
 # Of a loop that does not call `adapt`.
 _BARE = {EXACT: "exact", WRONG: "**unnoticed**", REFUSED: "refused", UNBUILDABLE: ""}
 WORDS = {EXACT: "exact", WRONG: "**wrong**", REFUSED: "refused", UNBUILDABLE: "not buildable"}
-_TASKS = {"causal-lm": "Causal language models", "masked-lm": "Masked language models", "encoder": "Encoders"}
+_TASKS = {
+    "causal-lm": "Causal language models",
+    "masked-lm": "Masked language models",
+    "multimodal-lm": "Multimodal language models",
+    "encoder": "Encoders",
+}
 _KINDS = KINDS
 
 
@@ -95,6 +100,7 @@ def _preface(versions: dict[str, str]) -> list[str]:
         "neither the attention layers nor the batch show it. It was run on even and packed rows of two processes, and",
         "on packed rows of one.",
         "",
+        "Multimodal models are proven on rows of text alone, marked as text where the model asks.",
         "Encoders are listed where transformers has no language model head for them: types of its plain mapping whose",
         "configuration has a vocabulary of its own, is no encoder-decoder, and names no other input than text.",
         "",

@@ -35,18 +35,35 @@ from .terminal import Terminal
 ROOT = Path(__file__).parents[2]
 SIZE = 2
 SECONDS_A_TYPE = 300.0
+# Of the multimodal types, those that are trained on text; `--multimodal` sweeps all, in two more minutes.
+MULTIMODAL = frozenset(
+    "aria aya_vision cohere2_vision deepseek_vl ernie4_5_vl_moe glm4v glm4v_moe granite4_vision idefics3 internvl janus "
+    "kimi_k25 lfm2_vl llava llava_next llava_onevision mistral3 mllama molmo2 ovis2 paddleocr_vl paligemma "
+    "qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl "
+    "qwen3_vl_moe smolvlm voxtral".split()
+)
 
 
-def models_under_test() -> list[tuple[str, str]]:
+def models_under_test(every_multimodal: bool = False) -> list[tuple[str, str]]:
     """`(task, model type)` of everything that is swept.
 
-    Every causal and every masked language model, and those encoders that have no language model head: types of the
-    transformers' plain mapping in neither of the two, whose configuration has a vocabulary of its own and describes no
-    encoder-decoder and no other input than text.
+    Every causal and every masked language model, multimodal ones that are not among them (the known ones, or every),
+    and those encoders that have no language model head: types of the transformers' plain mapping in neither of the
+    two, whose configuration has a vocabulary of its own and describes no encoder-decoder and no other input than text.
     """
     causal, masked = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     rest = [name for name in modeling_auto.MODEL_MAPPING_NAMES if name not in causal and name not in masked]
-    tasks = {"causal-lm": list(causal), "masked-lm": list(masked), "encoder": [n for n in rest if _reads_text(n)]}
+    multimodal = modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    tasks = {
+        "causal-lm": list(causal),
+        "masked-lm": list(masked),
+        "multimodal-lm": [
+            name
+            for name, model in multimodal.items()
+            if causal.get(name) != model and (every_multimodal or name in MULTIMODAL)
+        ],
+        "encoder": [name for name in rest if _reads_text(name)],
+    }
     return [(task, name) for task, names in tasks.items() for name in names]
 
 
@@ -150,6 +167,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Sweep, write the pages, and say what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--types", nargs="*", help="only these model types; the pages are not written")
+    parser.add_argument("--multimodal", action="store_true", help="every multimodal type; the pages are not written")
     parser.add_argument("--resume", action="store_true", help="keep what the records already have for these versions")
     parser.add_argument("--redo", nargs="*", default=(), help="with --resume: outcomes or types to prove again")
     parser.add_argument("--records", type=Path, default=ROOT / "runs" / "conformance.jsonl")
@@ -161,8 +179,10 @@ def main(arguments: list[str] | None = None) -> int:
     committed = options.pages / "conformance.json"
     before = json.loads(committed.read_text())["models"] if committed.exists() else []
     with Terminal() as terminal:
-        every = models_under_test()
+        every = models_under_test(options.multimodal)
         wanted = [item for item in every if not options.types or item[1] in options.types]
+        if options.multimodal:
+            wanted = [item for item in wanted if item[0] == "multimodal-lm"]
         done = _read(options.records, versions, options.redo) if options.resume else []
         done = [record for record in done if (record["task"], record["type"]) in wanted]
         _rewrite(options.records, versions, done)
@@ -176,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(results)} models in {time.perf_counter() - began:.0f} s")
     for problem in problems:
         print(f"FAILED: {problem}")
-    if not options.types:
+    if not options.types and not options.multimodal:
         write_pages(options.pages, results, versions["versions"])
     return 1 if problems else 0
 

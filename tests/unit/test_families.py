@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForMultimodalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_MAPPING,
+)
 
 import hf_longctx
 from hf_longctx import families
@@ -161,6 +165,90 @@ def test_no_other_modeling_file_reads_a_length():
     assert all(found[pattern] <= names for pattern, names in READS_LENGTHS.items()), found
 
 
+WHOLE_MODELS = {
+    name: (f"{name.removesuffix('_text')}_thinker",) for name in ("qwen2_5_omni_text", "qwen3_omni_moe_text")
+}
+
+
+def text_model(kind: str) -> torch.nn.Module:
+    if kind not in CONFIG_MAPPING_NAMES:
+        pytest.skip(f"this version of transformers has no `{kind}`")
+    torch.manual_seed(0)
+    config = CONFIG_MAPPING[kind]()
+    if type(config) not in MODEL_MAPPING:  # it is a part of another
+        whole = next(name for name in WHOLE_MODELS.get(kind, (kind.removesuffix("_text"),)) if name in CONFIG_MAPPING)
+        config = CONFIG_MAPPING[whole]()
+        auto = AutoModel if type(config) in MODEL_MAPPING else AutoModelForMultimodalLM
+        model = auto.from_config(shrink(config), dtype=torch.float32)
+        parts = [part for part in model.modules() if getattr(part, "config", None) is not None]
+        model = next(part for part in parts if part.config.model_type == kind and hasattr(part, "rotary_emb"))
+    else:
+        model = AutoModel.from_config(shrink(config), dtype=torch.float32)
+    model.eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+@pytest.mark.parametrize("kind", sorted(families.POSITION_AXES))
+def test_positions_have_a_plane_for_each_axis_or_one_more_for_the_text(kind):
+    model = text_model(kind)
+    rows, axes = ROW.repeat(3, 2), families.position_axes(model.config)
+    tokens = rows.shape[1]
+    counted = torch.arange(tokens).expand(3, -1)
+    other = counted + 3 * torch.arange(axes).view(axes, 1, 1) * (counted > 2)
+
+    def outputs(positions):
+        with torch.no_grad():
+            return model(input_ids=rows, position_ids=positions, use_cache=False)[0]
+
+    expected, moved = outputs(counted), outputs(other)
+    assert axes >= 3 and not torch.allclose(moved, expected), "every axis has a plane of its own"
+    same = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(outputs(counted.expand(axes, 3, tokens)), expected, **same)
+    if kind in families.NO_TEXT_PLANE:
+        if kind != "cosmos3_edge_text":  # which takes it in later versions
+            with pytest.raises(ValueError):
+                outputs(counted.expand(axes + 1, 3, tokens))
+        return
+    torch.testing.assert_close(outputs(counted.expand(axes + 1, 3, tokens)), expected, **same)
+    torch.testing.assert_close(outputs(torch.cat([counted[None], other])), moved, **same)
+
+
+def test_only_models_of_the_table_have_planes_of_positions():
+    """Of those that make a plane of text positions, all but those of two detectors, whose texts are short prompts."""
+    folder = Path(transformers.__file__).parent / "models"
+    found = {path.parent.name for path in folder.glob("*/modeling_*.py") if b"text_position_ids" in path.read_bytes()}
+    known = {kind.removesuffix("_text") for kind in families.POSITION_AXES}
+    assert found - known == {"grounding_dino", "mm_grounding_dino"}
+
+
+MARKED = {
+    "molmo2": "is required as a model input when training",
+    "paligemma": None,  # without marks, tokens of unpadded rows see later ones
+}
+
+
+@pytest.mark.parametrize("kind", sorted(families.TEXT_MARKS))
+def test_a_batch_of_text_says_so_where_the_model_asks(kind):
+    assert MARKED.keys() == families.TEXT_MARKS.keys()
+    if kind not in CONFIG_MAPPING_NAMES:
+        pytest.skip(f"this version of transformers has no `{kind}`")
+    torch.manual_seed(0)
+    model = AutoModelForMultimodalLM.from_config(shrink(CONFIG_MAPPING[kind]()), attn_implementation="sdpa")
+    rows = ROW.repeat(1, 2)
+    marks = families.text_marks(model.config, rows)
+    logits = [model(input_ids=ids, **marks).logits for ids in (rows, rows.clone().index_fill(1, torch.tensor([7]), 9))]
+    torch.testing.assert_close(logits[0][:, :7], logits[1][:, :7])  # causal
+    if MARKED[kind] is not None:
+        with pytest.raises(ValueError, match=MARKED[kind]):
+            model(input_ids=rows)
+        return
+    changed = rows.clone().index_fill(1, torch.tensor([7]), 9)
+    assert not torch.allclose(model(input_ids=rows).logits[:, :7], model(input_ids=changed).logits[:, :7])
+
+
 @pytest.mark.parametrize("kind", [*sorted(families.UNSHIFTED_LABELS), "llama"])
 def test_labels_are_unshifted_where_the_table_says_so(kind):
     model = tiny(kind)
@@ -219,7 +307,9 @@ def test_fields_of_experts_and_names_of_multimodal_inputs_are_transformers_own()
     configurations, models = sources("configuration"), sources("modeling")
     for field in families.EXPERTS_PER_TOKEN:
         assert re.search(rf"\b{field}\b", configurations), field
-    for name in families.MULTIMODAL_INPUTS:
+    for name in set(families.MULTIMODAL_INPUTS) - (
+        {"mm_encoder_outputs"} if "mm_encoder_outputs:" not in models else set()
+    ):
         assert re.search(rf"^        \w*{name}\w*: ", models, re.MULTILINE), name
 
 

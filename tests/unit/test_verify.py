@@ -248,7 +248,7 @@ def test_a_type_that_got_worse_is_told():
         (["qwen3", "--wrapper", "fsdp"], 2, "`wrapper` ('fsdp') must be one of none, ddp, fsdp2"),
         (["qwen3", "--dtype", "bfloat16"], 2, "`dtype` ('bfloat16') must be one of float32, float64; half precision"),
         (["qwen3", "--inner_attention", "spda"], 2, "`inner_attention` ('spda') is not a kernel"),
-        (["qwen3", "--task", "chat"], 2, "`task` ('chat') must be one of causal-lm, masked-lm, encoder"),
+        (["qwen3", "--task", "chat"], 2, "`task` ('chat') must be one of causal-lm, masked-lm, multimodal-lm, e"),
         (["qwen3", "--sequence_parallel_size", "1", "--wrapper", "ddp"], 2, "but there is 1: set"),
         (["qwen3", "--json", "."], 2, "`--json` (.) is a folder"),
         (["qwen3", "--json", "no/such.json"], 2, "the folder of `--json` (no/such.json) does not exist"),
