@@ -37,8 +37,8 @@ SIZE = 2
 SECONDS_A_TYPE = 300.0
 # Of the multimodal types, those that are trained on text; `--multimodal` sweeps all, in two more minutes.
 MULTIMODAL = frozenset(
-    "aria aya_vision cohere2_vision deepseek_vl ernie4_5_vl_moe glm4v glm4v_moe granite4_vision idefics3 internvl janus "
-    "kimi_k25 lfm2_vl llava llava_next llava_onevision mistral3 mllama molmo2 ovis2 paddleocr_vl paligemma "
+    "aria aya_vision cohere2_vision deepseek_vl ernie4_5_vl_moe glm4v glm4v_moe granite4_vision idefics3 internvl "
+    "janus kimi_k25 lfm2_vl llava llava_next llava_onevision mistral3 mllama molmo2 ovis2 paddleocr_vl paligemma "
     "qwen2_5_omni_thinker qwen2_5_vl qwen2_audio qwen2_vl qwen3_5 qwen3_5_moe qwen3_omni_moe_thinker qwen3_vl "
     "qwen3_vl_moe smolvlm voxtral".split()
 )
