@@ -98,9 +98,10 @@ class Pair:
     def __init__(self, tested: ModelUnderTest, setting: Setting, dtype: str) -> None:
         self.tested, self.setting, self.dtype = tested, setting, dtype
         self.unsharded = self._unsharded_model()
-        self.vocabulary = getattr(self.unsharded.config.get_text_config(), "vocab_size", None)
-        if self.vocabulary is None:
+        text: Any = self.unsharded.config.get_text_config()
+        if not hasattr(text, "vocab_size"):
             raise Outcome(UNBUILDABLE, "its configuration has no `vocab_size`, so it reads more than rows of tokens")
+        self.vocabulary = text.vocab_size
         self.references: dict[str, Numbers] = {}
         self.needs = SanityResult()
         self.start: int | None = 0

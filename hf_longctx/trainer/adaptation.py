@@ -82,6 +82,18 @@ def adapt(model: torch.nn.Module, mesh: SequenceMesh, *, inner_attention: str = 
     return handle
 
 
+def _count_whole_steps(trainer) -> None:
+    """Let the trainer count the tokens of a step for the loss, also where the model's class says that it takes none.
+
+    transformers says so of multimodal models (`accepts_loss_kwargs`), whose loss would average over a share, as SFT's
+    would. The sanity check looks at what the model's own does with the count.
+    """
+    parameters = inspect.signature(type(unwrap(trainer.model)).forward).parameters.values()
+    takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    if trainer.mesh.sequence_parallel_size > 1 and takes_more:
+        trainer.model_accepts_loss_kwargs = True
+
+
 def predicts_next_token(model) -> bool:
     """Whether the loss of a transformers model compares each token with the label of the next one."""
     if expects_unshifted_labels(model.config):
@@ -147,6 +159,7 @@ def adapt_model(trainer) -> bool:
     if not runs_our_attention(trainer.model):
         return False
     attach_adapters(trainer.model)
+    _count_whole_steps(trainer)
     own_loss = trainer.uses_model_loss and trainer.compute_loss_func is None and trainer.label_smoother is None
     if own_loss and expects_unshifted_labels(unwrap(trainer.model).config):
         trainer._loss_shifts_labels = False  # transformers looks at the loss's name, which these models do not call

@@ -8,7 +8,6 @@ and compared when a run starts and on every batch; see `loss_check.py`, `step_ch
 
 from __future__ import annotations
 
-import inspect
 from functools import cached_property
 from typing import Any
 
@@ -55,7 +54,6 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
     accelerator: Any  # this and the next two of the library's trainer
     compute_loss_func: Any
     label_smoother: Any
-    model_accepts_loss_kwargs: bool
     _loss_shifts_labels: bool
     configs = TRAINERS["LongContextTrainer"]
     _sanity: SanityResult | None = None
@@ -76,7 +74,6 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
 
     def prepare_model(self) -> None:
         self.shards_batches = adapt_model(self)
-        self._count_whole_steps()
         check_collator(self)
         self._wrap_losses()
         apply_memory(self, self._preset)
@@ -87,17 +84,6 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
             tile_trainer_loss(self, self._preset)
         self.share_watch.attach(self)
         self._proven = facts_of_run(self)
-
-    def _count_whole_steps(self) -> None:
-        """Count the tokens of the step for the loss, also where the model's class says that it takes no count.
-
-        transformers says so of multimodal models (`accepts_loss_kwargs`), whose loss then averages over a share, as
-        SFT's does. The sanity check looks at what the model's own does with the count.
-        """
-        parameters = inspect.signature(type(unwrap(self.model)).forward).parameters.values()
-        takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-        if self.shards_batches and self.mesh.sequence_parallel_size > 1 and takes_more:
-            self.model_accepts_loss_kwargs = True
 
     def start_run(self) -> None:
         """Prepare and prove again what is not what was proven, before the loaders of a run are made."""

@@ -289,3 +289,4 @@ def test_the_committed_page_has_nothing_wrong_and_every_refusal_has_a_sentence()
         assert f"| `{model['type']}` |" in page
         exact[model["task"]] += outcomes == {"exact"}
     assert exact["causal-lm"] >= 110 and exact["masked-lm"] >= 25 and exact["encoder"] >= 15
+    assert exact["multimodal-lm"] >= 30
