@@ -21,6 +21,7 @@ from hf_longctx.adapters.tiled_mlp import tile_mlp
 from .lengths import build_with_lengths
 from .models import VOCAB, build
 from .own_attention import keeps_apart, model_of
+from .recurrent import build_hybrid
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,22 @@ def _is_flat(model) -> bool:
     return is_packed(model) and flat
 
 
+def _hybrid():
+    return build_hybrid("packed", dtype=torch.float32)
+
+
+def _keeps_apart(model) -> bool:
+    """Whether the documents of a packed row are what they are alone."""
+    if not _follows(model):
+        return False
+    batch, start, alone = _packed_row(), 0, []
+    for length in (9, 1, 13):
+        document = batch["input_ids"][:, start : start + length]
+        alone.append(model(input_ids=document, use_cache=False).logits)
+        start += length
+    return torch.allclose(model(**batch).logits, torch.cat(alone, dim=1), rtol=1e-4, atol=1e-4)
+
+
 class _FinalNorm(InstancePatch):
     """The example of CONTRIBUTING.md: the last norm of a model gets its tokens in float32."""
 
@@ -177,6 +194,10 @@ ADAPTERS = {
         lambda model: model(input_ids=_packed_row()["input_ids"]).logits,
         keeps_apart,
     ),
+    "recurrent layers": Adapter(
+        _hybrid, attach_adapters, lambda model: model.get_decoder().layers[0].conv, _whole_row, _keeps_apart
+    ),
+    "rows of the forward": Adapter(_hybrid, attach_adapters, lambda model: model, _whole_row, _keeps_apart),
     "tiled loss": Adapter(
         lambda: build("llama", "sdpa").eval(),
         lambda model: tile_loss(model, 5),

@@ -47,6 +47,10 @@ def config_of(name: str, **changes):
         "bart": (tf.BartConfig, decoder),
         "marian": (tf.MarianConfig, {**decoder, "decoder_start_token_id": 1}),
         "llama": (tf.LlamaConfig, _BASE),
+        "lfm2": (
+            tf.Lfm2Config,
+            {**_BASE, "layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False},
+        ),
         "gpt2": (tf.GPT2Config, {**gpt2, **no_dropout}),
         "qwen3": (tf.Qwen3Config, {**_BASE, "head_dim": 8}),
         "mistral": (tf.MistralConfig, {**_BASE, "sliding_window": 5}),

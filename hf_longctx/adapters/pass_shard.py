@@ -23,7 +23,8 @@ import torch
 from transformers import PreTrainedModel
 
 from ..attention.cache_names import find_cache
-from ..attention.call_documents import shard_of_forward
+from ..attention.call_documents import TOKEN_NAMES, document_facts, shard_of_forward, shard_of_rows
+from ..attention.registry import find_attention
 from ..parallel.shard import SequenceShard
 from .instance_forward import InstancePatch, named_arguments, patches_on, put_on
 
@@ -44,6 +45,7 @@ class ForwardRows:
         positions (`torch.Tensor`, *optional*): the `position_ids` of these tokens.
         has_cache (`bool`): the caller passed a cache.
         attention (`str`, *optional*): the `attn_implementation` that the model runs.
+        is_cut (`bool`): the shard came with the batch; otherwise documents were read from what the model got.
     """
 
     shard: SequenceShard | None
@@ -51,6 +53,7 @@ class ForwardRows:
     positions: torch.Tensor | None
     has_cache: bool
     attention: str | None = None
+    is_cut: bool = False
 
     @property
     def is_shared(self) -> bool:
@@ -124,7 +127,20 @@ def _read(module: torch.nn.Module, given: dict[str, Any]) -> ForwardRows:
     has_cache = find_cache(given) is not None
     config: Any = module.config
     attention = config.get_text_config()._attn_implementation
-    return ForwardRows(shard_of_forward(module, given), padding, positions, has_cache, attention)
+    is_cut = given.get("sequence_shard") is not None
+    if padding is not None and not is_cut and not has_cache:
+        _validate_one_document(given, attention, padding)
+    return ForwardRows(shard_of_forward(module, given), padding, positions, has_cache, attention, is_cut)
+
+
+def _validate_one_document(given: dict[str, Any], attention: str | None, padding: torch.Tensor) -> None:
+    """Raise `ValueError` for documents next to a mask, as attention does: a model may have no layer of it."""
+    tokens = next((given[name] for name in TOKEN_NAMES if given.get(name) is not None), None)
+    if tokens is None or find_attention(attention) is None:
+        return
+    rows, num_tokens = tokens.shape[:2]
+    if facts := document_facts(given, num_tokens):
+        shard_of_rows({**facts, "attention_mask": padding}, rows, num_tokens, tokens.device)
 
 
 @contextlib.contextmanager

@@ -20,11 +20,12 @@ import torch
 from .instance_forward import InstancePatch
 
 
-def rebind(function: Callable, replacements: Mapping[str, Callable]) -> FunctionType:
+def rebind(function: Callable, replacements: Mapping[str, Callable]) -> Callable:
     """The same function, calling other functions under some of its global names.
 
     Args:
-        function (`Callable`): a plain function of a class, as it was written or decorated with `functools.wraps`.
+        function (`Callable`): a function of a class, bound or not, as it was written or decorated with
+            `functools.wraps`, also on an instance.
         replacements (`Mapping[str, Callable]`): by global name, what it calls from now on.
 
     Returns:
@@ -33,6 +34,8 @@ def rebind(function: Callable, replacements: Mapping[str, Callable]) -> Function
     Raises:
         NotImplementedError: it does not call a function of that name, or a decorator hides its code.
     """
+    if isinstance(function, MethodType):
+        return MethodType(rebind(function.__func__, replacements), function.__self__)
     if not isinstance(function, FunctionType):
         raise NotImplementedError(
             f"`forward` is a `{type(function).__name__}` here and no function of transformers, so what it calls "
@@ -89,8 +92,14 @@ class RebindPatch(InstancePatch):
         """Call the forward of the class with these replacements."""
         if not replacements:
             return own(*args, **kwargs)
-        function = own.__func__ if isinstance(own, MethodType) else own
-        return rebind(function, replacements)(module, *args, **kwargs)
+        return _run_rebound(own, replacements, *args, **kwargs)
+
+
+@torch.compiler.disable
+def _run_rebound(own: Callable, replacements: Mapping[str, Callable], *args, **kwargs):
+    """Never traced: a compiler puts names of its own into the globals of the code that it compiled once, and finds
+    other globals here the next time."""
+    return rebind(own, replacements)(*args, **kwargs)
 
 
 def _copy(function: FunctionType, names: dict[str, Any], closure: tuple | None) -> FunctionType:

@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from ..families import SHARDED_LAYERS, position_axes
+from ..families import SHARDED_LAYERS, TOKEN_LAYERS, position_axes
+from ..parallel.adapted import is_marked
 from ..parallel.collectives import gather_sequence
 from ..parallel.mesh import SequenceMesh
 from ..parallel.position_planes import text_positions
@@ -157,11 +158,16 @@ def _remedy(model: Any) -> str:
             "shared, without a cache and without an `attention_mask`"
         )
     kinds = getattr(text, "layer_types", None) or getattr(text, "layers_block_type", None) or []
-    other = sorted({str(kind) for kind in kinds if kind not in SHARDED_LAYERS})
-    named = f", of type {', '.join(other)}," if other else ""
+    other = sorted({str(kind) for kind in kinds if kind not in (*SHARDED_LAYERS, *TOKEN_LAYERS)})
+    mixes = f"layers of type {', '.join(other)} carry a state from one to the next" if other else "another layer mixes"
+    advice = (
+        ""
+        if any(is_marked(module) for module in model.modules())
+        else "call `hf_longctx.adapt(model, mesh)` before, or "
+    )
     return (
-        f"its attention, {text._attn_implementation!r}, keeps them apart, so another layer{named} mixes them: pad "
-        "documents instead of packing them for this model"
+        f"its attention, {text._attn_implementation!r}, keeps them apart, so {mixes}{'' if other else ' them'}: "
+        f"{advice}pad documents instead of packing them for this model"
     )
 
 

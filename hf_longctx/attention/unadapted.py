@@ -27,8 +27,8 @@ def validate_config(name: str, config, layers: Sequence[str] | None = None) -> N
     Args:
         name (`str`): of the model or layer, for the message.
         config (`PretrainedConfig`): of the whole model, or of its text part.
-        layers (`Sequence[str]`, *optional*): kinds of layers whose state no adapter carries from rank to rank; unset,
-            all that have one.
+        layers (`Sequence[str]`, *optional*): kinds of layers whose state no adapter carries from rank to rank, with
+            their classes; unset, all kinds that have a state.
 
     Raises:
         NotImplementedError: an encoder-decoder, or layers that mix tokens in their own way or have a state along the
@@ -42,9 +42,11 @@ def validate_config(name: str, config, layers: Sequence[str] | None = None) -> N
     refuse_token_mixing(name, config)
     other = layers_with_state(config) if layers is None else layers
     if other:
+        remedy = f"{_REMEDY}, or " if layers is None else "add an adapter in `adapters/recurrent/layers.py`, or "
         raise NotImplementedError(
             f"`{name}` has layers of type {', '.join(other)}, whose state runs along the sequence and would start "
-            "anew on every rank: set `sequence_parallel_size` to 1, or choose a model with attention layers only."
+            f"anew on every rank{'' if layers is None else ', since no adapter carries it on'}: {remedy}set "
+            "`sequence_parallel_size` to 1."
         )
 
 

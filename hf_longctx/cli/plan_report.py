@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ _SHORT_NAMES = {
     "mlp": "MLP",
     "workspace": "work",
 }
-_COLORS = ("#264653", "#2a9d8f", "#8ab17d", "#e9c46a", "#f4a261", "#e76f51", "#9d4edd", "#adb5bd")
+_COLORS = ("#264653", "#2a9d8f", "#8ab17d", "#e9c46a", "#f4a261", "#577590", "#e76f51", "#9d4edd", "#adb5bd")
 _ACCELERATE = {"ddp": "recipes/accelerate/ddp_1node.yaml", "fsdp2": "recipes/accelerate/fsdp2_8gpu.yaml"}
 
 
@@ -115,7 +116,9 @@ def print_cells(console: Console, cells: list[Cell], best: Cell | None, target: 
     """The breakdown of every preset and number of ranks, in GiB of one GPU."""
     shown = f"rows of {target:,} tokens" if target else "the longest row of each line"
     console.print(f"GiB of one GPU at the fullest moment of a step, for {shown}:")
-    names = [_SHORT_NAMES.get(kind, kind) for kind in DEVICE_KINDS]
+    has_recurrent = "recurrent" in _kinds_of([cell.breakdown for cell in cells])
+    kinds = [kind for kind in DEVICE_KINDS if kind != "recurrent"]  # one more column would not fit a terminal
+    names = [_SHORT_NAMES.get(kind, kind) for kind in kinds]
     look = {"box": box.SIMPLE, "padding": 0} if console.is_terminal else {"box": None, "padding": (0, 1, 0, 0)}
     table = Table(show_edge=False, **look)
     for name in ("", "preset", "P"):
@@ -128,7 +131,7 @@ def print_cells(console: Console, cells: list[Cell], best: Cell | None, target: 
         row = ["-"] * (len(names) + 4)
         if cell.breakdown is not None:
             amounts = [
-                *(getattr(cell.breakdown, kind) for kind in DEVICE_KINDS),
+                *(_shown_bytes(cell.breakdown, kind) for kind in kinds),
                 cell.breakdown.device,
                 cell.breakdown.cpu,
             ]
@@ -136,16 +139,31 @@ def print_cells(console: Console, cells: list[Cell], best: Cell | None, target: 
         table.add_row(mark, cell.preset.name, str(cell.size), *row, f"{cell.longest:,}", style=style)
     console.print(table)
     console.print(
-        "P: GPUs that share a row · grads: gradients · optim: optimizer · hidden: hidden states · attn: attention · "
-        "work: workspace\nall: of one GPU · cpu: of one node · PFLOP and sec: of one row · longest: tokens of the "
-        "longest row that fits",
+        "P: GPUs that share a row · grads: gradients · optim: optimizer · hidden: hidden states · attn: attention"
+        f"{' and recurrent layers' if has_recurrent else ''} · work: workspace\n"
+        "all: of one GPU · cpu: of one node · PFLOP and sec: of one row · longest: tokens of the longest that fits",
         style="dim",
     )
+    if has_recurrent and (cell := best or cells[-1]).breakdown is not None:
+        console.print(
+            f"recurrent layers are {_format_gib(cell.breakdown.recurrent)} GiB of attn in '{cell.preset.name}' with "
+            f"{cell.size} GPUs a row, with the states and last tokens that these exchange"
+        )
     if best is not None:
         console.print(
             f"-> '{best.preset.name}' with {best.size} GPUs a row fits {best.longest:,} tokens; compared with the "
             f"preset before, it costs {best.preset.price}"
         )
+
+
+def _shown_bytes(breakdown: MemoryBreakdown, kind: str) -> int:
+    """Of a column; recurrent layers stand with attention."""
+    return getattr(breakdown, kind) + (breakdown.recurrent if kind == "attention" else 0)
+
+
+def _kinds_of(breakdowns: Sequence[MemoryBreakdown | None]) -> list[str]:
+    """What is shown: without recurrent layers where the model has none."""
+    return [kind for kind in DEVICE_KINDS if kind != "recurrent" or any(b and b.recurrent for b in breakdowns)]
 
 
 def _format_gib(amount: int) -> str:
@@ -165,7 +183,10 @@ def draw_plan(path: Path, planner: Planner, cells: list[Cell], shown: Cell, devi
     breakdowns = [planner.breakdown(shown.settings.of(tokens=length)) for length in lengths]
     labels = [format_tokens(length) for length in lengths]
     bottom = [0.0] * len(lengths)
+    shown_kinds = _kinds_of(breakdowns)
     for kind, color in zip(DEVICE_KINDS, _COLORS):
+        if kind not in shown_kinds:
+            continue
         heights = [getattr(breakdown, kind) / GIB for breakdown in breakdowns]
         left.bar(labels, heights, bottom=bottom, color=color, label=_NAMES.get(kind, kind))
         bottom = [low + height for low, height in zip(bottom, heights)]

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from .heads import HeadSplit
+from .imaginary import ImaginaryRanks, place_in
 from .stopwatch import Stopwatch
 
 
@@ -170,8 +171,9 @@ def _exchange(
         buffer[offset : offset + part.numel()].view(part.shape).copy_(part)
         offset += part.numel()
     received = buffer.new_empty(sum(receive_sizes))
-    with contextlib.nullcontext() if stopwatch is None else stopwatch.measure(buffer.device):
-        dist.all_to_all_single(received, buffer, receive_sizes, send_sizes, group=group)
+    if not isinstance(group, ImaginaryRanks):
+        with contextlib.nullcontext() if stopwatch is None else stopwatch.measure(buffer.device):
+            dist.all_to_all_single(received, buffer, receive_sizes, send_sizes, group=group)
     return list(received.split(receive_sizes))
 
 
@@ -194,7 +196,7 @@ class _SumOverSequence(torch.autograd.Function):
 class _SequenceToHeads(torch.autograd.Function):
     @staticmethod
     def forward(ctx, split: HeadSplit, group, stopwatch, *tensors):
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        rank, size = place_in(group)
         ctx.split, ctx.group, ctx.stopwatch, ctx.rank, ctx.size = split, group, stopwatch, rank, size
         ctx.shapes = [tensor.shape for tensor in tensors]
         send = [[x[:, slice(*r[peer])] for x, r in zip(tensors, _ranges(split))] for peer in range(size)]
@@ -230,7 +232,7 @@ class _SequenceToHeads(torch.autograd.Function):
 class _HeadsToSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, split: HeadSplit, group, stopwatch, output):
-        rank, size = dist.get_rank(group), dist.get_world_size(group)
+        rank, size = place_in(group)
         ctx.split, ctx.group, ctx.stopwatch, ctx.rank, ctx.size = split, group, stopwatch, rank, size
         rows, tokens, _, head_size = output.shape
         tokens //= size

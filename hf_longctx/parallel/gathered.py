@@ -11,10 +11,13 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from .imaginary import ImaginaryRanks, place_in
 from .stopwatch import Stopwatch
 
 
-def gather_shares(local: torch.Tensor, group: dist.ProcessGroup, stopwatch: Stopwatch | None = None) -> torch.Tensor:
+def gather_shares(
+    local: torch.Tensor, group: dist.ProcessGroup | ImaginaryRanks, stopwatch: Stopwatch | None = None
+) -> torch.Tensor:
     """Every rank's tensor of one shape `S`, in rank order.
 
     Args:
@@ -45,17 +48,20 @@ class _GatherShares(torch.autograd.Function):
     def forward(ctx, local, group, stopwatch):
         ctx.group, ctx.stopwatch = group, stopwatch
         local = local.contiguous()
-        gathered = local.new_empty(dist.get_world_size(group), *local.shape)
-        with _measured(stopwatch, local.device):
-            dist.all_gather(list(gathered.unbind()), local, group=group)
+        gathered = local.new_empty(place_in(group)[1], *local.shape)
+        if not isinstance(group, ImaginaryRanks):
+            with _measured(stopwatch, local.device):
+                dist.all_gather(list(gathered.unbind()), local, group=group)
         return gathered
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         mine = torch.empty_like(grad[0], memory_format=torch.contiguous_format)
-        with _measured(ctx.stopwatch, grad.device):
-            dist.reduce_scatter(mine, [part.contiguous() for part in grad.unbind()], group=ctx.group)
+        parts = [part.contiguous() for part in grad.unbind()]
+        if not isinstance(ctx.group, ImaginaryRanks):
+            with _measured(ctx.stopwatch, grad.device):
+                dist.reduce_scatter(mine, parts, group=ctx.group)
         return mine, None, None
 
 

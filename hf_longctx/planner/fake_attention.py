@@ -8,30 +8,45 @@ owns most heads is simulated.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..adapters.recurrent.pieces import SharePieces
 from ..attention.deferred import deferred_mask
 from ..attention.registry import AttentionEntry, name_that_packs, name_that_shards
 from ..parallel.heads import HeadSplit, split_heads
+from ..parallel.imaginary import ImaginaryRanks
+from ..parallel.shard import SequenceShard
 
 
 SHAPE_ONLY = "planned"
 
 
-@dataclass(frozen=True)
-class PlannedRows:
-    """Travels to attention in the place of a `SequenceShard`.
+@dataclass(frozen=True, eq=False)
+class PlannedRows(SequenceShard):
+    """The facts of rows of one document each, which ranks that do not exist share. The last of them is simulated.
 
     Args:
-        size (`int`): ranks that share each row, `P`.
         is_flash (`bool`): the kernel is a flash kernel on a GPU, whose backward has buffers of its own; otherwise that
             of a CPU, which has none to speak of.
     """
 
-    size: int = 1
     is_flash: bool = True
+
+    @classmethod
+    def of(cls, size: int, rows: int, local_len: int, is_flash: bool) -> PlannedRows:
+        """Of `size` ranks, each with `local_len` tokens; made under the fake mode."""
+        rank = size - 1
+        ranks: Any = ImaginaryRanks(rank, size)
+        planned = cls(size, rank, size * local_len, local_len, group=ranks, is_flash=is_flash)
+        # Read from numbers elsewhere, which fake tensors do not have.
+        documents = torch.zeros(rows, size * local_len, dtype=torch.int32)
+        alone = SequenceShard(1, 0, size * local_len, size * local_len)
+        planned.derived["whole"] = SharePieces(alone, documents, ((size * local_len,),) * rows, (False,) * rows)
+        planned.derived["pieces"] = SharePieces(planned, documents, ((local_len,),) * rows, (size > 1,) * rows)
+        return planned
 
 
 def shape_only_attention(
@@ -64,7 +79,7 @@ def shape_only_attention(
             f"`attn_implementation` ('{SHAPE_ONLY}') computes nothing, it only plans memory: load the model with "
             f"{name_that_shards()!r} or {name_that_packs()!r} to train it."
         )
-    rows = sequence_shard or PlannedRows()
+    rows = sequence_shard or PlannedRows(1, 0, query.shape[2], query.shape[2])
     if rows.size == 1:
         return _attend(rows, query, key, value), None
     split = split_heads(query.shape[1], key.shape[1], rows.size)

@@ -1,7 +1,8 @@
 """Tell a tracker, while a model runs, which layer it is in and what for: forward, recomputation or backward.
 
-Layers and their children are distinguished by name and shape: what has "attn" or "attention" in its name is attention,
-any other child with matrices is the MLP, and the rest (norms, residual stream) is `hidden`.
+Layers and their children are distinguished by name and shape: a recurrent layer is one for which there is an adapter,
+what has "attn" or "attention" in its name is attention, any other child with matrices is the MLP, and the rest (norms,
+residual stream) is `hidden`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.recurrent.layers import is_followed
 from .fake_model import Stack
 from .tracker import StorageTracker, is_backward
 
@@ -38,6 +40,8 @@ def watch_layers(model: torch.nn.Module, stack: Stack | None, tracker: StorageTr
 
 def _kind_of(name: str, module: torch.nn.Module) -> str:
     names = f"{name} {type(module).__name__}".lower()
+    if is_followed(module):
+        return "recurrent"
     if "attn" in names or "attention" in names:
         return "attention"
     return "mlp" if any(p.dim() > 1 for p in module.parameters()) else "hidden"

@@ -28,7 +28,7 @@ from .tracker import CPU, KINDS
 
 DEVICE_KINDS = tuple(kind for kind in KINDS if kind != CPU)
 # Kinds that a step makes and frees; a measured step tells how well they are planned.
-STEP_KINDS = ("hidden", "attention", "mlp", "logits", "workspace")
+STEP_KINDS = ("hidden", "attention", "recurrent", "mlp", "logits", "workspace")
 # Of a device; the rest is left to the CUDA context, the buffers of NCCL and cuBLAS, and the gaps of the allocator.
 USABLE_SHARE = 0.92
 # Tokens of one rank in the shorter of two simulations, so many that what grows with tokens leads. Rows of fewer are
@@ -44,7 +44,8 @@ class MemoryBreakdown:
         tokens (`int`): of a whole row.
         weights, gradients, optimizer (`int`): the share of this rank.
         hidden (`int`): checkpoints, residual stream and norms.
-        attention, mlp (`int`): what they keep, and what they use while they run.
+        attention, recurrent, mlp (`int`): what these layers keep, and what they use while they run; for recurrent ones
+            the states and last tokens of all ranks, too.
         logits (`int`): head and loss.
         workspace (`int`): buffers of the wrapper, temporaries of the optimizer, the batch.
         cpu (`int`): checkpoints in CPU memory, of all ranks that share it.
@@ -57,6 +58,7 @@ class MemoryBreakdown:
     optimizer: int
     hidden: int
     attention: int
+    recurrent: int
     mlp: int
     logits: int
     workspace: int

@@ -19,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from transformers import Adafactor
 
+from ..adapters.pass_shard import pass_shard
+from ..adapters.recurrent.layers import follow_recurrences
 from ..adapters.tiled_loss import tile_loss
 from ..adapters.tiled_mlp import tile_mlp
 from ..attention.registry import known_to_transformers
@@ -76,6 +78,8 @@ def simulate(model: torch.nn.Module, settings: Settings, stack: Stack | None, nu
         fake = fake_copy(model, partial(_dtype_in_compute, settings), stack, num_layers)
         if settings.optimizer == "lora":
             add_adapters(fake, stack, settings.lora_rank)
+        follow_recurrences(fake)
+        pass_shard(fake)
         tracker = StorageTracker()
         prepare(fake, settings, tracker)
         watch_layers(fake, stack, tracker)
@@ -241,7 +245,8 @@ def _batch(model: torch.nn.Module, settings: Settings) -> dict[str, object]:
     shape = settings.rows, settings.local_tokens
     names = ("input_ids", "labels", "shift_labels")
     batch: dict[str, object] = {name: torch.empty(shape, dtype=torch.int64) for name in names}
-    rows = PlannedRows(settings.sequence_parallel_size, is_flash=settings.on_gpu)
+    size = settings.sequence_parallel_size
+    rows = PlannedRows.of(size, settings.rows, settings.local_tokens, is_flash=settings.on_gpu)
     return {**batch, "sequence_shard": rows, "use_cache": False, "num_items_in_batch": 1}
 
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 # What bytes are for, in the order of a breakdown. Everything but the last is on the device.
-KINDS = ("weights", "gradients", "optimizer", "hidden", "attention", "mlp", "logits", "workspace", "cpu")
+KINDS = ("weights", "gradients", "optimizer", "hidden", "attention", "recurrent", "mlp", "logits", "workspace", "cpu")
 CPU = KINDS[-1]
 
 

@@ -20,10 +20,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPIN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..adapters.dense_mlps import find_dense_mlps
-from ..families import EXPERTS_PER_TOKEN
+from ..families import EXPERTS_PER_TOKEN, TOKEN_LAYERS
 
 
 RECOMPUTATIONS = ("none", "mlp", "layers")
+# Kinds of layers with a convolution over a few tokens in the place of attention.
+_CONVOLUTIONS = ("conv",)
 
 
 @dataclass(frozen=True)
@@ -193,6 +195,9 @@ def count_products(model: torch.nn.Module, config: PreTrainedConfig, trained_onl
         for key, weight in weights.items():
             if trained_only and not weight.requires_grad:
                 continue
+            if isinstance(module, torch.nn.Conv1d):  # a token's output reads every weight once
+                total += 2 * weight.numel()
+                continue
             if weight.dim() > 3 or (weight.dim() == 3 and "expert" not in f"{name}.{type(module).__name__}".lower()):
                 raise NotImplementedError(
                     f"`{name}.{key}` of shape {tuple(weight.shape)} is neither a linear layer nor a stack of experts, "
@@ -227,6 +232,7 @@ def _attention(config: PreTrainedConfig, model: torch.nn.Module, layers: list[to
     modules = [module for layer in layers for module in layer.modules() if hasattr(module, "is_causal")]
     kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
     kinds = kinds or [None] * (getattr(config, "num_hidden_layers", None) or 0)
+    kinds = [kind for kind in kinds if kind not in (*TOKEN_LAYERS, *_CONVOLUTIONS)]
     if len(modules) != len(kinds):
         raise NotImplementedError(
             f"`{type(model).__name__}` has {len(modules)} attention modules in {len(kinds)} layers, so some layers "

@@ -61,6 +61,7 @@ def adapt(model: torch.nn.Module, mesh: SequenceMesh, *, inner_attention: str = 
         sequence_parallel_size=mesh.sequence_parallel_size, inner_attention=inner_attention, check_packing=True
     )
     check_model(model, config)
+    _validate_here(unwrap(model))
     warn_about_draws(model, mesh.sequence_parallel_size)
     inner = unwrap(model)
     shifts, has_loss = predicts_next_token(inner), "labels" in inspect.signature(type(inner).forward).parameters
@@ -92,6 +93,15 @@ def _count_whole_steps(trainer) -> None:
     takes_more = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     if trainer.mesh.sequence_parallel_size > 1 and takes_more:
         trainer.model_accepts_loss_kwargs = True
+
+
+def _validate_here(model: torch.nn.Module) -> None:
+    """Raise `ValueError` for weights that hooks bring only while a layer runs."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"weights of `{type(model).__name__}` are on the meta device, so hooks bring them in or nothing was "
+            "loaded: call `hf_longctx.adapt(model, mesh)` before accelerate or DeepSpeed offload the model."
+        )
 
 
 def predicts_next_token(model) -> bool:

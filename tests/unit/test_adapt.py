@@ -203,13 +203,21 @@ def test_documents_of_a_model_that_counts_from_padding():
 # Layers that mix tokens
 
 
-def test_packed_rows_of_a_hybrid_are_refused_and_whole_rows_are_not():
+def test_packed_rows_of_a_hybrid_are_refused_until_an_adapter_carries_its_state(monkeypatch):
     model = hybrid("packed").eval()
     packed = {"input_ids": IDS, "position_ids": RESTARTING, "use_cache": False}
     expected = hybrid("sdpa").eval()(input_ids=IDS).logits
     torch.testing.assert_close(model(input_ids=IDS).logits, expected)
     with pytest.raises(NotImplementedError, match="layers of type conv.*hf_longctx.adapt"):
         model(**packed)
+    handle = adapt(model, MESH)
+    torch.testing.assert_close(model(input_ids=IDS).logits, expected)
+    bounds = [*(RESTARTING[0] == 0).nonzero().flatten().tolist(), IDS.shape[1]]
+    plain = hybrid("sdpa").eval()
+    alone = [plain(input_ids=IDS[:, a:b]).logits for a, b in zip(bounds, bounds[1:])]
+    torch.testing.assert_close(model(**packed).logits, torch.cat(alone, dim=1))
+    handle.remove()
+    monkeypatch.setattr("hf_longctx.adapters.recurrent.layers.RULES", {})
     adapt(model, MESH)
     torch.testing.assert_close(model(input_ids=IDS).logits, expected)
     with pytest.raises(NotImplementedError, match="cannot take packed rows: documents packed in one row see each"):

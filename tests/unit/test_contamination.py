@@ -157,5 +157,11 @@ def test_a_hybrid_that_runs_our_attention_is_not_told_to_use_it():
     for module in model.modules():  # as a trainer that is about to check it
         vars(module)[MARK] = True
     batch = {"input_ids": torch.arange(10, 22)[None], "position_ids": torch.arange(12)[None] % 6}
-    with pytest.raises(AssertionError, match="'packed', keeps them apart, so another layer, of type conv, mixes them"):
+    with pytest.raises(
+        AssertionError, match="keeps them apart, so layers of type conv carry a state.*: pad documents"
+    ):
+        assert_no_cross_document(model, batch)
+    for module in model.modules():
+        del vars(module)[MARK]
+    with pytest.raises(NotImplementedError, match=r"layers of type conv.*call `hf_longctx.adapt\(model, mesh\)`"):
         assert_no_cross_document(model, batch)

@@ -77,6 +77,17 @@ def test_forward_and_backward_are_what_torch_counts(case):
     assert flops.model == flops.hardware == flops.forward + flops.backward
 
 
+def test_convolutions_are_counted():
+    model = model_of("lfm2", {})
+    forward, backward = counted(model, [TOKENS])
+    flops = count_flops(model.config).step([TOKENS], count_masked=True)
+    assert flops.forward == pytest.approx(forward, rel=0.002)
+    channels, kernel = model.config.hidden_size, model.config.conv_L_cache
+    # torch takes one of the two gradients of a convolution with groups for that of one without.
+    too_many = (channels - 1) * 2 * channels * kernel * (TOKENS + kernel - 1)
+    assert flops.backward == pytest.approx(backward - too_many, rel=0.002)
+
+
 @pytest.mark.parametrize("case", ["dense", "grouped_queries", "window", "latent_attention"])
 def test_packed_documents_are_what_torch_counts_one_by_one(case):
     name, changes = CASES[case]

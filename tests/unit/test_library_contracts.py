@@ -19,6 +19,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.models.gemma3 import modeling_gemma3
 from transformers.utils.generic import GeneralInterface
 
+from hf_longctx.adapters.rebind import called_names
 from hf_longctx.parallel.shard import SequenceShard
 
 
@@ -113,6 +114,21 @@ def test_transformers_kernels_read_what_the_module_view_overrides():
     assert "module.config._attn_implementation" in source
     for name in ("is_causal", "sliding_window", "softcap", "s_aux"):
         assert name in parameters(flash_attention.flash_attention_forward)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "inputs"),
+    [
+        ("lfm2", "Lfm2ShortConv", ["hidden_states", "attention_mask"]),
+        ("zaya", "ZayaCCAProjection", ["hidden_states", "conv_mask"]),
+        ("inkling2", "Inkling2DynamicShortConvolution", ["hidden_states", "dynamic_input", "conv_mask"]),
+    ],
+)
+def test_transformers_convolutions_are_named_as_we_read_them(name, layer, inputs):
+    modeling = pytest.importorskip(f"transformers.models.{name}.modeling_{name}")
+    kind = getattr(modeling, layer)
+    assert set(inputs) <= set(parameters(inspect.unwrap(kind.forward)))
+    assert "causal_conv1d_fn" in called_names(kind.forward) or "self.conv_kernel_size = " in inspect.getsource(kind)
 
 
 def test_accelerate_deals_rows_to_as_many_groups_as_it_is_told():

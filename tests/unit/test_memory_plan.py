@@ -10,6 +10,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, B
 from transformers.masking_utils import AttentionMaskInterface
 
 from hf_longctx import LongContextConfig
+from hf_longctx.adapters.recurrent.delta_exchange import state_has_gradient
 from hf_longctx.adapters.wrapped import runs_our_attention
 from hf_longctx.attention.registry import find_attention, known_to_transformers
 from hf_longctx.planner.fake_attention import SHAPE_ONLY, SHAPE_ONLY_ATTENTION, _Kernel
@@ -23,6 +24,7 @@ from hf_longctx.planner.simulate import prepare, run_step, simulate
 from hf_longctx.planner.tracker import StorageTracker
 from hf_longctx.trainer.checks import check_model
 
+from ..hybrids import build as build_hybrid
 from ..models import VOCAB, config_of
 
 
@@ -118,6 +120,7 @@ LORA = {"optimizer": "lora", "weights_dtype": torch.bfloat16, "compute_dtype": t
         ("gpt2", {"checkpointing": True}),
         ("gpt2", TILES),
         ("gpt2", LORA),
+        ("lfm2", {"checkpointing": True}),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(value) or "plain",
 )
@@ -253,6 +256,28 @@ def test_ranks_share_the_tokens_of_a_row():
     assert six.device["backward 0", "attention"]["attention"] > one.device["backward 0", "attention"]["attention"]
     with pytest.raises(ValueError, match="exceeds the model's query heads"):
         planner.breakdown(alone.of(world_size=7, sequence_parallel_size=7))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_of_a_hybrid_hold_the_last_tokens_of_all(size):
+    model = model_on_meta(config_of("lfm2"))
+    stack, width, kernel = find_stack(model), model.config.hidden_size, model.config.conv_L_cache
+    settings = Settings(**{**PLAIN, "tokens": TOKENS})
+    phase, kind = ("forward 0", "recurrent"), "recurrent"
+    alone = simulate(model, settings, stack, 2).device[phase][kind]
+    settings = settings.of(tokens=size * TOKENS, sequence_parallel_size=size, world_size=size, wrapper="ddp")
+    shared = simulate(model, settings, stack, 2).device[phase][kind]
+    tails = size * width * (kernel - 1) * 4
+    copies = 3 * width * (TOKENS + kernel) * 4  # rows with a halo, their outputs, those cut out
+    assert tails <= shared - alone <= tails + copies
+
+
+def test_a_plan_of_delta_rules_leaves_no_answer_to_a_run():
+    model = model_on_meta(build_hybrid("qwen3_next").config)
+    state_has_gradient.cache_clear()
+    settings = Settings(**PLAIN).of(tokens=2 * TOKENS, sequence_parallel_size=2, world_size=2, wrapper="ddp")
+    assert simulate(model, settings, find_stack(model), 2).device["forward 0", "recurrent"]["recurrent"] > 0
+    assert state_has_gradient.cache_info().currsize == 0
 
 
 def test_fsdp2_divides_and_gathers():

@@ -173,6 +173,7 @@ def test_plan_of_no_model_is_refused(tmp_path, capsys):
 def test_table_fits_a_terminal_of_120_columns_and_is_never_cut():
     settings = Settings(tokens=2**30, world_size=16, wrapper="fsdp2", sequence_parallel_size=16)
     amounts = dict.fromkeys(DEVICE_KINDS, round(999.9 * 2**30)) | {"weights": round(1234.5 * 2**30)}
+    amounts |= {"attention": round(499.9 * 2**30), "recurrent": round(500 * 2**30)}  # one column for both
     breakdown = MemoryBreakdown(tokens=2**30, **amounts, cpu=round(9999.9 * 2**30), phase="loss")
     cells = [Cell(preset, settings, 2**30, breakdown) for preset in PRESETS.values()]
     speed = Speed(count_flops(CONFIG), "", 400.0)

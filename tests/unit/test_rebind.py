@@ -51,6 +51,11 @@ class Opaque(torch.nn.Module):
         return scale(x)
 
 
+class Branching(torch.nn.Module):
+    def forward(self, x):
+        return scale(x) if float(x.sum()) > 0 else x
+
+
 class Tripled(RebindPatch):
     name = "tripled"
 
@@ -114,3 +119,12 @@ def test_a_forward_of_another_tool_on_the_instance_is_refused():
     put_on(layer, Tripled())
     with pytest.raises(NotImplementedError, match="attach the adapters before other tools"):
         layer(X)
+
+
+def test_a_compiler_leaves_the_functions_alone():
+    model = torch.nn.Sequential(Branching())
+    put_on(model[0], Tripled())
+    compiled = torch.compile(model, backend="eager")
+    for x in (X, 2 * X, X):  # a function that was compiled before would miss its globals
+        assert compiled(x).tolist() == (3 * x).tolist()
+    torch.compiler.reset()

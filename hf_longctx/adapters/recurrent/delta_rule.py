@@ -25,6 +25,7 @@ import torch
 from ...parallel.collectives import heads_to_sequence, sequence_to_heads
 from ...parallel.gathered import gather_shares, joined
 from ...parallel.heads import split_heads
+from ...parallel.imaginary import ImaginaryRanks
 from .delta_exchange import HEADS, DeltaSizes, choose_exchange, plan_of, state_has_gradient
 from .pieces import SharePieces, pieces_of_whole_rows, run_pieces
 
@@ -70,7 +71,13 @@ def delta_rule(
         return run_pieces(pieces, lambda *parts: _call(function, *parts), *tensors)[0], None
     sizes = DeltaSizes.of(pieces.shard.size, *tensors)
     needs_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    hands_on = not needs_gradient or state_has_gradient(original, *sizes.of_one_row(), value.dtype, value.device)
+    # A plan computes no numbers, by which a run in the same process may ask later.
+    is_planned = isinstance(pieces.shard.group, ImaginaryRanks)
+    hands_on = (
+        not needs_gradient
+        or is_planned
+        or state_has_gradient(original, *sizes.of_one_row(), value.dtype, value.device)
+    )
     way = choose_exchange(sizes, hands_on, exchange, name)
     pieces.shard.layer_plans.setdefault((name, way), functools.partial(plan_of, pieces, name, sizes, way))
     run = _trade_heads if way == HEADS else _pass_states

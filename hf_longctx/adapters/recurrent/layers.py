@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 
+from ...attention.cache_names import CACHE_NAMES
 from ...attention.unadapted import layers_with_state
+from ...parallel.segments import DOCUMENT_BOUND_KEYS
 from ..instance_forward import PatchHandle, put_on
 from ..pass_shard import ForwardRows
 from ..rebind import RebindPatch, called_names
@@ -29,6 +31,7 @@ from .pieces import SharePieces
 from .reader import RECURRENT, RecurrentReader
 from .rg_lru import follow_block
 from .scan import no_fused_kernel
+from .window import reach_of, run_window
 
 
 RULES: dict[str, Callable] = {
@@ -40,6 +43,9 @@ RULES: dict[str, Callable] = {
     "mamba_selective_scan": selective_scan,
     "torch_chunk_gated_delta_rule": delta_rule,
 }
+
+# Inputs of one entry a token of layers that look at the tokens before in their own code.
+_TOKEN_INPUTS = ("hidden_states", "dynamic_input", "conv_mask")
 
 # Functions that do all of a layer at once, and the one that a layer must be able to call instead.
 _FUSED = {"mamba2_split_conv1d_scan_combined": "mamba2_chunk_scan", "mamba_inner_fn": "mamba_selective_scan"}
@@ -68,7 +74,7 @@ def follow_recurrences(model: torch.nn.Module) -> PatchHandle:
     """
     for module in list(model.modules()):
         rules = rules_of(module)
-        if rules:
+        if rules or reach_of(module) is not None:
             _refuse_fused(module, rules)
             put_on(module, RecurrentPatch())
         elif (patch := _of_class(module, LAYERS)) is not None:
@@ -86,19 +92,42 @@ def unfollowed_layers(model: torch.nn.Module) -> list[str]:
     """Kinds of layers with a state along the sequence, as in `config.layer_types`, for which there is no adapter.
 
     Returns:
-        their names; empty if at least as many modules of `model` can be followed as there are such layers. That all of
-        them are exact is for the sanity check to find, which runs the model.
+        their names, each with the classes that have none; empty if all layers can be followed. That they are exact is
+        for the sanity check to find, which runs the model.
     """
     if any(kind.__name__ in LOOPS for module in model.modules() for kind in type(module).__mro__):
         return [model.config.model_type]
     kinds = layers_with_state(model.config)
-    layers = [kind for kind in model.config.get_text_config().layer_types or () if kind in kinds] if kinds else []
-    return kinds if sum(is_followed(module) for module in model.modules()) < len(layers) else []
+    types = model.config.get_text_config().layer_types if kinds else []
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    stack = next((module for module in lists if len(module) == len(types)), ())
+    found: dict[str, set[str]] = {}
+    for kind, layer in zip(types, stack):
+        missing = {type(module).__name__ for module in _stateful(layer) if not is_followed(module)}
+        if kind in kinds and (missing or not any(is_followed(module) for module in layer.modules())):
+            found.setdefault(kind, set()).update(missing or {type(layer).__name__})
+    if not len(stack) and sum(is_followed(module) for module in model.modules()) < sum(
+        kind in kinds for kind in types
+    ):
+        found = {kind: set() for kind in kinds}
+    named = {kind: ", ".join(f"`{name}`" for name in sorted(found[kind])) for kind in sorted(found)}
+    return [f"{kind} ({classes})" if classes else kind for kind, classes in named.items()]
+
+
+def _stateful(layer: torch.nn.Module) -> list[torch.nn.Module]:
+    """The innermost modules of a layer that take a cache, without those that call transformers' attention."""
+    takes = [module for module in layer.modules() if module is not layer and _takes_cache(module)]
+    innermost = [module for module in takes if not any(_takes_cache(inner) for inner in list(module.modules())[1:])]
+    return [module for module in innermost if "ALL_ATTENTION_FUNCTIONS" not in called_names(type(module).forward)]
+
+
+def _takes_cache(module: torch.nn.Module) -> bool:
+    return bool(set(CACHE_NAMES) & set(inspect.signature(type(module).forward).parameters))
 
 
 def is_followed(module: torch.nn.Module) -> bool:
     """Whether there is an adapter for this layer."""
-    return bool(rules_of(module)) or _of_class(module, LAYERS) is not None
+    return bool(rules_of(module)) or reach_of(module) is not None or _of_class(module, LAYERS) is not None
 
 
 def _of_class(module: torch.nn.Module, table: Mapping[str, Any]) -> Any:
@@ -112,12 +141,21 @@ class RecurrentPatch(RecurrentReader, RebindPatch):
     def follow(
         self, module: torch.nn.Module, own: Callable, pieces: SharePieces, rows: ForwardRows, given: dict[str, Any]
     ) -> Any:
+        reach = reach_of(module)
+        if reach is not None:
+            return _run_window(own, pieces, reach, given)
         forward = type(module).forward
         rules = {
             name: functools.partial(rule, called_function(forward, name), pieces)
             for name, rule in rules_of(module).items()
         }
         return self.run(module, own, rules, (), given)
+
+
+def _run_window(own: Callable, pieces: SharePieces, reach: int, given: dict[str, Any]) -> Any:
+    tokens = {name: given.pop(name) for name in _TOKEN_INPUTS if name in given}
+    given = {name: value for name, value in given.items() if name not in DOCUMENT_BOUND_KEYS}  # `pieces` has read them
+    return run_window(functools.partial(own, **given), pieces, reach, tokens, "conv_mask")
 
 
 def called_function(forward: Callable, name: str) -> Callable:

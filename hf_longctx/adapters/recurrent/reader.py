@@ -11,6 +11,7 @@ from ...attention.cache_names import CACHE_NAMES, find_cache
 from ...attention.call_documents import refuse_cache
 from ...attention.implicit_positions import packs_documents
 from ...parallel.segments import DOCUMENT_BOUND_KEYS, segment_rows
+from ...parallel.shard import SequenceShard
 from ..instance_forward import named_arguments
 from ..pass_shard import ForwardRows, ShardReader
 from .pieces import SharePieces, pieces_of
@@ -53,10 +54,20 @@ class RecurrentReader(ShardReader):
         pieces = pieces_of(rows.shard, len(hidden_states), hidden_states.device)
         if pieces.is_whole:
             return own(*args, **_without_bounds(kwargs))
-        if rows.has_cache or (find_cache(given) is not None and packs_documents(rows.shard)):
-            refuse_cache()
+        if rows.has_cache or (find_cache(given) is not None and not rows.is_cut):
+            _refuse_cache(rows.shard)
         given |= dict.fromkeys(set(CACHE_NAMES) & given.keys())  # an empty one, of a model whose `use_cache` is on
         return self.follow(module, own, pieces, rows, _with_padding(given, rows))
+
+
+def _refuse_cache(shard: SequenceShard) -> None:
+    """Raise `ValueError` for a cache with packed documents, or with rows that several ranks share."""
+    if packs_documents(shard):
+        refuse_cache()
+    raise ValueError(
+        f"a cache was passed with rows that {shard.size} ranks share, where its states would be those of one rank's "
+        "tokens: leave it out, or generate before the model is adapted."
+    )
 
 
 def _without_bounds(kwargs: dict[str, Any]) -> dict[str, Any]:
