@@ -46,6 +46,7 @@ class ForwardRows:
         has_cache (`bool`): the caller passed a cache.
         attention (`str`, *optional*): the `attn_implementation` that the model runs.
         is_cut (`bool`): the shard came with the batch; otherwise documents were read from what the model got.
+        config (`PretrainedConfig`, *optional*): of its text part.
     """
 
     shard: SequenceShard | None
@@ -54,6 +55,7 @@ class ForwardRows:
     has_cache: bool
     attention: str | None = None
     is_cut: bool = False
+    config: Any = None
 
     @property
     def is_shared(self) -> bool:
@@ -126,11 +128,12 @@ def _read(module: torch.nn.Module, given: dict[str, Any]) -> ForwardRows:
     positions = given.get("position_ids")
     has_cache = find_cache(given) is not None
     config: Any = module.config
-    attention = config.get_text_config()._attn_implementation
+    text = config.get_text_config()
+    attention = text._attn_implementation
     is_cut = given.get("sequence_shard") is not None
     if padding is not None and not is_cut and not has_cache:
         _validate_one_document(given, attention, padding)
-    return ForwardRows(shard_of_forward(module, given), padding, positions, has_cache, attention, is_cut)
+    return ForwardRows(shard_of_forward(module, given), padding, positions, has_cache, attention, is_cut, text)
 
 
 def _validate_one_document(given: dict[str, Any], attention: str | None, padding: torch.Tensor) -> None:

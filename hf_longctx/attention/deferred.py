@@ -26,13 +26,15 @@ class DeferredMask:
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         self._arguments = arguments
+        self._cast: torch.dtype | None = None
         self._built: dict[str, object] = {}
         self._shared: dict[str, Any] = {}
 
     def build(self, kernel: str) -> object:
         """The mask that `kernel` itself would have got: a tensor, a block mask or `None`."""
         if kernel not in self._built:
-            self._built[kernel] = ALL_MASK_ATTENTION_FUNCTIONS[kernel](**self._arguments)
+            built = ALL_MASK_ATTENTION_FUNCTIONS[kernel](**self._arguments)
+            self._built[kernel] = built if self._cast is None or built is None else built.to(self._cast)
         return self._built[kernel]
 
     def rule(self) -> AttentionRule:
@@ -89,8 +91,12 @@ class DeferredMask:
     def ndim(self) -> int:
         return 4
 
-    def to(self, device: torch.device | str, **_: object) -> DeferredMask:
-        """The same description on `device`, for models that are split over devices."""
+    def to(self, device: torch.device | str | torch.dtype, **_: object) -> DeferredMask:
+        """The same description on `device`, for models that are split over devices; or a mask built in a precision."""
+        if isinstance(device, torch.dtype):
+            cast = DeferredMask(self._arguments)
+            cast._cast = device
+            return cast
         moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self._arguments.items()}
         return DeferredMask({**moved, "device": device})
 

@@ -25,6 +25,7 @@ from .distance_bias import (
     blocks_for_distances,
     has_distance_bias,
     refuse_other_kernels,
+    run_flex,
     run_with_distance_bias,
 )
 from .masks import AttentionRule, KernelPlan, build_mask, segment_bounds
@@ -166,7 +167,8 @@ def run_planned(kernel: str, call: AttentionCall, plan: KernelPlan) -> torch.Ten
     view = ModuleView(call.module, kernel, num_key_value_groups=groups, is_causal=rule.causal)
     extras: dict[str, Any] = {"dropout": call.dropout, "scaling": call.scaling}
     if has_distance_bias(call):
-        return run_with_distance_bias(call, plan, view)
+        flex = kernel == "flex_attention"
+        return _without_padding(run_flex(call, prepared), plan) if flex else run_with_distance_bias(call, plan, view)
     if isinstance(prepared, VarlenBounds):
         return _without_padding(run_varlen(rule, prepared, query, key, value, call.scaling), plan)
     if is_flash(kernel):
@@ -205,7 +207,7 @@ def plan_for_kernel(plan: KernelPlan, kernel: str, call: AttentionCall) -> objec
     """
     query = call.query
     rows, _, num_tokens, _ = query.shape
-    if has_distance_bias(call):
+    if has_distance_bias(call) and kernel != "flex_attention":
         return blocks_for_distances(plan, rows, num_tokens)
     if is_flash(kernel):
         return _bounds_for_flash(plan, kernel, rows, num_tokens, query.device)

@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from ...attention.call_documents import shard_of_rows
 from ...attention.deferred import DeferredMask
 from ...attention.registry import find_attention
 from ..instance_forward import PatchHandle, named_arguments, put_on
 from ..pass_shard import ShardReader
+from .alibi_models import HIDDEN_MASK, bloom, falcon, hide_masks, mpt, needs_ours, shown
 from .bert import bert, big_bird, ibert, lilt, luke, roformer, squeezebert
 from .counted_positions import COUNTED_TABLE, count_positions
 from .decoders import bart, gpt_neox_japanese, image_gpt, openai_gpt, xlm
@@ -35,6 +37,8 @@ OWN_ATTENTION = "own attention"
 # By class, with the folder of transformers where several classes have the name.
 FAMILIES: dict[str, Callable[[OwnCall], Any]] = {
     "BigBirdAttention": big_bird,
+    "BloomAttention": bloom,
+    "FalconAttention": falcon,
     "GPTNeoSelfAttention": gpt_neo,
     "GPTNeoXJapaneseAttention": gpt_neox_japanese,
     "IBertSelfAttention": ibert,
@@ -43,6 +47,7 @@ FAMILIES: dict[str, Callable[[OwnCall], Any]] = {
     "LukeSelfAttention": luke,
     "MPNetSelfAttention": mpnet,
     "MegatronBertSelfAttention": bert,
+    "MptAttention": mpt,
     "MvpAttention": bart,
     "RemBertSelfAttention": bert,
     "RoFormerSelfAttention": roformer,
@@ -73,7 +78,8 @@ def follow_own_attention(model: torch.nn.Module) -> PatchHandle:
     number_distances(model)
     pass_keywords(model)
     check_rows(model)
-    return PatchHandle(model, OWN_ATTENTION, COUNTED_TABLE, DISTANCES, KEYWORDS, ROW_CHECK)
+    hide_masks(model)
+    return PatchHandle(model, HIDDEN_MASK, OWN_ATTENTION, COUNTED_TABLE, DISTANCES, KEYWORDS, ROW_CHECK)
 
 
 def family_of(module: torch.nn.Module) -> Callable[[OwnCall], Any] | None:
@@ -94,13 +100,18 @@ class OwnAttentionPatch(ShardReader):
 
     def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
         rows = self.rows_of_call(module)
-        given = named_arguments(module, args, kwargs)
+        given = shown(named_arguments(module, args, kwargs))
         config = getattr(module, "config", None)
         entry = find_attention(getattr(config, "_attn_implementation", None) or rows.attention)
         family = family_of(module)
-        if rows.shard is None or entry is None or family is None:
+        shard = rows.shard
+        if shard is None and entry is not None and needs_ours(module):
+            hidden_states = given["hidden_states"]
+            facts = {"attention_mask": rows.padding}
+            shard = shard_of_rows(facts, *hidden_states.shape[:2], hidden_states.device)
+        if shard is None or entry is None or family is None:
             return own(**_with_own_masks(given))
-        return family(OwnCall(module, given, rows, rows.shard, entry))
+        return family(OwnCall(module, given, rows, shard, entry))
 
 
 def _with_own_masks(given: dict[str, Any]) -> dict[str, Any]:
