@@ -1,8 +1,8 @@
 """ALiBi: scores get a slope times the distance between query and key, one slope a head, and nothing is rotated.
 
 Two families of slopes exist, and two forms of the numbers. A model whose score gets `-slope * (i - j)` may as well get
-`slope * j`, since what a query adds to all its scores is lost in the softmax; transformers computes the latter, rounded
-to the precision of the model. In bfloat16 that is off by more than the scores themselves after a few thousand tokens,
+`slope * j`, since what a query adds to all its scores is lost in the softmax; transformers computes the latter,
+rounded to the precision of the model. In bfloat16 that is off by more than the scores themselves after a few thousand tokens,
 so here the distance is multiplied in float32 and then rounded: near tokens, which weigh most, keep their digits.
 Source: Press et al., arXiv 2108.12409.
 """
@@ -45,18 +45,13 @@ def mpt_slopes(num_heads: int, bias_max: float = 8) -> torch.Tensor:
     return slopes if wide == num_heads else torch.cat([slopes[1::2], slopes[::2]])[:num_heads]
 
 
-def distance_table(slopes: torch.Tensor, num_tokens: int) -> torch.Tensor:
-    """The numbers of all distances in rows of `T` tokens, the `distance_bias` of attention.
-
-    Returns:
-        `torch.Tensor` of shape `(N, 2 T - 1)`, float32: `-slope * |d|` for key minus query `d`.
-    """
-    distances = torch.arange(1 - num_tokens, num_tokens, device=slopes.device).abs()
-    return -slopes.float()[:, None] * distances
-
-
 def key_table(slopes: torch.Tensor, num_tokens: int, dtype: torch.dtype) -> torch.Tensor:
     """The numbers as transformers computes them, the `key_bias` of attention: slope times place, rounded.
+
+    Args:
+        slopes (`torch.Tensor` of shape `(N,)`): in the precision in which they are multiplied.
+        num_tokens (`int`): of the longest row.
+        dtype (`torch.dtype`): of the model.
 
     Returns:
         `torch.Tensor` of shape `(N, T)` in `dtype`.

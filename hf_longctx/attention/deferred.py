@@ -88,6 +88,11 @@ class DeferredMask:
         return self._arguments.get("kv_length")
 
     @property
+    def offset(self) -> int | torch.Tensor:
+        """How many tokens the first query is after the first key, as with a cache."""
+        return self._arguments.get("q_offset", 0) - self._arguments.get("kv_offset", 0)
+
+    @property
     def ndim(self) -> int:
         return 4
 
@@ -95,7 +100,7 @@ class DeferredMask:
         """The same description on `device`, for models that are split over devices; or a mask built in a precision."""
         if isinstance(device, torch.dtype):
             cast = DeferredMask(self._arguments)
-            cast._cast = device
+            cast._cast, cast._shared = device, self._shared
             return cast
         moved = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in self._arguments.items()}
         return DeferredMask({**moved, "device": device})

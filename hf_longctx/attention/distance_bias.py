@@ -1,17 +1,23 @@
-"""Attention whose scores get a number for the distance between query and key, one table a head.
+"""Attention whose scores get a number for the distance between query and key, a rule of its own for each head.
 
-What: the keyword argument `distance_bias` of an attention function: `(n, 2 L - 1)` numbers, that of key minus query
-distance `d` at `d + L - 1`. They are learned (MPNet), or a slope times the distance (ALiBi). Inside a document
-distances are those of the row, so packed rows need nothing else, and a rank takes the rows of its heads like every
-per-head input. `key_bias`, `(n, L)`, is the other form of ALiBi, a number for each place in a document.
+What: one of three keyword arguments of an attention function, cut by heads like every per-head input. Inside a
+document distances are those of the row, so packed rows need nothing else.
 
-How: `sdpa` with the numbers as an additive mask, made for one block at a time: a document, or a window with its
-neighbours. Blocks of equal shape share it; of a block with more queries than [`QUERY_BLOCK`], it is made for those at
-a time, and made again in the backward. On CUDA flex attention computes the numbers instead, if it is chosen.
+- `alibi_slopes`, `(n,)`: ALiBi, `-slope * |d|` for a distance `d`; see [`alibi`][hf_longctx.attention.alibi].
+- `key_bias`, `(n, L)`: its other form, a number for each place in a document.
+- `distance_bias`, `(n, 2 L - 1)`: learned numbers (MPNet), that of key minus query `d` at `d + L - 1`.
+
+How: `sdpa` (or `eager`) with the numbers as an additive mask, made for one block at a time: a document, or a window
+with its neighbours. Blocks of equal shape share it; of a block with more queries than [`QUERY_BLOCK`], it is made for
+those at a time, and made again in the backward. Flex attention computes the numbers itself, if it is chosen.
 Price: `n x 512 x L` numbers for the longest document `L`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -21,66 +27,75 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .blocks import BlockCall, BlockPlan, plan_blocks, run_blocks, visible
 from .call import AttentionCall
 from .deferred import DeferredMask
+from .eager import eager_attention
 from .masks import KernelPlan, build_mask
 
 
-DISTANCE_BIAS, KEY_BIAS = "distance_bias", "key_bias"
+DISTANCE_BIAS, KEY_BIAS, ALIBI = "distance_bias", "key_bias", "alibi_slopes"
+NUMBERS = (DISTANCE_BIAS, KEY_BIAS, ALIBI)
 # Queries of a long document whose numbers exist at a time.
 QUERY_BLOCK = 512
 
 
 def has_distance_bias(call: AttentionCall) -> bool:
-    return any(call.per_head.get(name) is not None for name in (DISTANCE_BIAS, KEY_BIAS))
+    return numbers_given(call) is not None
+
+
+def numbers_given(call: AttentionCall) -> str | None:
+    """Which of the keyword arguments a call has."""
+    return next((name for name in NUMBERS if call.per_head.get(name) is not None), None)
 
 
 def refuse_other_kernels(kernel: str, call: AttentionCall) -> None:
     """Raise `NotImplementedError` for a kernel that would drop the numbers."""
-    runs_flex = kernel == "flex_attention" and call.per_head.get(KEY_BIAS) is None and not call.dropout
-    if has_distance_bias(call) and kernel not in ("sdpa", "eager") and not runs_flex:
+    name = numbers_given(call)
+    needs_more = call.per_head.get("s_aux") is not None or call.extras.get("softcap") is not None
+    runs_flex = kernel == "flex_attention" and name != KEY_BIAS and not call.dropout and not needs_more
+    if name is not None and kernel not in ("sdpa", "eager") and not runs_flex:
         raise NotImplementedError(
-            f"this model adds numbers of relative positions to its scores (`{DISTANCE_BIAS}`), which '{kernel}' does "
-            "not: use `inner_attention='auto'` or 'sdpa'."
+            f"this model adds numbers of relative positions to its scores (`{name}`), which '{kernel}' does "
+            "not: use `inner_attention='auto'`."
         )
 
 
-def run_after_cache(call: AttentionCall) -> torch.Tensor:
+def run_after_cache(kernel: str, call: AttentionCall) -> torch.Tensor:
     """Attention of the last tokens of rows to all keys of a cache, one document a row.
 
     Args:
-        call ([`AttentionCall`]): all heads; `q` queries and `k` keys, the last of which are the queries'.
+        kernel (`str`): `"sdpa"` or `"eager"`.
+        call ([`AttentionCall`]): all heads; the mask says which places its queries and keys have.
 
     Returns:
         `torch.Tensor` of shape `(B, q, n, H_v)`.
+
+    Raises:
+        NotImplementedError: a mask that the model made itself, which does not say so.
     """
-    query, key, value = call.query, call.key, call.value
-    queries, keys = query.shape[2], key.shape[2]
-    mask = call.mask.build("eager") if isinstance(call.mask, DeferredMask) else call.mask
-    numbers = _numbers(call, queries, keys, keys - queries)[None]
-    if isinstance(mask, torch.Tensor):
-        numbers = numbers + mask[..., :keys]
-    scaling = query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-    output = torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, numbers, dropout_p=call.dropout, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-    )
-    return output.transpose(1, 2)
+    queries, keys, mask = call.query.shape[2], call.key.shape[2], call.mask
+    if not isinstance(mask, DeferredMask):
+        raise NotImplementedError(
+            f"`{type(call.module).__name__}` attends from {queries} to {keys} tokens under a mask of its own, which "
+            f"does not say how far apart they are (`{numbers_given(call)}`): pass `use_cache=False`."
+        )
+    numbers = _numbers(call, queries, keys, mask.offset)
+    built = mask.build("eager")
+    view = SimpleNamespace(num_key_value_groups=call.query.shape[1] // call.key.shape[1], is_causal=False)
+    return _attend(kernel, call, view)(call.query, call.key, call.value, numbers + built[..., :keys])
 
 
-def run_with_distance_bias(call: AttentionCall, plan: KernelPlan, view: object) -> torch.Tensor:
-    """Run `sdpa` on whole rows of some heads, whose scores get the numbers of their distances.
+def run_with_distance_bias(kernel: str, call: AttentionCall, plan: KernelPlan, view: object) -> torch.Tensor:
+    """Run a kernel that takes a mask on whole rows of some heads, whose scores get the numbers of their distances.
 
     Args:
-        call ([`AttentionCall`]): with a `distance_bias` of its heads.
+        kernel (`str`): `"sdpa"` or `"eager"`.
+        call ([`AttentionCall`]): with the numbers of its heads.
         plan ([`KernelPlan`]): its `prepared` is a [`BlockPlan`], or `None` where a document is interrupted.
         view: the module as the kernel sees it.
 
     Returns:
         `torch.Tensor` of shape `(B, T, n, H_v)`.
     """
-
-    def attend(query, key, value, mask) -> torch.Tensor:
-        function = ALL_ATTENTION_FUNCTIONS["sdpa"]
-        return function(view, query, key, value, mask, dropout=call.dropout, scaling=call.scaling, is_causal=False)[0]
-
+    attend = _attend(kernel, call, view)
     if not isinstance(plan.prepared, BlockPlan):
         rows, _, num_tokens, _ = call.query.shape
         mask = build_mask(plan, "eager", rows, num_tokens, call.query.dtype, call.query.device)
@@ -112,26 +127,29 @@ def run_with_distance_bias(call: AttentionCall, plan: KernelPlan, view: object) 
     return run_blocks(plan.prepared, attend_block, call.query, call.key, call.value)
 
 
+def _attend(kernel: str, call: AttentionCall, view: object) -> Callable:
+    """`(query, key, value, mask) -> output` of a kernel, with the settings of a call."""
+    extras: dict[str, Any] = {"dropout": call.dropout, "scaling": call.scaling, "is_causal": False}
+    if kernel == "eager":
+        extras |= {"softcap": call.extras.get("softcap"), "s_aux": call.per_head.get("s_aux")}
+    function = eager_attention if kernel == "eager" else ALL_ATTENTION_FUNCTIONS[kernel]
+    return lambda query, key, value, mask: function(view, query, key, value, mask, **extras)[0]
+
+
 def run_flex(call: AttentionCall, mask: object) -> torch.Tensor:
-    """Run flex attention on whole rows of some heads; the numbers are looked up where a score is computed.
+    """Run flex attention on whole rows of some heads; the numbers are computed where a score is.
 
     Args:
-        call ([`AttentionCall`]): with a `distance_bias` of its heads.
+        call ([`AttentionCall`]): with the `alibi_slopes` or the `distance_bias` of its heads.
         mask (`BlockMask`): of the rows.
     """
-    table, query = call.per_head[DISTANCE_BIAS], call.query
-    assert table is not None
-    zero = (table.shape[-1] - 1) // 2
-
-    def add(score, row, head, place, key_place):
-        return score + table[head, key_place - place + zero].to(score.dtype)
-
+    query = call.query
     output = compile_friendly_flex_attention(
         query,
         call.key,
         call.value,
         training=torch.is_grad_enabled(),
-        score_mod=add,
+        score_mod=score_rule(call),
         block_mask=mask,
         enable_gqa=query.shape[1] != call.key.shape[1],
         scale=call.scaling,
@@ -139,20 +157,27 @@ def run_flex(call: AttentionCall, mask: object) -> torch.Tensor:
     return output.transpose(1, 2).contiguous()
 
 
-def _numbers(call: AttentionCall, queries: int, keys: int, offset: int) -> torch.Tensor:
-    """What is added to the scores of a block, in the precision of the queries."""
-    table, by_key = call.per_head.get(DISTANCE_BIAS), call.per_head.get(KEY_BIAS)
-    if table is None:
-        assert by_key is not None
-        return by_key.to(call.query.dtype)[:, None, :keys].expand(-1, queries, -1)
-    return numbers_of(table, queries, keys, offset).to(call.query.dtype)
-
-
-def numbers_of(table: torch.Tensor, queries: int, keys: int, offset: int) -> torch.Tensor:
-    """The numbers `(n, queries, keys)` of a block whose first query is `offset` tokens after its first key."""
+def score_rule(call: AttentionCall) -> Callable:
+    """The `score_mod` of flex attention: what is added to one score, in the precision of scores."""
+    table, slopes = call.per_head.get(DISTANCE_BIAS), call.per_head.get(ALIBI)
+    if slopes is not None:
+        return lambda score, row, head, i, j: score - (slopes[head] * (i - j).abs()).to(score.dtype)
+    assert table is not None
     zero = (table.shape[-1] - 1) // 2
-    places = torch.arange(keys, device=table.device) - torch.arange(queries, device=table.device)[:, None]
-    return table[:, places - offset + zero]
+    return lambda score, row, head, i, j: score + table[head, j - i + zero].to(score.dtype)
+
+
+def _numbers(call: AttentionCall, queries: int, keys: int, offset: int | torch.Tensor) -> torch.Tensor:
+    """What is added to the scores of a block, `(n, queries, keys)`, rounded to the precision of the queries."""
+    by_key, dtype, device = call.per_head.get(KEY_BIAS), call.query.dtype, call.query.device
+    if by_key is not None:
+        return by_key.to(dtype)[:, None, :keys].expand(-1, queries, -1)
+    distances = torch.arange(keys, device=device) - torch.arange(queries, device=device)[:, None] - offset
+    slopes, table = call.per_head.get(ALIBI), call.per_head.get(DISTANCE_BIAS)
+    if slopes is not None:
+        return (-slopes.to(torch.promote_types(dtype, torch.float32))[:, None, None] * distances.abs()).to(dtype)
+    assert table is not None
+    return table[:, distances + (table.shape[-1] - 1) // 2].to(dtype)
 
 
 def blocks_for_distances(plan: KernelPlan, rows: int, num_tokens: int) -> BlockPlan | None:

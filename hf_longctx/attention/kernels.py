@@ -28,6 +28,7 @@ from .distance_bias import (
     run_flex,
     run_with_distance_bias,
 )
+from .eager import eager_attention
 from .masks import AttentionRule, KernelPlan, build_mask, segment_bounds
 from .side_inputs import refuse_dropped_inputs
 from .varlen import VarlenBounds, fits, run_varlen
@@ -77,10 +78,10 @@ def choose_kernel(name: str, call: AttentionCall) -> str:
     if name != "auto":
         return name
     query = call.query
-    if has_distance_bias(call):
-        return "sdpa"
     needs_more = call.per_head.get("s_aux") is not None or call.extras.get("softcap") is not None
     on_gpu = query.device.type == "cuda"
+    if has_distance_bias(call):
+        return "eager" if needs_more else "sdpa"
     if needs_more:
         return "flex_attention" if on_gpu else "eager"
     half = query.dtype in (torch.float16, torch.bfloat16)
@@ -167,8 +168,9 @@ def run_planned(kernel: str, call: AttentionCall, plan: KernelPlan) -> torch.Ten
     view = ModuleView(call.module, kernel, num_key_value_groups=groups, is_causal=rule.causal)
     extras: dict[str, Any] = {"dropout": call.dropout, "scaling": call.scaling}
     if has_distance_bias(call):
-        flex = kernel == "flex_attention"
-        return _without_padding(run_flex(call, prepared), plan) if flex else run_with_distance_bias(call, plan, view)
+        if kernel == "flex_attention":
+            return _without_padding(run_flex(call, prepared), plan)
+        return run_with_distance_bias(kernel, call, plan, view)
     if isinstance(prepared, VarlenBounds):
         return _without_padding(run_varlen(rule, prepared, query, key, value, call.scaling), plan)
     if is_flash(kernel):
@@ -263,40 +265,3 @@ class _BlockMasks:
         if square:
             self.largest = seen
         return seen
-
-
-def eager_attention(
-    module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: torch.Tensor | None = None,
-    **_: object,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention with explicit scores, for any mix of softcap and sinks, on the heads it is given.
-
-    Shapes as in [`AttentionCall`]; `attention_mask` is additive, broadcastable to `(B, n, T, T)`. The eager functions
-    of transformers read sinks and head counts from the module and so cannot run on a part of the heads.
-
-    Memory: `B x n x T x T` scores.
-    """
-    groups = module.num_key_value_groups
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = query @ key.transpose(2, 3) * scaling
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    if s_aux is not None:
-        sinks = s_aux.view(1, -1, 1, 1).expand(*scores.shape[:3], 1).to(scores.dtype)
-        scores = torch.cat([scores, sinks], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    if s_aux is not None:
-        weights = weights[..., :-1]
-    weights = torch.nn.functional.dropout(weights, p=dropout, training=dropout > 0)
-    return (weights @ value).transpose(1, 2).contiguous(), weights

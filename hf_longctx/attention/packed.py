@@ -19,7 +19,7 @@ from ..parallel.shard import SequenceShard
 from .call import AttentionCall
 from .call_documents import documents_of_call, rows_of_call
 from .deferred import DeferredMask, deferred_mask
-from .distance_bias import DISTANCE_BIAS, KEY_BIAS, has_distance_bias, run_after_cache
+from .distance_bias import NUMBERS, has_distance_bias, run_after_cache
 from .implicit_positions import packs_documents, validate_positions
 from .kernels import choose_kernel, is_flash, plan_for_kernel, refuse_unsupported, run_plain, run_planned
 from .masks import KernelPlan
@@ -78,7 +78,7 @@ PACKED = AttentionEntry(
     packed_attention,
     deferred_mask,
     packs_rows=True,
-    per_head=("s_aux", DISTANCE_BIAS, KEY_BIAS),
+    per_head=("s_aux", *NUMBERS),
     takes=("dropout", "softcap"),
 )
 
@@ -130,7 +130,7 @@ def _attend_documents(call: AttentionCall, shard: SequenceShard | None, run: Cal
 def run_inner_kernel(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rows of one document each: the inner kernel as transformers runs it, on the mask that it would have built."""
     if has_distance_bias(call):  # which no kernel of transformers computes
-        return run_after_cache(call), None
+        return run_after_cache(choose_kernel("auto", call), call), None
     kernel = choose_kernel("auto", call)
     mask, is_causal = call.mask, call.is_causal
     if isinstance(mask, DeferredMask):

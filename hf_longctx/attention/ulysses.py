@@ -19,7 +19,7 @@ from ..parallel.heads import split_heads
 from ..parallel.shard import SequenceShard
 from .call import AttentionCall
 from .deferred import deferred_mask
-from .distance_bias import DISTANCE_BIAS, KEY_BIAS
+from .distance_bias import NUMBERS
 from .packed import attend_documents, attend_rows, run_inner_kernel, validated
 from .registry import AttentionEntry
 from .unadapted import refuse_dropped_shard
@@ -73,7 +73,7 @@ ULYSSES = AttentionEntry(
     deferred_mask,
     shards_rows=True,
     packs_rows=True,
-    per_head=("s_aux", DISTANCE_BIAS, KEY_BIAS),
+    per_head=("s_aux", *NUMBERS),
     takes=("dropout", "softcap"),
 )
 

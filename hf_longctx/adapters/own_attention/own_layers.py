@@ -21,7 +21,7 @@ from ...attention.deferred import DeferredMask
 from ...attention.registry import find_attention
 from ..instance_forward import PatchHandle, named_arguments, put_on
 from ..pass_shard import ShardReader
-from .alibi_models import HIDDEN_MASK, bloom, falcon, hide_masks, mpt, needs_ours, shown
+from .alibi_models import HIDDEN_MASK, bloom, falcon, hide_masks, mpt, needs_ours, refuse_filled_cache, shown
 from .bert import bert, big_bird, ibert, lilt, luke, roformer, squeezebert
 from .counted_positions import COUNTED_TABLE, count_positions
 from .decoders import bart, gpt_neox_japanese, image_gpt, openai_gpt, xlm
@@ -106,6 +106,7 @@ class OwnAttentionPatch(ShardReader):
         family = family_of(module)
         shard = rows.shard
         if shard is None and entry is not None and needs_ours(module):
+            refuse_filled_cache(module, rows)
             hidden_states = given["hidden_states"]
             facts = {"attention_mask": rows.padding}
             shard = shard_of_rows(facts, *hidden_states.shape[:2], hidden_states.device)
