@@ -15,6 +15,8 @@ from hf_longctx.proof.model_under_test import ModelUnderTest, default_config
 # By model type: fields that its default configuration leaves out.
 FAMILIES = {
     "big_bird": {"attention_type": "original_full"},
+    "bloom": {},
+    "falcon": {},
     "flaubert": {},
     "gpt_neo": {},
     "gpt_neox_japanese": {},
@@ -24,6 +26,7 @@ FAMILIES = {
     "luke": {},
     "megatron-bert": {},
     "mpnet": {},
+    "mpt": {},
     "mvp": {},
     "nemotron": {},
     "openai-gpt": {},
@@ -44,7 +47,18 @@ VARIANTS = {
     "trocr sinusoidal": ("trocr", {"use_learned_position_embeddings": False}, "causal-lm"),
     "xlm causal": ("xlm", {"causal": True}, "causal-lm"),
 }
-CASES = [*FAMILIES, *VARIANTS]
+# By case: fields of the tiny model, such as numbers of heads that are no power of two.
+SIX_HEADS = {"hidden_size": 96, "num_attention_heads": 6}
+TINY = {
+    "bloom, 6 heads": ("bloom", SIX_HEADS),
+    "bloom, key form": ("bloom", {**SIX_HEADS, "alibi_form": "key"}),
+    "falcon alibi": ("falcon", {"alibi": True, "multi_query": False, "parallel_attn": False}),
+    "falcon alibi, 6 heads, key form": ("falcon", {"alibi": True, **SIX_HEADS, "alibi_form": "key"}),
+    "falcon, new architecture": ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon, many keys": ("falcon", {"multi_query": False}),
+    "mpt, 6 heads, clipped": ("mpt", SIX_HEADS),
+}
+CASES = [*FAMILIES, *VARIANTS, *TINY]
 # In float32, since transformers' own masks for these models overflow in float64: rounding of sums in another order.
 TOLERANCE = 1e-5
 TOKENS, LENGTHS = 11, (4, 1, 6)
@@ -52,6 +66,7 @@ TOKENS, LENGTHS = 11, (4, 1, 6)
 
 def tested(case: str, size: int = 2) -> ModelUnderTest:
     """The tiny model of a case."""
+    case, after = TINY.get(case, (case, {}))
     kind, fields, task = VARIANTS.get(case, (case, FAMILIES.get(case, {}), None))
     config = default_config(kind)
     for name, value in fields.items():
@@ -62,11 +77,18 @@ def tested(case: str, size: int = 2) -> ModelUnderTest:
     }
     tables["masked-lm"] = {name for name in tables["masked-lm"] if name != "mvp"}  # an encoder-decoder
     task = task or next((task for task, names in tables.items() if kind in names), "encoder")
-    return ModelUnderTest.of(config, task, size)
+    tiny = ModelUnderTest.of(config, task, size)
+    for name, value in after.items():
+        setattr(tiny.config, name, value)
+    if kind == "mpt" and after:
+        tiny.config.attn_config.clip_qkv = 0.2
+        tiny.config.attn_config.alibi_bias_max = 4  # which transformers does not read
+    return tiny
 
 
 def model_of(case: str, attention: str | None) -> torch.nn.Module:
-    """With weights that depend on the case alone."""
+    """With weights that depend on the case alone. Falcon adds its slopes twice under eager, once under sdpa."""
+    attention = "sdpa" if attention == "eager" and case.startswith("falcon alibi") else attention
     return build_model(tested(case), attention, torch.float32).eval()
 
 

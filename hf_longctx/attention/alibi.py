@@ -1,9 +1,9 @@
 """ALiBi: scores get a slope times the distance between query and key, one slope a head, and nothing is rotated.
 
 Two families of slopes exist, and two forms of the numbers. A model whose score gets `-slope * (i - j)` may as well get
-`slope * j`, since what a query adds to all its scores is lost in the softmax; transformers computes the latter,
-rounded to the precision of the model. In bfloat16 that is off by more than the scores themselves after a few thousand tokens,
-so here the distance is multiplied in float32 and then rounded: near tokens, which weigh most, keep their digits.
+`slope * j`, since what a query adds to all its scores is lost in the softmax. transformers computes the latter and
+rounds it to the precision of the model: in bfloat16 it is off by more than the scores themselves after a few thousand
+tokens. So here the distance is multiplied in float32, then rounded: near tokens, which weigh most, keep their digits.
 Source: Press et al., arXiv 2108.12409.
 """
 

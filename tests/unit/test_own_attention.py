@@ -12,7 +12,6 @@ from hf_longctx.adapters.instance_forward import patches_on
 from hf_longctx.adapters.own_attention.own_layers import follow_own_attention
 from hf_longctx.adapters.pass_shard import ForwardRows
 from hf_longctx.attention.cache_names import OUTPUT_NAME
-from hf_longctx.attention.registry import find_attention
 from hf_longctx.parallel.shard import cut_batch
 from hf_longctx.proof.model_under_test import default_config
 from hf_longctx.proof.tiny import shrink
@@ -32,7 +31,8 @@ from ..own_attention import (
 )
 
 
-ON_THE_INTERFACE = ("nemotron", "stablelm")  # whose attention runs our kernels without a shard, too
+# Whose attention runs ours without a shard, too.
+ON_THE_INTERFACE = ("nemotron", "stablelm", "falcon alibi", "falcon alibi, 6 heads, key form")
 
 
 def adapted(case: str, attention: str = "packed") -> torch.nn.Module:
@@ -200,17 +200,16 @@ def test_documents_longer_than_the_table_of_positions_are_refused():
         model(input_ids=ids, position_ids=positions)
 
 
-def test_another_kernel_than_sdpa_is_refused_for_numbers_of_distances():
+def test_kernels_that_would_drop_numbers_of_distances_are_refused():
     model = adapted("mpnet")
-    share = cut_batch(rows_of("mpnet", "packed", model.config), 1, 0, inner_attention="eager")
+    batch = rows_of("mpnet", "packed", model.config)
+    expected = forward(model, batch)
+    assert difference(forward(model, cut_batch(batch, 1, 0, inner_attention="eager")), expected) <= TOLERANCE
+    for attention in model.modules():
+        if isinstance(attention, torch.nn.Dropout):
+            attention.p = 0.1
     with pytest.raises(NotImplementedError, match="`distance_bias`"):
-        forward(model, share)
-
-
-def test_numbers_of_distances_are_refused_without_known_rows():
-    layer, x = torch.nn.Module(), torch.zeros(1, 2, 3, 4)
-    with pytest.raises(NotImplementedError, match="`distance_bias`"):
-        find_attention("packed").function(layer, x, x, x, None, distance_bias=torch.zeros(2, 5))
+        forward(model.train(), cut_batch(batch, 1, 0, inner_attention="flex_attention"))
 
 
 def test_padding_inside_a_document_and_windows_of_distances():

@@ -61,7 +61,8 @@ def _error(model, reference, mesh: SequenceMesh, batch: dict) -> float:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_shares_of_rows_are_exact(worlds, size):
-    cases = CASES if size == 2 else ["gpt_neo", "mpnet", "roformer", "stablelm", "xglm"]
+    four = ["gpt_neo", "mpnet", "roformer", "stablelm", "xglm", "bloom, 6 heads", "mpt, 6 heads, clipped", "falcon"]
+    cases = CASES if size == 2 else [*four, "falcon alibi"]
     for errors in worlds(size).run(errors_of_shares, cases, size):
         wrong = {name: error for name, error in errors.items() if not error <= TOLERANCE}
         assert not wrong

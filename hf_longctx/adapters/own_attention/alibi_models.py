@@ -114,7 +114,7 @@ def refuse_filled_cache(layer: torch.nn.Module, rows: ForwardRows) -> None:
     if rows.has_cache:
         raise NotImplementedError(
             f"`{type(layer).__name__}` adds its slopes twice after a cache under attn_implementation="
-            f"{rows.attention!r}: generate with `use_cache=False`, or call `model.set_attn_implementation('sdpa')`."
+            f"{rows.attention!r}: generate with `use_cache=False`, or load the model on 'sdpa'."
         )
 
 
