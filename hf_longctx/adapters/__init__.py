@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from .row_lengths import follow_lengths as follow_lengths
     from .tiled_loss import tile_loss as tile_loss
     from .tiled_mlp import tile_mlp as tile_mlp
+    from .use_alibi import use_alibi as use_alibi
 
 _EXPORTS = {
     "positions": ("follow_positions",),
@@ -20,5 +21,6 @@ _EXPORTS = {
     "row_lengths": ("follow_lengths",),
     "tiled_loss": ("tile_loss",),
     "tiled_mlp": ("tile_mlp",),
+    "use_alibi": ("use_alibi",),
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

@@ -14,11 +14,13 @@ from .recurrent.layers import follow_recurrences
 from .router_losses import follow_router_losses
 from .row_lengths import follow_lengths
 from .text_planes import add_text_planes
+from .use_alibi import follow_alibi
 from .wrapped import unwrap
 
 
 # What models need, by kind; each leaves a model that does not need it alone.
 _ADAPTERS = (
+    follow_alibi,
     follow_positions,
     follow_lengths,
     follow_recurrences,

@@ -36,14 +36,15 @@ _FAR = 2**24
 def patch_rotary(model: torch.nn.Module) -> None:
     """Patch every module of `model` that calls a rotary embedding whose frequencies depend on the length."""
     for caller in list(model.modules()):
-        embeddings = [child for child in caller.children() if _is_rotary(child) and depends_on_length(child)]
+        embeddings = [child for child in caller.children() if is_rotary(child) and depends_on_length(child)]
         for embedding in embeddings:
             put_on(embedding, _RotaryPatch())
         if embeddings:
             put_on(caller, _CallerPatch())
 
 
-def _is_rotary(module: torch.nn.Module) -> bool:
+def is_rotary(module: torch.nn.Module) -> bool:
+    """Whether a module makes rotations from positions."""
     names = inspect.signature(type(module).forward).parameters
     return "position_ids" in names and ("Rotary" in type(module).__name__ or hasattr(module, "rope_type"))
 
@@ -75,6 +76,17 @@ def _differ_before(alone: torch.Tensor, beside: torch.Tensor, count: int) -> boo
     return not torch.equal(alone, beside.narrow(-2, 0, count))
 
 
+def rotations(rotary: torch.nn.Module) -> list[tuple[torch.Tensor, ...]]:
+    """What a rotary embedding makes of the first positions, for each kind of layer; empty tuples if it cannot."""
+    found = []
+    for kind in _layer_types(rotary):
+        try:
+            found.append(_rotate_on_a_copy(rotary, torch.arange(4)[None], kind))
+        except Exception:  # it is none that transformers' models call with rows of positions
+            found.append(())
+    return found
+
+
 @torch.no_grad()
 def _rotate_on_a_copy(rotary: torch.nn.Module, positions: torch.Tensor, kind: str | None) -> tuple[torch.Tensor, ...]:
     rotary = copy.deepcopy(rotary)
@@ -93,7 +105,7 @@ def _layer_types(rotary: torch.nn.Module) -> list:
 def forget_lengths(model: torch.nn.Module) -> None:
     """Let rotary embeddings that remember the longest row so far be as they were before it."""
     for rotary in model.modules():
-        if _is_rotary(rotary) and length_rope(getattr(rotary, "config", None)) is not None:
+        if is_rotary(rotary) and length_rope(getattr(rotary, "config", None)) is not None:
             positions = next(rotary.buffers()).new_zeros(1, 1, dtype=torch.long)
             for kind in _layer_types(rotary):
                 arguments = () if kind is None else (kind,)
@@ -103,7 +115,7 @@ def forget_lengths(model: torch.nn.Module) -> None:
 @contextlib.contextmanager
 def lengths_forgotten(model: torch.nn.Module) -> Iterator[None]:
     """A block at whose beginning no row was seen, and after which rotary embeddings remember what they did before."""
-    rotary = [module for module in model.modules() if _is_rotary(module)]
+    rotary = [module for module in model.modules() if is_rotary(module)]
     saved = [(dict(vars(module)), dict(module._buffers)) for module in rotary]
     values = [(buffer, buffer.clone()) for module in rotary for buffer in module.buffers()]
     forget_lengths(model)

@@ -17,6 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..class_tables import add_to_class_tables, remove_from_class_tables
 from .call import AttentionCall
+from .distance_bias import ALIBI
+from .unadapted import refuse_lost_alibi
 
 
 # Transformers branches on these parts of a name; with a slash it looks for a kernel on the Hub.
@@ -77,6 +79,7 @@ class AttentionEntry:
         **kwargs: object,
     ) -> AttentionCall:
         """The arguments of an attention function, without `sequence_shard`, as an [`AttentionCall`]."""
+        refuse_lost_alibi(module, kwargs.get(ALIBI))
         per_head = {name: kwargs[name] for name in self.per_head if name in kwargs}
         extras = {name: value for name, value in kwargs.items() if name not in per_head}
         return AttentionCall(

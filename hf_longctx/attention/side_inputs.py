@@ -18,11 +18,12 @@ import torch
 from ..parallel.segments import DOCUMENT_BOUND_KEYS
 from .call import AttentionCall
 from .deferred import DeferredMask
+from .distance_bias import NUMBERS
 
 
 # Keyword arguments that change the result and that cannot be cut by heads.
 _SELECTIONS = ("indices", "block_indices")
-_CHANGES_SCORES = ("position_bias", "sinks", "head_mask", *_SELECTIONS)
+_CHANGES_SCORES = ("position_bias", "sinks", "head_mask", *NUMBERS, *_SELECTIONS)
 _NO_SIDE_INPUTS = ("sliding_window", "softcap")
 # Facts of the batch, one number a token or a document, that pass through a model to its attention.
 _BATCH_FACTS = frozenset(

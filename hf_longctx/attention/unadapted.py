@@ -18,6 +18,8 @@ from ..parallel.shard import SequenceShard
 from .implicit_positions import packs_documents
 
 
+# Set in the configuration of a model whose rotation was replaced by ALiBi.
+ON_ALIBI = "hf_longctx_alibi"
 _REMEDY = "call `hf_longctx.adapt(model, mesh)` once after loading"
 
 
@@ -85,6 +87,20 @@ def refuse_dropped_shard(module: torch.nn.Module) -> None:
         raise NotImplementedError(
             f"a model of type `{kind}` does not tell its attention whether rows are shared, and {processes} processes "
             f"run: {_REMEDY}, which finds out, or load it with attn_implementation='packed' for whole rows."
+        )
+
+
+def refuse_lost_alibi(module: torch.nn.Module, slopes: object) -> None:
+    """Refuse a model that was saved on ALiBi, and whose layers rotate again.
+
+    Raises:
+        ValueError: its configuration says so, and the call has no slopes.
+    """
+    config = getattr(module, "config", None)
+    if slopes is None and getattr(config, ON_ALIBI, False):
+        raise ValueError(
+            f"the model was trained on ALiBi (`config.{ON_ALIBI}`), but `{type(module).__name__}` passes no slopes to "
+            "its attention: call `hf_longctx.use_alibi(model)` after loading it."
         )
 
 

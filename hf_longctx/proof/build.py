@@ -14,6 +14,9 @@ from transformers import (
     PretrainedConfig,
 )
 
+from ..adapters.use_alibi import follow_alibi
+from ..attention.registry import find_attention, name_that_packs
+from ..attention.unadapted import ON_ALIBI
 from .model_under_test import ModelUnderTest
 from .tiny import validate_tiny
 
@@ -34,6 +37,8 @@ def build_model(tested: ModelUnderTest, attention: str | None, dtype: torch.dtyp
         attention (`str`, *optional*): `None`: the default of transformers.
     """
     auto, config = _AUTO[tested.task], copy.deepcopy(tested.config)
+    if getattr(config, ON_ALIBI, False) and find_attention(attention) is None:
+        attention = name_that_packs()  # which is all that computes it
     chosen = loading_options(config, attention, dtype)
     torch.manual_seed(0)
     if tested.weights is not None:
@@ -43,6 +48,7 @@ def build_model(tested: ModelUnderTest, attention: str | None, dtype: torch.dtyp
         model = _from_config(tested, auto, config, chosen)
         _draw_weights(model)
     turn_dropout_off(model)
+    follow_alibi(model)
     return model.to(dtype).train()
 
 

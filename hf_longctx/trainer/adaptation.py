@@ -18,6 +18,7 @@ from ..adapters.instance_forward import patch_on, put_on
 from ..adapters.loop_batches import LoopBatches
 from ..adapters.peft_kinds import PACKED_ROWS, check_peft
 from ..adapters.tiled_loss import TILED_LOSS, TiledLossHandle
+from ..adapters.use_alibi import refuse_lost_alibi
 from ..adapters.wrapped import runs_our_attention, unwrap
 from ..attention.contamination import assert_no_cross_document
 from ..attention.registry import packs_rows
@@ -167,6 +168,7 @@ def adapt_model(trainer) -> bool:
         `bool`: whether the model runs an attention of ours; of any other nothing is changed.
     """
     if not runs_our_attention(trainer.model):
+        refuse_lost_alibi(trainer.model)
         return False
     attach_adapters(trainer.model)
     _count_whole_steps(trainer)
