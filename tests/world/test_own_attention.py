@@ -33,11 +33,13 @@ def errors_of_shares(cases: list[str], size: int) -> dict[str, float]:
         reference, model = model_of(case, "eager"), model_of(case, "ulysses")
         attach_adapters(model)
         for kind in KINDS:
-            errors[f"{case}, {kind}"] = _error(model, reference, mesh, rows_of(case, kind, reference.config))
+            errors[f"{case}, {kind}"] = share_error(model, reference, mesh, kind, case)
     return errors
 
 
-def _error(model, reference, mesh: SequenceMesh, batch: dict) -> float:
+def share_error(model, reference, mesh: SequenceMesh, kind: str, case: str = "gpt_neo") -> float:
+    """The largest relative difference of outputs and gradients on rows of a kind, whose tokens are any case's."""
+    batch = rows_of(case, kind, reference.config)
     expected = one_process(reference, batch)
     weights = projection(batch, expected.shape[-1])
     theirs = gradients_of(reference, (expected * weights).sum())
