@@ -11,6 +11,7 @@ or undone. Price: some microseconds a call.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from types import CellType, FunctionType, MethodType
 from typing import Any
@@ -68,9 +69,7 @@ def rebind(function: Callable, replacements: Mapping[str, Callable]) -> Callable
 
 def called_names(function: Callable) -> set[str]:
     """The global names that a function uses, under the decorators that `functools.wraps` shows."""
-    while getattr(function, "__wrapped__", None) is not None:
-        function = function.__wrapped__
-    code = getattr(function, "__code__", None)
+    code = getattr(inspect.unwrap(function), "__code__", None)
     return set(code.co_names) if code is not None else set()
 
 

@@ -123,7 +123,7 @@ class _NoRotationPatch(InstancePatch):
 
 
 def _refuse_other_attention(name: str, module: torch.nn.Module) -> None:
-    attention = module.config._attn_implementation  # type: ignore[union-attr]
+    attention = module.config._attn_implementation
     if find_attention(attention) is None:
         raise ValueError(
             f"`{name}` is on ALiBi (`config.{ON_ALIBI}`), which attn_implementation={attention!r} does not compute: "
@@ -179,4 +179,4 @@ def _attention_layers(name: str, model: torch.nn.Module) -> list[torch.nn.Module
 
 def _heads_of(layer: torch.nn.Module) -> int:
     own = getattr(layer, "num_heads", None)
-    return own if isinstance(own, int) else layer.config.num_attention_heads  # type: ignore[union-attr, return-value]
+    return own if isinstance(own, int) else layer.config.num_attention_heads

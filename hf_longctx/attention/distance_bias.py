@@ -78,7 +78,7 @@ def run_after_cache(kernel: str, call: AttentionCall) -> torch.Tensor:
             f"does not say how far apart they are (`{numbers_given(call)}`): pass `use_cache=False`."
         )
     numbers = _numbers(call, queries, keys, mask.offset)
-    built = mask.build("eager")
+    built: Any = mask.build("eager")
     view = SimpleNamespace(num_key_value_groups=call.query.shape[1] // call.key.shape[1], is_causal=False)
     return _attend(kernel, call, view)(call.query, call.key, call.value, numbers + built[..., :keys])
 

@@ -108,8 +108,8 @@ class OwnAttentionPatch(ShardReader):
         if shard is None and entry is not None and needs_ours(module):
             refuse_filled_cache(module, rows)
             hidden_states = given["hidden_states"]
-            facts = {"attention_mask": rows.padding}
-            shard = shard_of_rows(facts, *hidden_states.shape[:2], hidden_states.device)
+            num_rows, tokens = hidden_states.shape[:2]
+            shard = shard_of_rows({"attention_mask": rows.padding}, num_rows, tokens, hidden_states.device)
         if shard is None or entry is None or family is None:
             return own(**_with_own_masks(given))
         return family(OwnCall(module, given, rows, shard, entry))

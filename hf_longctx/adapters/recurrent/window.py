@@ -69,7 +69,7 @@ def run_window(
             given["hidden_states"] = torch.cat([before, hidden_states], dim=1)
     outputs = run(**{**tokens, **given})
     places = _beginnings(pieces, reach, halo)
-    again = None if places is None else run(**{**tokens, **{name: places.rows(x) for name, x in given.items()}})
+    again: Any = None if places is None else run(**{**tokens, **{name: places.rows(x) for name, x in given.items()}})
     is_tuple = isinstance(outputs, tuple)
     parts = outputs if is_tuple else (outputs,)
     if places is not None:
