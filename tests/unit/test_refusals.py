@@ -104,7 +104,8 @@ def test_an_encoder_decoder_is_refused(tmp_path):
         start(tmp_path, model=model)
 
 
-def test_recurrent_layers_are_refused_by_name(tmp_path):
+def test_recurrent_layers_without_an_adapter_are_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_longctx.adapters.recurrent.layers.RULES", {})
     config = transformers.Qwen3NextConfig(
         **{**_BASE, "head_dim": 8, "num_hidden_layers": 2, "num_experts": 2, "num_experts_per_tok": 1},
         layer_types=["linear_attention", "full_attention"],
@@ -116,7 +117,7 @@ def test_recurrent_layers_are_refused_by_name(tmp_path):
         shared_expert_intermediate_size=16,
     )
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="ulysses")
-    with pytest.raises(NotImplementedError, match="linear_attention.*start anew on every rank"):
+    with pytest.raises(NotImplementedError, match="linear_attention.*Qwen3NextGatedDeltaNet.*start anew on every rank"):
         start(tmp_path, model=model)
 
 
