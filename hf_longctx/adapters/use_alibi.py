@@ -11,6 +11,7 @@ Price: the kernel adds the distances to its scores, see [`distance_bias`][hf_lon
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 
@@ -20,7 +21,6 @@ from ..attention.alibi import alibi_slopes
 from ..attention.distance_bias import ALIBI
 from ..attention.registry import find_attention, name_that_packs
 from ..attention.unadapted import ON_ALIBI
-from ..families import rope_kind, rope_settings
 from .instance_forward import InstancePatch, PatchHandle, patch_on, put_on
 from .rebind import called_names
 from .rotary_lengths import is_rotary, rotations
@@ -56,8 +56,7 @@ def use_alibi(model: torch.nn.Module) -> AlibiHandle:
 
     Raises:
         ValueError: the model has no rotary embedding, or runs an attention of transformers, which has no slopes.
-        NotImplementedError: its rotation is more than one (scaled, complex, of images), or a layer that rotates has a
-            code of its own.
+        NotImplementedError: its rotation is more than one (of images), or a layer that rotates has a code of its own.
     """
     inner = unwrap(model)
     name = type(inner).__name__
@@ -73,12 +72,14 @@ def use_alibi(model: torch.nn.Module) -> AlibiHandle:
             f"`{name}` has no rotary embedding that ALiBi could replace: choose a model with one, such as Llama, Qwen "
             "or Mistral."
         )
-    _validate_rotation(name, inner.config, rotary)
+    _validate_rotation(name, rotary)
     for layer in _attention_layers(name, inner):
         put_on(layer, _SlopesPatch(_heads_of(layer)))
     for module in rotary:
         put_on(module, _NoRotationPatch())
-    setattr(inner.config, ON_ALIBI, True)
+    if not getattr(inner.config, ON_ALIBI, False):
+        _own_config(inner)
+        setattr(inner.config, ON_ALIBI, True)
     return AlibiHandle(model, SLOPES, NO_ROTATION)
 
 
@@ -118,8 +119,19 @@ class _NoRotationPatch(InstancePatch):
     name = NO_ROTATION
 
     def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
-        cosines, sines = own(*args, **kwargs)
+        rotated = own(*args, **kwargs)
+        if not isinstance(rotated, tuple):  # complex numbers
+            return torch.ones_like(rotated)
+        cosines, sines = rotated
         return torch.ones_like(cosines), torch.zeros_like(sines)
+
+
+def _own_config(model) -> None:
+    """Give an instance a configuration of its own: models that are built from one object share it."""
+    shared, own = model.config, copy.deepcopy(model.config)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            module.config = own
 
 
 def _refuse_other_attention(name: str, module: torch.nn.Module) -> None:
@@ -132,28 +144,24 @@ def _refuse_other_attention(name: str, module: torch.nn.Module) -> None:
         )
 
 
-def _validate_rotation(name: str, config, rotary: list[torch.nn.Module]) -> None:
-    """Refuse a rotation that is not one pair of cosines and sines, both plain."""
-    kinds = {rope_kind(settings) for settings in rope_settings(config)} - {"default"}
-    if kinds:
-        raise NotImplementedError(
-            f"`{name}` stretches its rotation (`rope_type` {sorted(kinds)[0]!r}), which means nothing without one: "
-            "set `rope_type` to 'default' in its configuration before the model is built."
-        )
+def _validate_rotation(name: str, rotary: list[torch.nn.Module]) -> None:
+    """Refuse what is neither a pair of cosines and sines nor complex numbers, whatever its frequencies and scale."""
     for module in rotary:
-        if not all(_is_plain(pair) for pair in rotations(module)):
+        if not all(_is_rotation(parts) for parts in rotations(module)):
             raise NotImplementedError(
-                f"`{type(module).__name__}` of `{name}` does not return plain cosines and sines of two-dimensional "
+                f"`{type(module).__name__}` of `{name}` does not return cosines and sines of two-dimensional "
                 "positions, so its rotation cannot be turned off: choose a model such as Llama, Qwen or Mistral."
             )
 
 
-def _is_plain(pair: tuple[torch.Tensor, ...]) -> bool:
-    """Whether a rotation by the angle 0 is what the patch makes of all of them."""
-    if len(pair) != 2 or any(tensor.is_complex() for tensor in pair):
+def _is_rotation(parts: tuple[torch.Tensor, ...]) -> bool:
+    """Whether these are rotations, by the angle 0 for the first position."""
+    if len(parts) == 1 and parts[0].is_complex():
+        return not bool(parts[0][..., :1, :].imag.any())
+    if len(parts) != 2 or any(tensor.is_complex() for tensor in parts):
         return False
-    cosines, sines = (tensor[..., :1, :] for tensor in pair)
-    return bool((cosines == 1).all() and (sines == 0).all())
+    cosines, sines = (tensor[..., :1, :] for tensor in parts)
+    return bool((cosines == cosines.max()).all() and cosines.all()) and not bool(sines.any())
 
 
 def _attention_layers(name: str, model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_longctx import LongContextConfig, LongContextTrainer, SequenceMesh, adapt, use_alibi
 from hf_longctx.adapters.instance_forward import patches_on
@@ -189,6 +189,17 @@ def test_a_name_of_transformers_is_refused_after_a_change():
         forward(model, rows())
 
 
+def test_a_rotary_embedding_of_another_kind_is_refused():
+    model = build("llama")
+    rotary = model.model.rotary_emb
+    halves = lambda self, x, position_ids: (torch.ones(1, position_ids.shape[-1], 8),) * 2
+    rotary.__class__ = type("OddRotary", (type(rotary),), {"forward": halves})
+    with pytest.raises(
+        NotImplementedError, match="`OddRotary` of `LlamaForCausalLM` does not return cosines and sines"
+    ):
+        use_alibi(model)
+
+
 def test_models_without_a_rotation_are_refused_by_name():
     for kind, fields in (("gpt2", {"n_head": 6, "n_embd": 48, "n_layer": 1}), ("bloom", {"n_head": 6})):
         config = AutoConfig.for_model(kind, vocab_size=64, **fields)
@@ -200,11 +211,54 @@ def test_models_without_a_rotation_are_refused_by_name():
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "yarn", "linear"])
-def test_stretched_rotations_are_refused(kind):
-    rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 32}
-    model = build("llama", rope_parameters=rope)
-    with pytest.raises(NotImplementedError, match=f"`rope_type` '{kind}'"):
+def test_how_a_rotation_was_stretched_changes_nothing(kind):
+    rope = {"rope_type": kind, "rope_theta": 10_000.0, "factor": 2.0, "original_max_position_embeddings": 8}
+    plain, stretched = build("llama"), build("llama", rope_parameters=rope)
+    batch = {**rows(1), "position_ids": torch.cat([torch.arange(n) for n in (2, 9)])[None]}
+    for model in (plain, stretched):
         use_alibi(model)
+        adapt(model, SequenceMesh.build())
+    for given in (rows(), batch, cut_batch(batch, 1, 0)):
+        assert torch.equal(forward(plain, given), forward(stretched, given))
+
+
+def test_a_rotation_by_complex_numbers_in_chunks():
+    """Against Llama 4 under transformers' own attention, at positions that are all 0."""
+    fields = {"num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 4, "num_hidden_layers": 4}
+    config = config_of("llama4_text", **fields, pad_token_id=0)
+    models = []
+    for attention in ("eager", "packed"):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+        models.append(model.eval().double())
+    reference, model = models
+    use_alibi(model)
+    batch, distance = rows(), torch.arange(11)[:, None] - torch.arange(11)
+    masks = {}
+    for kind in set(config.layer_types):
+        seen = distance >= 0
+        if kind == "chunked_attention":
+            seen = seen & (torch.arange(11)[:, None] // 4 == torch.arange(11) // 4)
+        masks[kind] = (-alibi_slopes(6).double()[:, None, None] * distance.abs()).masked_fill(~seen, -1e4)[None]
+    expected = reference(
+        **batch, attention_mask=masks, position_ids=torch.zeros_like(batch["input_ids"]), use_cache=False
+    )
+    actual = model(**batch, use_cache=False)
+    assert difference(actual.logits, expected.logits) <= 1e-6  # eager softmax is taken in float32
+
+
+def test_another_model_of_the_same_configuration_is_left_alone():
+    config = config_of("llama")
+    config._attn_implementation = "packed"
+    first, second = LlamaForCausalLM(config), LlamaForCausalLM(config)
+    expected = forward(second, rows())
+    handle = use_alibi(first)
+    assert torch.equal(forward(second, rows()), expected) and not hasattr(config, "hf_longctx_alibi")
+    assert all(module.config is first.config for module in first.modules() if hasattr(module, "config"))
+    handle.remove()
+    assert not hasattr(first.config, "hf_longctx_alibi")
 
 
 def test_layers_of_another_kind_are_refused():
