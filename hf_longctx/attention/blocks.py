@@ -50,10 +50,12 @@ class BlockPlan:
     Args:
         lengths (`tuple` of `int`): tokens of each block; they cover the `B * T` flattened tokens.
         calls (`tuple` of [`BlockCall`]): each block is a query of one call at most. Blocks of padding are in none.
+        numbers (`int`): entries a head of the largest mask that is made while a call runs, and not with the plan.
     """
 
     lengths: tuple[int, ...]
     calls: tuple[BlockCall, ...]
+    numbers: int = 0
 
 
 def plan_blocks(

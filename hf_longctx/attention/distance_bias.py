@@ -9,13 +9,14 @@ document distances are those of the row, so packed rows need nothing else.
 
 How: `sdpa` (or `eager`) with the numbers as an additive mask, made for one block at a time: a document, or a window
 with its neighbours. Blocks of equal shape share it; of a block with more queries than [`QUERY_BLOCK`], it is made for
-those at a time, and made again in the backward. Flex attention computes the numbers itself, if it is chosen.
+those at a time, and made again in the backward. Flex attention computes slopes itself: on CUDA, where it is chosen.
 Price: `n x 512 x L` numbers for the longest document `L`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +36,8 @@ DISTANCE_BIAS, KEY_BIAS, ALIBI = "distance_bias", "key_bias", "alibi_slopes"
 NUMBERS = (DISTANCE_BIAS, KEY_BIAS, ALIBI)
 # Queries of a long document whose numbers exist at a time.
 QUERY_BLOCK = 512
+# Smaller heads have no flex kernel on CUDA.
+_SMALLEST_HEAD = 16
 
 
 def has_distance_bias(call: AttentionCall) -> bool:
@@ -44,6 +47,13 @@ def has_distance_bias(call: AttentionCall) -> bool:
 def numbers_given(call: AttentionCall) -> str | None:
     """Which of the keyword arguments a call has."""
     return next((name for name in NUMBERS if call.per_head.get(name) is not None), None)
+
+
+def suits_flex(call: AttentionCall) -> bool:
+    """Whether flex attention computes a call with slopes on CUDA: no dropout, and the sizes and precisions it has."""
+    query = call.query
+    is_known = query.dtype != torch.float64 and query.shape[-1] >= _SMALLEST_HEAD
+    return numbers_given(call) == ALIBI and is_known and not call.dropout
 
 
 def refuse_other_kernels(kernel: str, call: AttentionCall) -> None:
@@ -143,15 +153,18 @@ def run_flex(call: AttentionCall, mask: object) -> torch.Tensor:
         call ([`AttentionCall`]): with the `alibi_slopes` or the `distance_bias` of its heads.
         mask (`BlockMask`): of the rows.
     """
-    query = call.query
+    query, key, value = call.query, call.key, call.value
+    heads, shared = query.shape[1], key.shape[1]
+    if heads & (heads - 1) and heads != shared:  # as transformers does: the kernel shares keys among powers of two
+        key, value = (tensor.repeat_interleave(heads // shared, dim=1) for tensor in (key, value))
     output = compile_friendly_flex_attention(
         query,
-        call.key,
-        call.value,
+        key,
+        value,
         training=torch.is_grad_enabled(),
         score_mod=score_rule(call),
         block_mask=mask,
-        enable_gqa=query.shape[1] != call.key.shape[1],
+        enable_gqa=heads != key.shape[1],
         scale=call.scaling,
     )
     return output.transpose(1, 2).contiguous()
@@ -182,4 +195,11 @@ def _numbers(call: AttentionCall, queries: int, keys: int, offset: int | torch.T
 
 def blocks_for_distances(plan: KernelPlan, rows: int, num_tokens: int) -> BlockPlan | None:
     """How rows are cut; `None` where a document is interrupted by padding."""
-    return plan_blocks(plan.rule, plan.segments, rows, num_tokens, lambda *_: None)
+    blocks = plan_blocks(plan.rule, plan.segments, rows, num_tokens, lambda *_: None)
+    if blocks is None:
+        return None
+    sizes = [
+        min(blocks.lengths[call.queries[0]], QUERY_BLOCK) * sum(blocks.lengths[slice(*call.keys[0])])
+        for call in blocks.calls
+    ]
+    return replace(blocks, numbers=max(sizes, default=0))

@@ -116,7 +116,9 @@ def _method(kernel: str, plan: KernelPlan) -> tuple[str, int]:
     if isinstance(prepared, BlockPlan):
         masks = [call.mask.numel() for call in prepared.calls if call.mask is not None]
         count = f"{sum(len(call.queries) for call in prepared.calls):,} blocks in {len(prepared.calls):,} calls"
-        largest = max(masks, default=0)
+        largest = max(masks, default=prepared.numbers)
+        if prepared.numbers:
+            return f"{count}, largest mask {largest:,} entries a head", largest
         return f"{count}, " + (f"largest mask {largest:,} entries" if largest else "no mask"), largest
     if isinstance(prepared, VarlenBounds):
         return "one call of torch's variable-length flash kernel, no mask", 0

@@ -27,6 +27,7 @@ from .distance_bias import (
     refuse_other_kernels,
     run_flex,
     run_with_distance_bias,
+    suits_flex,
 )
 from .eager import eager_attention
 from .masks import AttentionRule, KernelPlan, build_mask, segment_bounds
@@ -81,7 +82,7 @@ def choose_kernel(name: str, call: AttentionCall) -> str:
     needs_more = call.per_head.get("s_aux") is not None or call.extras.get("softcap") is not None
     on_gpu = query.device.type == "cuda"
     if has_distance_bias(call):
-        return "eager" if needs_more else "sdpa"
+        return "eager" if needs_more else "flex_attention" if on_gpu and suits_flex(call) else "sdpa"
     if needs_more:
         return "flex_attention" if on_gpu else "eager"
     half = query.dtype in (torch.float16, torch.bfloat16)

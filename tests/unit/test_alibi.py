@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,11 @@ from transformers.models.bloom.modeling_bloom import build_alibi_tensor as bloom
 from transformers.models.falcon.modeling_falcon import build_alibi_tensor as falcon_numbers
 from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
 
+from hf_longctx import explain_attention
 from hf_longctx.adapters.attach import attach_adapters
 from hf_longctx.attention import distance_bias
 from hf_longctx.attention.alibi import alibi_slopes, key_table, mpt_slopes
+from hf_longctx.attention.packed import packed_attention
 from hf_longctx.attention.registry import find_attention
 from hf_longctx.parallel.shard import SequenceShard, cut_batch
 
@@ -161,6 +164,34 @@ def test_flex_attention_gets_the_numbers_of_each_score():
     assert float(add(score, 0, 1, torch.tensor(9), torch.tensor(4))) == 1 + float(table[1, 4 - 9 + 9])
 
 
+def test_flex_attention_on_packed_rows_of_six_heads_that_share_keys():
+    """Forward only, as torch has no other on a CPU: the heads are no power of two, so keys are repeated."""
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 23, 16) for heads in (6, 2, 2))
+    shard = cut_batch({"input_ids": torch.zeros(1, 23).long(), "position_ids": POSITIONS}, 1, 0)["sequence_shard"]
+    outputs = []
+    for kernel in ("flex_attention", "sdpa"):
+        chosen = replace(shard, inner_attention=kernel)
+        layer = SimpleNamespace(config=None, is_causal=True)
+        with torch.no_grad():
+            given = {"alibi_slopes": alibi_slopes(6), "sequence_shard": chosen}
+            outputs.append(packed_attention(layer, query, key, value, None, **given)[0])
+    torch.testing.assert_close(*outputs)
+
+
+POSITIONS = torch.cat([torch.arange(length) for length in (9, 1, 13)])[None]
+
+
+def test_explain_attention_says_what_is_made_for_the_distances():
+    model = model_of("bloom, 6 heads", "packed")
+    attach_adapters(model)
+    (plan,) = explain_attention(model, {"input_ids": torch.arange(10, 33)[None], "position_ids": POSITIONS}).plans
+    assert plan.largest_mask == 13 * 13
+    assert (
+        str(plan) == "causal: sdpa, 3 segments of 1 to 13 tokens: 3 blocks in 3 calls, largest mask 169 entries a head"
+    )
+
+
 # Models
 
 
@@ -222,7 +253,7 @@ def test_generation_is_that_of_transformers_or_refused(case):
 
 
 def test_an_unknown_form_is_refused():
-    model = model_of("bloom", "packed")
+    model = model_of("bloom, 6 heads", "packed")
     attach_adapters(model)
     model.config.alibi_form = "places"
     with pytest.raises(ValueError, match="`config.alibi_form` \\('places'\\)"):

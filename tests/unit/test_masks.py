@@ -522,6 +522,13 @@ def test_named_kernel_is_kept(name):
         (fake_query("cuda", torch.float32), {}, "sdpa"),
         (fake_query("cuda", torch.bfloat16, 512), {}, "sdpa"),
         (fake_query("cpu", torch.bfloat16), {}, "sdpa"),
+        (fake_query(), {"alibi_slopes": torch.zeros(2)}, "sdpa"),
+        (fake_query("cuda", torch.bfloat16), {"alibi_slopes": torch.zeros(2)}, "flex_attention"),
+        (fake_query("cuda", torch.float64), {"alibi_slopes": torch.zeros(2)}, "sdpa"),
+        (fake_query("cuda", torch.bfloat16, 8), {"alibi_slopes": torch.zeros(2)}, "sdpa"),
+        (fake_query("cuda"), {"alibi_slopes": torch.zeros(2), "softcap": 30.0}, "eager"),
+        (fake_query("cuda"), {"alibi_slopes": torch.zeros(2), "dropout": 0.1}, "sdpa"),
+        (fake_query("cuda"), {"distance_bias": torch.zeros(2, 15)}, "sdpa"),
     ],
 )
 def test_auto_takes_the_kernel_that_can(monkeypatch, query, extras, expected):
