@@ -117,7 +117,7 @@ def test_recurrent_layers_without_an_adapter_are_refused_by_name(tmp_path, monke
         shared_expert_intermediate_size=16,
     )
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="ulysses")
-    with pytest.raises(NotImplementedError, match="linear_attention.*Qwen3NextGatedDeltaNet.*start anew on every rank"):
+    with pytest.raises(NotImplementedError, match="linear_attention.*Qwen3NextGatedDeltaNet.*start anew on every"):
         start(tmp_path, model=model)
 
 
