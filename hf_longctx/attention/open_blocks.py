@@ -8,10 +8,12 @@ without any are recognised as plain text, on all ranks alike, and others are ref
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import torch
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 
 from ..parallel.collectives import gather_integers
 from ..parallel.shard import SequenceShard
@@ -88,7 +90,7 @@ def _has_open_blocks(blocks: list[torch.Tensor], shard: SequenceShard, rows: int
 
 def _refuse_kernels_that_disagree(call: AttentionCall, mask: DeferredMask, shard: SequenceShard) -> None:
     """Refuse a layer that says it is not causal under a mask that is, where transformers may leave the mask out."""
-    if call.is_causal is not None or getattr(call.module, "is_causal", True):
+    if call.is_causal is not None or getattr(call.module, "is_causal", True) or not _runs_sdpa(type(call.module)):
         return
     packed = packs_documents(shard)
     has_padding = shard.segment_ids is not None and not packed
@@ -102,3 +104,14 @@ def _refuse_kernels_that_disagree(call: AttentionCall, mask: DeferredMask, shard
             "Pass `token_type_ids` of 1 (PaliGemma: text that is predicted), or set `use_bidirectional_attention` to "
             "False in the text configuration."
         )
+
+
+@lru_cache(maxsize=256)
+def _runs_sdpa(layer: type) -> bool:
+    """Whether transformers runs the models of the file in which a layer is written on sdpa, where they have one."""
+    models = [
+        kind
+        for kind in vars(sys.modules[layer.__module__]).values()
+        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.__module__ == layer.__module__
+    ]
+    return any(kind._supports_sdpa for kind in models)
