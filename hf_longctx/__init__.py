@@ -17,7 +17,7 @@ from .on_import import call_after_import
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .adapters.use_alibi import use_alibi as use_alibi
+    from .adapters.no_rotation import use_alibi as use_alibi
     from .attention.contamination import assert_no_cross_document as assert_no_cross_document
     from .attention.explain import explain_attention as explain_attention
     from .config.memory import MemoryConfig as MemoryConfig
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .trainer.sft import LongContextSFTTrainer as LongContextSFTTrainer
 
 _EXPORTS = {
-    "adapters.use_alibi": ("use_alibi",),
+    "adapters.no_rotation": ("use_alibi",),
     "attention.contamination": ("assert_no_cross_document",),
     "attention.explain": ("explain_attention",),
     "config.memory": ("MemoryConfig",),

@@ -8,12 +8,12 @@ from ..lazy_exports import lazy_exports
 
 
 if TYPE_CHECKING:
+    from .no_rotation import use_alibi as use_alibi
     from .positions import follow_positions as follow_positions
     from .router_losses import follow_router_losses as follow_router_losses
     from .row_lengths import follow_lengths as follow_lengths
     from .tiled_loss import tile_loss as tile_loss
     from .tiled_mlp import tile_mlp as tile_mlp
-    from .use_alibi import use_alibi as use_alibi
 
 _EXPORTS = {
     "positions": ("follow_positions",),
@@ -21,6 +21,6 @@ _EXPORTS = {
     "row_lengths": ("follow_lengths",),
     "tiled_loss": ("tile_loss",),
     "tiled_mlp": ("tile_mlp",),
-    "use_alibi": ("use_alibi",),
+    "no_rotation": ("use_alibi",),
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

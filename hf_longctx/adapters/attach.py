@@ -7,6 +7,7 @@ import torch
 from ..parallel.adapted import Adapted, mark, unmark
 from .instance_forward import PatchHandle, take_off
 from .loop_batches import LOOP_BATCHES
+from .no_rotation import follow_alibi
 from .own_attention.own_layers import follow_own_attention
 from .pass_shard import CALLER, pass_shard
 from .positions import follow_positions
@@ -14,7 +15,6 @@ from .recurrent.layers import follow_recurrences
 from .router_losses import follow_router_losses
 from .row_lengths import follow_lengths
 from .text_planes import add_text_planes
-from .use_alibi import follow_alibi
 from .wrapped import unwrap
 
 

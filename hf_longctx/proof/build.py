@@ -14,7 +14,7 @@ from transformers import (
     PretrainedConfig,
 )
 
-from ..adapters.use_alibi import follow_alibi
+from ..adapters.no_rotation import follow_alibi
 from ..attention.registry import find_attention, name_that_packs
 from ..attention.unadapted import ON_ALIBI
 from .model_under_test import ModelUnderTest

@@ -16,9 +16,9 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from ..adapters.attach import AttachedAdapters, attach_adapters
 from ..adapters.instance_forward import patch_on, put_on
 from ..adapters.loop_batches import LoopBatches
+from ..adapters.no_rotation import refuse_lost_alibi
 from ..adapters.peft_kinds import PACKED_ROWS, check_peft
 from ..adapters.tiled_loss import TILED_LOSS, TiledLossHandle
-from ..adapters.use_alibi import refuse_lost_alibi
 from ..adapters.wrapped import runs_our_attention, unwrap
 from ..attention.contamination import assert_no_cross_document
 from ..attention.registry import packs_rows
