@@ -127,10 +127,10 @@ class FaultToleranceMixin:
         if not self.is_fsdp_enabled:
             load_renamed(self.model, Path(self.state.best_model_checkpoint))
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def _load_from_checkpoint(self, resume_from_checkpoint, *model):
+        super()._load_from_checkpoint(resume_from_checkpoint, *model)
         if not self.is_fsdp_enabled:
-            load_renamed(self.model if model is None else model, Path(resume_from_checkpoint))
+            load_renamed(next(iter(model), self.model), Path(resume_from_checkpoint))
 
     def get_batch_samples(self, epoch_iterator, *args, **kwargs):
         """transformers' own; notes whether a collator or data set draws random numbers in this process."""

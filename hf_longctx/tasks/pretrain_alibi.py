@@ -19,7 +19,15 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, default_data_collator, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    PretrainedConfig,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from ..adapters.no_rotation import use_alibi
 from ..config.run import LongContextConfig
@@ -129,7 +137,7 @@ def build(kind: str, recipe: AlibiArguments, seed: int) -> torch.nn.Module:
     if kind == "learned":
         shape |= {"n_embd": recipe.width, "n_layer": recipe.layers, "n_head": recipe.heads, "n_positions": longest}
         shape |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = AutoConfig.for_model("gpt2", **shape)
+        config: PretrainedConfig = GPT2Config(**shape)
     else:
         shape |= {
             "hidden_size": recipe.width,
@@ -137,7 +145,7 @@ def build(kind: str, recipe: AlibiArguments, seed: int) -> torch.nn.Module:
             "num_hidden_layers": recipe.layers,
         }
         shape |= {"num_attention_heads": recipe.heads, "max_position_embeddings": longest}
-        config = AutoConfig.for_model("llama", **shape)
+        config = LlamaConfig(**shape)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
     if kind == "alibi":
         use_alibi(model)

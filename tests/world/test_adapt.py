@@ -89,7 +89,7 @@ def refusals_of(name: str) -> list[str]:
     [
         ("hybrid", "has layers of type conv", ""),
         ("roberta", r"`roberta` does not count from 0 but from `pad_token_id`", ""),
-        ("bloom", "edits its attention mask itself", "edits its attention mask itself"),
+        ("bloom", "edits its attention mask itself", ""),
         # Its attention gets the shard from an adapter.
         ("stablelm", "does not tell its attention whether rows are shared", ""),
         # Its layers never call an attention of ours; docs/conformance.md lists such types.

@@ -139,14 +139,14 @@ def test_a_target_of_padding_is_refused_where_kernels_disagree_about_padding(wor
 
 
 def train_recurrent():
-    config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, state_size=4, num_hidden_layers=1)
-    model = transformers.MambaForCausalLM(config)
+    config = transformers.RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1)
+    model = transformers.RwkvForCausalLM(config)
     model.config._attn_implementation = "ulysses"
     train(2, model=model)
 
 
-def test_a_recurrent_model_is_refused(world2):
-    with pytest.raises(RanksError, match="NotImplementedError.*Mamba"):
+def test_a_recurrent_model_without_an_adapter_is_refused(world2):
+    with pytest.raises(RanksError, match="NotImplementedError.*Rwkv"):
         world2.run(train_recurrent)
 
 

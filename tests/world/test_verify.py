@@ -97,7 +97,7 @@ def test_an_error_that_is_no_sentence_of_ours_is_a_defect(world2):
 def test_what_trainers_refuse_is_refused_with_their_sentence(world2):
     results = outcomes(world2, tf.T5Config(), Setting(2), task="encoder")
     assert {rows.outcome for rows in results} <= {"refused", "unbuildable"}
-    (rows,) = outcomes(world2, tf.MambaConfig(), Setting(2, kinds=("dense",)))
+    (rows,) = outcomes(world2, tf.RwkvConfig(), Setting(2, kinds=("dense",)))
     assert rows.outcome == "refused" and "set `sequence_parallel_size` to 1" in rows.message
 
 

@@ -6,7 +6,7 @@ import pytest
 import transformers as tf
 
 from hf_longctx.adapters import attach
-from hf_longctx.adapters.instance_forward import PatchHandle
+from hf_longctx.adapters.row_lengths import follow_lengths
 from hf_longctx.attention import packed
 from hf_longctx.proof import compare
 from hf_longctx.proof.model_under_test import KINDS, ModelUnderTest, Setting
@@ -49,14 +49,14 @@ def test_models_that_read_lengths_are_exact_on_every_kind_of_rows(world2, name):
 
 def prove_without_the_adapter(tested, setting):
     """Nothing tells the length, and no check looks for it but the numbers."""
-    saved = attach.follow_lengths, packed.validate_positions, adaptation.run_sanity_check
-    attach.follow_lengths = lambda model: PatchHandle(model)
+    saved = attach._ADAPTERS, packed.validate_positions, adaptation.run_sanity_check
+    attach._ADAPTERS = tuple(follow for follow in saved[0] if follow is not follow_lengths)
     packed.validate_positions = lambda *args: None
     adaptation.run_sanity_check = lambda *args, **kwargs: SanityResult()
     try:
         return compare.prove(tested, setting)
     finally:
-        attach.follow_lengths, packed.validate_positions, adaptation.run_sanity_check = saved
+        attach._ADAPTERS, packed.validate_positions, adaptation.run_sanity_check = saved
 
 
 @pytest.mark.parametrize("name", ["llama dynamic", "qwen3 longrope", "phimoe longrope", "llama4"])
