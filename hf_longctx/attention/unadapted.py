@@ -130,6 +130,8 @@ def validate_unadapted(module: torch.nn.Module, shard: SequenceShard, given: Map
     if shard.size > 1:
         validate_config(name, config)
         _refuse_router_loss(name, config, given)
+    elif packs_documents(shard):
+        refuse_token_mixing(name, config)
     other = layers_with_state(config) if packs_documents(shard) else []
     if other:
         raise NotImplementedError(

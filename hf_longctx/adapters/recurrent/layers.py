@@ -99,8 +99,11 @@ def unfollowed_layers(model: torch.nn.Module) -> list[str]:
         return [model.config.model_type]
     kinds = layers_with_state(model.config)
     types = model.config.get_text_config().layer_types if kinds else []
+    # A tower for images may have as many layers as the text's stack, and none that can be followed.
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    stack = next((module for module in lists if len(module) == len(types)), ())
+    stacks = [module for module in lists if len(module) == len(types)]
+    known = (stack for stack in stacks if any(is_followed(module) for module in stack.modules()))
+    stack = next(known, stacks[0] if stacks else ())
     found: dict[str, set[str]] = {}
     for kind, layer in zip(types, stack):
         missing = {type(module).__name__ for module in _stateful(layer) if not is_followed(module)}
