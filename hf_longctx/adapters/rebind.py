@@ -67,7 +67,7 @@ def rebind(function: Callable, replacements: Mapping[str, Callable]) -> Callable
     return copied
 
 
-def called_names(function: Callable) -> set[str]:
+def called_names(function: Any) -> set[str]:
     """The global names that a function uses, under the decorators that `functools.wraps` shows."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     return set(code.co_names) if code is not None else set()

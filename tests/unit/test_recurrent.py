@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -32,6 +33,7 @@ from ..recurrent import (
     numbers_alone,
     packed_rows,
     padded_rows,
+    window_layer,
     worst,
 )
 
@@ -209,11 +211,7 @@ def _convolution(hidden_states, weight, bias=None, activation=None, **kwargs):
 
 @pytest.mark.parametrize("reach", [0, 1, 3, 30])
 def test_a_window_starts_anew_at_every_document(reach):
-    def layer(hidden_states, conv_mask=None, scale=1.0):
-        seen = torch.nn.functional.pad(hidden_states, (0, 0, reach, 0), value=7.0)  # of its own, in front of a row
-        windows = seen.unfold(1, reach + 1, 1)
-        return windows.prod(-1) * scale, windows.sum(-1)
-
+    layer = functools.partial(window_layer, reach=reach)
     batch = packed_rows(*PACKED)
     pieces = pieces_of(cut_batch(batch, 1, 0)["sequence_shard"], 2, "cpu")
     inputs = torch.rand(2, 23, 4, generator=torch.Generator().manual_seed(0)).double()

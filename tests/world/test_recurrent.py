@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_ac
 
 from hf_longctx import SequenceMesh, gather_sequence, shard_batch
 from hf_longctx.adapters.attach import attach_adapters
+from hf_longctx.adapters.recurrent.pieces import pieces_of
+from hf_longctx.adapters.recurrent.window import run_window
 from hf_longctx.parallel.gathered import gather_shares, joined
 
 from ..recurrent import (
@@ -21,6 +25,7 @@ from ..recurrent import (
     packed_rows,
     padded_rows,
     upstream,
+    window_layer,
     worst,
 )
 
@@ -29,10 +34,14 @@ from ..recurrent import (
 CLOSE = 1e-6
 
 
-def local_weights(batch, shard) -> torch.Tensor:
-    weights = upstream(batch)
-    whole = torch.nn.functional.pad(weights, (0, 0, 0, shard.local_len * shard.size - weights.shape[1]))
+def cut(whole: torch.Tensor, shard) -> torch.Tensor:
+    """A rank's tokens of numbers `(B, T, D)`."""
+    whole = torch.nn.functional.pad(whole, (0, 0, 0, shard.local_len * shard.size - whole.shape[1]))
     return whole[:, shard.rank * shard.local_len :][:, : shard.local_len]
+
+
+def local_weights(batch, shard) -> torch.Tensor:
+    return cut(upstream(batch), shard)
 
 
 def summed(model, mesh) -> dict[str, torch.Tensor]:
@@ -69,6 +78,44 @@ def test_ranks_equal_one_process_on_every_kind_of_rows(world4, kernel):
 def test_two_groups_of_two_ranks(world4):
     for errors in world4.run(on_all_rows, 3, 2):
         assert max(errors.values()) <= CLOSE, errors
+
+
+def windows(reach: int) -> list[float]:
+    """Outputs and gradients of a layer that looks back in code of its own."""
+    mesh, layer, errors = SequenceMesh.build(4), functools.partial(window_layer, reach=reach), []
+    for batch in all_rows().values():
+        shard, generator = shard_batch(batch, mesh)["sequence_shard"], torch.Generator().manual_seed(0)
+        rows, tokens = batch["input_ids"].shape
+        inputs, weights = (torch.rand(rows, tokens, 4, generator=generator).double() for _ in range(2))
+        theirs, ours = inputs.requires_grad_(), inputs.detach().clone().requires_grad_()
+        mask = batch.get("attention_mask")
+        mine = None if mask is None else cut(mask[..., None], shard)[..., 0]
+        tensors = {"hidden_states": cut(ours, shard), "conv_mask": mine}
+        outputs = run_window(layer, pieces_of(shard, rows, "cpu"), reach, tensors, "conv_mask")
+        sum((part * cut(weights, shard)).sum() for part in outputs).backward()
+        expected = _on_documents(layer, batch, theirs, mask)
+        sum((part * weights).sum() for part in expected).backward()
+        dist.all_reduce(ours.grad)
+        found = (*(gather_sequence(part, mesh.sp_group)[:, :tokens] for part in outputs), ours.grad)
+        errors.append(max(float((a - b).abs().max()) for a, b in zip(found, (*expected, theirs.grad))))
+    return errors
+
+
+def _on_documents(layer, batch, inputs, mask):
+    if "position_ids" not in batch:
+        return layer(inputs, mask)
+    lengths = [(positions == 0).nonzero().flatten().tolist() + [len(positions)] for positions in batch["position_ids"]]
+    rows = [
+        [layer(row[None, a:b]) for a, b in zip(bounds, bounds[1:])]
+        for row, bounds in zip(inputs, lengths, strict=True)
+    ]
+    return tuple(torch.cat([torch.cat([piece[i] for piece in row], dim=1) for row in rows]) for i in range(2))
+
+
+@pytest.mark.parametrize("reach", [1, 3, 8])
+def test_layers_that_look_back_in_their_own_code(world4, reach):
+    for errors in world4.run(windows, reach):
+        assert max(errors) <= 1e-12, errors
 
 
 def checkpoint_layers(model, kind: str) -> None:

@@ -161,7 +161,7 @@ def _run_window(own: Callable, pieces: SharePieces, reach: int, given: dict[str,
     return run_window(functools.partial(own, **given), pieces, reach, tokens, "conv_mask")
 
 
-def called_function(forward: Callable, name: str) -> Callable:
+def called_function(forward: Any, name: str) -> Callable:
     """What a global name means in the code of `forward`."""
     inner: Any = inspect.unwrap(forward)
     return inner.__globals__[name]

@@ -69,10 +69,10 @@ def run_window(
             given["hidden_states"] = torch.cat([before, hidden_states], dim=1)
     outputs = run(**{**tokens, **given})
     places = _beginnings(pieces, reach, halo)
-    again: Any = None if places is None else run(**{**tokens, **{name: places.rows(x) for name, x in given.items()}})
     is_tuple = isinstance(outputs, tuple)
     parts = outputs if is_tuple else (outputs,)
     if places is not None:
+        again = run(**{**tokens, **{name: places.rows(tensor) for name, tensor in given.items()}})
         parts = tuple(places.put(part, other) for part, other in zip(parts, again if is_tuple else (again,)))
     parts = tuple(part[:, halo:] for part in parts)
     if tails is not None:
