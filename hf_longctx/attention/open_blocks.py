@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, masking_utils
+from transformers import masking_utils
 
 from ..parallel.collectives import gather_integers
 from ..parallel.shard import SequenceShard
@@ -107,11 +108,8 @@ def _refuse_kernels_that_disagree(call: AttentionCall, mask: DeferredMask, shard
 
 
 @lru_cache(maxsize=256)
-def _runs_sdpa(layer: type) -> bool:
+def _runs_sdpa(layer: Hashable) -> bool:
     """Whether transformers runs the models of the file in which a layer is written on sdpa, where they have one."""
-    models = [
-        kind
-        for kind in vars(sys.modules[layer.__module__]).values()
-        if isinstance(kind, type) and issubclass(kind, PreTrainedModel) and kind.__module__ == layer.__module__
-    ]
-    return any(kind._supports_sdpa for kind in models)
+    written: dict[str, Any] = vars(sys.modules[layer.__module__])
+    kinds = [kind for kind in written.values() if isinstance(kind, type) and kind.__module__ == layer.__module__]
+    return any(getattr(kind, "_supports_sdpa", False) for kind in kinds)
