@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Hashable, Iterator
-from functools import lru_cache
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -91,14 +90,15 @@ def _has_open_blocks(blocks: list[torch.Tensor], shard: SequenceShard, rows: int
 
 def _refuse_kernels_that_disagree(call: AttentionCall, mask: DeferredMask, shard: SequenceShard) -> None:
     """Refuse a layer that says it is not causal under a mask that is, where transformers may leave the mask out."""
-    if call.is_causal is not None or getattr(call.module, "is_causal", True) or not _runs_sdpa(type(call.module)):
+    if call.is_causal is not None or getattr(call.module, "is_causal", True):
         return
     packed = packs_documents(shard)
     has_padding = shard.segment_ids is not None and not packed
     if has_padding or not (packed or mask.may_be_left_out):
         return
     rule = mask.rule()
-    if rule.causal and rule.chunk is None and (rule.window is None or rule.window >= shard.num_tokens):
+    reaches_all = rule.chunk is None and (rule.window is None or rule.window >= shard.num_tokens)
+    if rule.causal and reaches_all and _runs_sdpa(type(call.module)):
         raise NotImplementedError(
             f"`{type(call.module).__name__}` is not causal (`is_causal` False) and its mask is: transformers leaves "
             "the mask of rows without padding out on 'sdpa', where tokens then see later ones, and not on 'eager'. "
@@ -107,8 +107,7 @@ def _refuse_kernels_that_disagree(call: AttentionCall, mask: DeferredMask, shard
         )
 
 
-@lru_cache(maxsize=256)
-def _runs_sdpa(layer: Hashable) -> bool:
+def _runs_sdpa(layer: type) -> bool:
     """Whether transformers runs the models of the file in which a layer is written on sdpa, where they have one."""
     written: dict[str, Any] = vars(sys.modules[layer.__module__])
     kinds = [kind for kind in written.values() if isinstance(kind, type) and kind.__module__ == layer.__module__]
