@@ -139,7 +139,7 @@ def test_a_target_of_padding_is_refused_where_kernels_disagree_about_padding(wor
 
 
 def train_recurrent():
-    config = transformers.RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1)
+    config = transformers.RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)
     model = transformers.RwkvForCausalLM(config)
     model.config._attn_implementation = "ulysses"
     train(2, model=model)
