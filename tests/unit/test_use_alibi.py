@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from hf_longctx import LongContextConfig, LongContextTrainer, SequenceMesh, adapt, use_alibi
 from hf_longctx.adapters.instance_forward import patches_on
 from hf_longctx.attention.alibi import alibi_slopes
+from hf_longctx.attention.packed import packed_attention
 from hf_longctx.parallel.shard import cut_batch
 
 from ..own_attention import difference, forward, gradients_of
@@ -274,3 +275,21 @@ def test_more_than_text_is_refused():
 
     with pytest.raises(NotImplementedError, match="more than a language model"):
         use_alibi(AutoModelForSeq2SeqLM.from_config(config))
+
+
+def test_a_model_without_layers_on_the_interface_is_refused():
+    class Bare(LlamaForCausalLM):
+        pass
+
+    model = Bare(AutoConfig.for_model("llama", **SMALL))
+    model.set_attn_implementation("packed")
+    for layer in model.model.layers:
+        layer.self_attn = torch.nn.Identity()
+    with pytest.raises(NotImplementedError, match="`Bare` has no layer on transformers' attention interface"):
+        use_alibi(model)
+
+
+def test_a_cache_under_a_mask_of_the_models_own_is_refused():
+    layer, query, key = torch.nn.Module(), torch.randn(1, 2, 1, 4), torch.randn(1, 2, 5, 4)
+    with pytest.raises(NotImplementedError, match="attends from 1 to 5 tokens under a mask of its own"):
+        packed_attention(layer, query, key, key, torch.zeros(1, 1, 1, 5), alibi_slopes=alibi_slopes(2))
