@@ -15,6 +15,7 @@ import logging
 import pytest
 import torch
 import transformers as tf
+from packaging.version import Version
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -434,7 +435,11 @@ def test_models_whose_loss_is_another_are_refused_by_name():
     refused(model, "`LlamaForCausalLM`", "`mse_loss`")
 
 
-@pytest.mark.parametrize("name", ["gpt_oss", "granite moe"])
+# transformers 5.17 cannot compute Granite's in one process either.
+ROUTED = ["gpt_oss"] if Version(tf.__version__) < Version("5.24") else ["gpt_oss", "granite moe"]
+
+
+@pytest.mark.parametrize("name", ROUTED)
 @pytest.mark.parametrize("make", [dict, shifted])
 def test_a_router_loss_is_added_to_the_tiled_one(name, make):
     asked = {"output_router_logits": True, "router_aux_loss_coef": 0.7}
