@@ -16,6 +16,7 @@ import inspect
 from collections.abc import Callable
 
 import torch
+from transformers import PreTrainedModel
 
 from ..attention.alibi import alibi_slopes
 from ..attention.distance_bias import ALIBI
@@ -55,11 +56,16 @@ def use_alibi(model: torch.nn.Module) -> AlibiHandle:
         [`AlibiHandle`]: `remove()` undoes it. A second call changes nothing.
 
     Raises:
-        ValueError: the model has no rotary embedding, or runs an attention of transformers, which has no slopes.
+        ValueError: it is no model of transformers, has no rotary embedding, or runs an attention of transformers,
+            which has no slopes.
         NotImplementedError: its rotation is more than one (of images), or a layer that rotates has a code of its own.
     """
     inner = unwrap(model)
     name = type(inner).__name__
+    if not isinstance(inner, PreTrainedModel):
+        raise ValueError(
+            f"`{name}` is not a model of transformers, whose attention ALiBi is for: pass the model that has one."
+        )
     if getattr(inner.config, "is_encoder_decoder", False) or inner.config.get_text_config() is not inner.config:
         raise NotImplementedError(
             f"`{name}` is more than a language model or an encoder of text (`{inner.config.model_type}`), and its "

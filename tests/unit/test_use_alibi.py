@@ -293,3 +293,8 @@ def test_a_cache_under_a_mask_of_the_models_own_is_refused():
     layer, query, key = torch.nn.Module(), torch.randn(1, 2, 1, 4), torch.randn(1, 2, 5, 4)
     with pytest.raises(NotImplementedError, match="attends from 1 to 5 tokens under a mask of its own"):
         packed_attention(layer, query, key, key, torch.zeros(1, 1, 1, 5), alibi_slopes=alibi_slopes(2))
+
+
+def test_what_is_no_model_of_transformers_is_refused():
+    with pytest.raises(ValueError, match="`Linear` is not a model of transformers"):
+        use_alibi(torch.nn.Linear(2, 2))
