@@ -75,6 +75,8 @@ POSITION_AXES: dict[str, int | None] = {
 NO_TEXT_PLANE = frozenset({"cosmos3_edge_text", "hunyuan_vl_text"})
 # What a batch of text alone says of every token, where a model asks for it or reads another kind of token without it.
 TEXT_MARKS: dict[str, tuple[str, int]] = {"molmo2": ("mm_token_type_ids", 0), "paligemma": ("token_type_ids", 1)}
+# Models whose layers count windows or blocks of tokens from the first token of a row, padding included.
+COUNTS_FROM_ROW_START = frozenset({"deepseek_v4", "minimax_m3_vl", "minimax_m3_vl_text"})
 # Models that keep what a batch brings from their attention layers, which then never see a shard.
 DROPS_SHARD = frozenset({"nemotron", "stablelm"})
 # Causal language models whose own loss compares the logits of a token with the label of the same token.
@@ -182,6 +184,11 @@ def token_mixing(config) -> str | None:
         return f"{effect} (`{field}` {value!r}), across ranks and documents: load it with `{field}={other!r}`, or"
     effect = MIXES_TOKENS.get(text.model_type, "")
     return f"{effect}, across ranks and documents:" if effect else None
+
+
+def pads_left(config) -> bool:
+    """Whether a model of this configuration takes rows that are padded on the left."""
+    return config.get_text_config().model_type not in COUNTS_FROM_ROW_START
 
 
 def skips_layers(config) -> bool:

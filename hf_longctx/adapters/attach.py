@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..parallel.adapted import Adapted, mark, unmark
+from .compressed import follow_compressors
 from .instance_forward import PatchHandle, take_off
 from .loop_batches import LOOP_BATCHES
 from .no_rotation import follow_alibi
@@ -15,6 +16,7 @@ from .recurrent.layers import follow_recurrences
 from .router_losses import follow_router_losses
 from .row_lengths import follow_lengths
 from .text_planes import add_text_planes
+from .shared_row import follow_indexers
 from .wrapped import unwrap
 
 
@@ -27,6 +29,8 @@ _ADAPTERS = (
     follow_own_attention,
     follow_router_losses,
     add_text_planes,
+    follow_indexers,
+    follow_compressors,
 )
 
 

@@ -22,6 +22,7 @@ from ..parallel.adapted import Adapted
 from ..parallel.segments import DOCUMENT_BOUND_KEYS, positions_of
 from ..parallel.shard import SequenceShard
 from .instance_forward import InstancePatch, named_arguments
+from .sparse_rows import warn_nothing_sparse
 
 
 LOOP_BATCHES = "batches of a loop"
@@ -93,6 +94,7 @@ class LoopBatches(InstancePatch):
             )
         if packs_documents(shard):
             self._validate_documents(module, "shard")
+        warn_nothing_sparse(module, shard.num_tokens)
         self.needs.validate_batch(module, shard, given)
         if given.get("labels") is not None:
             self._validate_labels(name, shard, given)

@@ -47,6 +47,7 @@ class ForwardRows:
         attention (`str`, *optional*): the `attn_implementation` that the model runs.
         is_cut (`bool`): the shard came with the batch; otherwise documents were read from what the model got.
         config (`PretrainedConfig`, *optional*): of its text part.
+        asks_for_cache (`bool`): the caller passed `use_cache=True`.
     """
 
     shard: SequenceShard | None
@@ -56,6 +57,7 @@ class ForwardRows:
     attention: str | None = None
     is_cut: bool = False
     config: Any = None
+    asks_for_cache: bool = False
 
     @property
     def is_shared(self) -> bool:
@@ -133,7 +135,8 @@ def _read(module: torch.nn.Module, given: dict[str, Any]) -> ForwardRows:
     is_cut = given.get("sequence_shard") is not None
     if padding is not None and not is_cut and not has_cache:
         _validate_one_document(given, attention, padding)
-    return ForwardRows(shard_of_forward(module, given), padding, positions, has_cache, attention, is_cut, text)
+    facts = padding, positions, has_cache, attention, is_cut, text, bool(given.get("use_cache"))
+    return ForwardRows(shard_of_forward(module, given), *facts)
 
 
 def _validate_one_document(given: dict[str, Any], attention: str | None, padding: torch.Tensor) -> None:

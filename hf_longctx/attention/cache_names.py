@@ -5,7 +5,8 @@ The older names are still taken until 5.40, so both are looked for wherever an a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -22,3 +23,8 @@ def find_cache(values: Mapping[str, object]) -> object | None:
     """The cache among the arguments of a call or the fields of an output, or `None`."""
     # No older name is read from an output: it would warn, and return the cache of the new one.
     return next((value for name, value in values.items() if name in CACHE_NAMES and value is not None), None)
+
+
+def cache_argument(forward: Callable) -> str:
+    """What the cache is called among the arguments of a layer's forward."""
+    return next(name for name in inspect.signature(forward).parameters if name in CACHE_NAMES)

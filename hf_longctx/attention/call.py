@@ -22,6 +22,22 @@ if TYPE_CHECKING:
     from .registry import AttentionEntry
 
 
+class KeySelection:
+    """Stands for the mask of a sparse layer, whose keys are not those of its queries' tokens."""
+
+    def attend(self, call: AttentionCall, shard: SequenceShard) -> torch.Tensor:
+        """Attention of my tokens to the keys that the layer selected.
+
+        Args:
+            call ([`AttentionCall`]): `t` queries of all heads, and keys of whole rows.
+            shard ([`SequenceShard`]): of the rows.
+
+        Returns:
+            `torch.Tensor` of shape `(B, t, N, H_v)`.
+        """
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, eq=False)
 class AttentionCall:
     """What an attention layer passes to its attention function; made by [`AttentionEntry.call`].

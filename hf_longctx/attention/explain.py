@@ -80,6 +80,8 @@ def explain_attention(model: torch.nn.Module, batch: Mapping[str, Any]) -> Atten
         batch = cut_batch(batch, 1, 0, position_axes=position_axes(model.config))
         shard = batch["sequence_shard"]
     inputs = {key: value for key, value in batch.items() if "labels" not in key and key != "num_items_in_batch"}
+    if hasattr(model.config.get_text_config(), "use_cache"):
+        inputs["use_cache"] = False
     with whole_model(model):
         model.base_model(**inputs)
     if not shard.kernel_plans and not shard.layer_plans:
@@ -91,9 +93,23 @@ def explain_attention(model: torch.nn.Module, batch: Mapping[str, Any]) -> Atten
     return AttentionExplanation((*attention, *(say() for say in shard.layer_plans.values())))
 
 
+def note_selection(shard: SequenceShard, rule: str, numbers: float) -> None:
+    """Keep for [`explain_attention`] which keys sparse layers meet, and how many numbers a token is sent.
+
+    Args:
+        shard ([`SequenceShard`]): of the batch.
+        rule (`str`): in words.
+        numbers (`float`): that are gathered from all ranks, for each token of the row.
+    """
+    travel = f", {round(numbers):,} numbers a token gathered from {shard.size:,} ranks" if shard.size > 1 else ""
+    method = f"blocks of queries with their keys{travel}"
+    say = lambda: LayerPlan("selected keys", rule, _documents_in_words(shard.segment_ids, shard), method, 0)
+    shard.layer_plans.setdefault(rule, say)
+
+
 def _describe(kernel: str, plan: KernelPlan, shard: SequenceShard) -> LayerPlan:
     method, largest = _method(kernel, plan)
-    return LayerPlan(kernel, _rule_in_words(plan.rule), _documents_in_words(plan, shard), method, largest)
+    return LayerPlan(kernel, _rule_in_words(plan.rule), _documents_in_words(plan.segments, shard), method, largest)
 
 
 def _rule_in_words(rule: AttentionRule) -> str:
@@ -101,11 +117,11 @@ def _rule_in_words(rule: AttentionRule) -> str:
     return direction if rule.window is None else f"{direction}, window of {rule.window:,} tokens"
 
 
-def _documents_in_words(plan: KernelPlan, shard: SequenceShard) -> str:
-    if plan.segments is None:
+def _documents_in_words(segments: torch.Tensor | None, shard: SequenceShard) -> str:
+    if segments is None:
         return f"one document of {shard.num_tokens:,} tokens a row"
     lengths = []
-    for row in plan.segments:
+    for row in segments:
         ids, counts = row.unique_consecutive(return_counts=True)
         lengths += counts[ids != PAD_SEGMENT].tolist()
     return f"{len(lengths):,} segments of {min(lengths):,} to {max(lengths):,} tokens"

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from ..parallel.shard import SequenceShard
-from .call import AttentionCall
+from .call import AttentionCall, KeySelection
 from .call_documents import documents_of_call, rows_of_call
 from .deferred import DeferredMask, deferred_mask
 from .distance_bias import NUMBERS, has_distance_bias, run_after_cache
@@ -104,6 +104,8 @@ def attend_documents(
             several processes.
         NotImplementedError: a mask or input that `run` would get wrong.
     """
+    if shard is not None and isinstance(call.mask, KeySelection):
+        return call.mask.attend(call, shard), None
     if shard is not None and shard.size > 1:
         raise ValueError(
             f"`sequence_shard` is the share of one of {shard.size} processes, but the model runs "

@@ -85,8 +85,9 @@ def refuse_dropped_inputs(call: AttentionCall, kernel: str, function: Callable) 
             sparse = "run dense" if key_name in _SELECTIONS else "ignore it"
             raise NotImplementedError(
                 f"`{type(call.module).__name__}` passes `{key_name}` to its attention, and "
-                f"attn_implementation={call.entry.name!r}, whose kernel is {kernel!r} here, would {sparse}: load the "
-                "model with attn_implementation='eager', without sharding or packed rows."
+                f"attn_implementation={call.entry.name!r}, whose kernel is {kernel!r} here, would {sparse}: call "
+                "`hf_longctx.adapt(model, mesh)` once after loading, which serves most sparse layers, or load the model "
+                "with attn_implementation='eager', without sharding or packed rows."
             )
 
 
@@ -102,7 +103,8 @@ def refuse_added_keys(call: AttentionCall) -> None:
     raise NotImplementedError(
         f"`{type(call.module).__name__}` attends to {call.key.shape[2]} keys, {num_keys} of tokens and the "
         f"rest its own (such as compressed blocks), and attn_implementation={call.entry.name!r} cannot tell who sees "
-        "those: load the model with attn_implementation='eager', without sharding or packed rows."
+        "those: call `hf_longctx.adapt(model, mesh)` once after loading, or load the model with "
+        "attn_implementation='eager', without sharding or packed rows."
     )
 
 

@@ -17,7 +17,7 @@ import torch
 from ..parallel.collectives import heads_to_sequence, sequence_to_heads
 from ..parallel.heads import split_heads
 from ..parallel.shard import SequenceShard
-from .call import AttentionCall
+from .call import AttentionCall, KeySelection
 from .deferred import deferred_mask
 from .distance_bias import NUMBERS
 from .packed import attend_documents, attend_rows, run_inner_kernel, validated
@@ -104,6 +104,8 @@ def attend_sharded(
     Gradient: equal to the unsharded layer's, restricted to my tokens. A per-head input gets, on the rank that computes
         its heads, the gradient of all ranks' losses, and zero on the others: the wrapper's mean makes it exact.
     """
+    if shard is not None and isinstance(call.mask, KeySelection):
+        return call.mask.attend(call, shard), None
     if shard is None and call.entry.shards_rows:
         refuse_dropped_shard(call.module)
     if shard is None or shard.size == 1 or not call.entry.shards_rows:

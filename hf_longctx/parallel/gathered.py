@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
 from .imaginary import ImaginaryRanks, place_in
+from .shard import SequenceShard
 from .stopwatch import Stopwatch
 
 
@@ -41,6 +42,31 @@ def joined(tensor: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
     for other in others:
         tensor = tensor + other.flatten()[:0].sum().to(tensor.dtype)
     return tensor
+
+
+def tokens_before(local: torch.Tensor, reach: int, shard: SequenceShard) -> torch.Tensor:
+    """My tokens with those of the ranks before in front of them.
+
+    Args:
+        local (`torch.Tensor` of shape `(B, t, ...)`): mine.
+        reach (`int`): how many tokens to put in front; shares may be shorter.
+        shard ([`SequenceShard`]): of the rows.
+
+    Returns:
+        `torch.Tensor` of shape `(B, reach + t, ...)`; zero before the row begins.
+
+    Communication: one all-gather of `min(reach, t)` tokens a rank, one reduce-scatter in the backward; none if one
+        process holds the rows.
+    Gradient: a token gets that of all ranks that saw it.
+    """
+    padding = [0, 0] * (local.dim() - 2) + [reach, 0]
+    if shard.size == 1:
+        return torch.nn.functional.pad(local, padding)
+    kept = min(reach, local.shape[1])
+    tails = gather_shares(local[:, local.shape[1] - kept :], shard.group, shard.stopwatch)
+    before = tails[: shard.rank].transpose(0, 1).flatten(1, 2)[:, -reach:]
+    padding[-2] = reach - before.shape[1]
+    return joined(torch.cat([torch.nn.functional.pad(before, padding), local], dim=1), tails)
 
 
 class _GatherShares(torch.autograd.Function):

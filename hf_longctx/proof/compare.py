@@ -16,7 +16,7 @@ from ..adapters.instance_forward import patch_on
 from ..adapters.loop_batches import LOOP_BATCHES
 from ..attention.contamination import assert_no_cross_document
 from ..config.run import LongContextConfig
-from ..families import text_marks
+from ..families import pads_left, text_marks
 from ..parallel.mesh import SequenceMesh
 from ..trainer.adaptation import adapt
 from ..trainer.checks import check_model
@@ -173,7 +173,7 @@ class Pair:
         first = min(FIRST_TOKEN, self.vocabulary // 2)
         tokens = num_tokens_of(kind, self.setting.sequence_parallel_size)
         settings = (self.vocabulary, self.setting.data_parallel_size, tokens, first)
-        rows = make_rows(kind, self.tested.task, *settings, self.tested.shifts_labels)
+        rows = make_rows(kind, self.tested.task, *settings, self.tested.shifts_labels, pads_left(self.tested.config))
         ids = rows.batch["input_ids"]
         rows = dataclasses.replace(rows, batch={**rows.batch, **text_marks(self.unsharded.config, ids)})
         if self.needs.needs_position_ids:

@@ -30,6 +30,8 @@ _INDEXER = {
 _SHARED_TRANSFORMER = {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]}
 # Of what turns an image into tokens.
 _CODEBOOK = {"latent_channels": 32, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
+# Fewer tokens than a row has, and heads enough that no score is 0 for all of them.
+_PICKS_TOKENS = {"index_topk": 6, "index_n_heads": 16}
 # Heads of a recurrent layer, whose size follows from the width.
 _STATE_HEADS = {"mamba_n_heads": 8, "mamba_d_head": "auto"}
 
@@ -39,17 +41,38 @@ _STATE_HEADS = {"mamba_n_heads": 8, "mamba_d_head": "auto"}
 LAYER_KINDS: dict[str, dict[str, list[str] | list[int]]] = {
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
+    "deepseek_v4": {
+        "layer_types": ["heavily_compressed_attention", "compressed_sparse_attention", "sliding_attention"],
+        "mlp_layer_types": ["hash_moe", "moe", "moe"],
+    },
+    # Layers that attend to what the layer before them picked, and to the keys of an earlier one.
+    "glm_moe_dsa": {"indexer_types": ["full", "shared"]},
+    "mistral_large4_text": {"indexer_types": ["full", "shared", "full", "full"], "kv_source_layers": [0, 0, 0, 3]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
 }
 
 HINTS: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa"), _PICKS_TOKENS),
+    **dict.fromkeys(("hy_v4", "mistral_large4_text"), _PICKS_TOKENS),
+    "dots3_note": {"text_config": _PICKS_TOKENS},
     # Sizes that the default configuration leaves out and the model needs.
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _SECTIONS)},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dbrx": {"attn_config": {"rope_theta": 10_000.0, "clip_qkv": 8.0}},
     "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "esm": {"vocab_size": 128, "pad_token_id": 1, "mask_token_id": 2},
+    "deepseek_v4": {
+        "compress_rates": {"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        "index_topk": 3,
+        "index_n_heads": 16,
+    },
+    "minimax_m3_vl_text": {
+        "index_block_size": 3,
+        "index_topk_blocks": 2,
+        "index_n_heads": 4,
+        "num_key_value_heads": 4,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
@@ -114,7 +137,7 @@ HINTS: dict[str, dict[str, Any]] = {
     "glm_image_vqmodel": {"num_embeddings": 16},
     "glm_ocr_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     "hunyuan_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 2, 2, 2]}},
-    "hy_v4_vl_text": {"rope_parameters": {"mrope_section": [2, 1, 1]}},
+    "hy_v4_vl_text": {**_PICKS_TOKENS, "rope_parameters": {"mrope_section": [2, 1, 1]}},
     "paddleocr_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     "qwen2_5_omni_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},
     "qwen2_5_vl_text": {"rope_parameters": {**_ROPE, "mrope_section": [2, 3, 3]}},

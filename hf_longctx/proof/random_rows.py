@@ -83,7 +83,14 @@ def num_tokens_of(kind: str, sequence_parallel_size: int) -> int:
 
 
 def make_rows(
-    kind: str, task: str, vocabulary: int, groups: int, num_tokens: int, first_token: int, shifts: bool
+    kind: str,
+    task: str,
+    vocabulary: int,
+    groups: int,
+    num_tokens: int,
+    first_token: int,
+    shifts: bool,
+    pads_left: bool = True,
 ) -> Rows:
     """Random rows of one kind; the same on every rank."""
     count = groups * ROWS_OF_A_GROUP
@@ -96,7 +103,7 @@ def make_rows(
         mask = torch.ones_like(ids)
         for row in range(count):
             padding = num_tokens // 3 if row % 2 == 0 else 2
-            mask[row, slice(0, padding) if row % 2 == 0 else slice(num_tokens - padding, None)] = 0
+            mask[row, slice(0, padding) if pads_left and row % 2 == 0 else slice(num_tokens - padding, None)] = 0
         batch["attention_mask"] = mask
         ignored |= mask == 0
     if kind == "packed":

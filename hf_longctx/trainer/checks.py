@@ -6,6 +6,7 @@ import inspect
 
 from ..adapters.peft_kinds import check_peft
 from ..adapters.recurrent.layers import unfollowed_layers
+from ..adapters.shared_row import unserved_indexers
 from ..adapters.wrapped import unwrap
 from ..attention.kernels import validate_kernel_available
 from ..attention.registry import name_that_shards, shards_rows
@@ -87,6 +88,7 @@ def check_model(model, config: LongContextConfig) -> None:
     """Refuse a model that cannot be sharded, by its configuration. The sanity check looks at what it does."""
     size = config.sequence_parallel_size
     validate_kernel_available(config.inner_attention)
+    refuse_eight_bits(model)
     if size == 1:
         return
     base = unwrap(model)
@@ -105,6 +107,13 @@ def check_model(model, config: LongContextConfig) -> None:
             f"attn_implementation={name_that_shards()!r})` or call "
             f"`model.set_attn_implementation({name_that_shards()!r})`."
         )
+    unserved = unserved_indexers(base)
+    if unserved:
+        raise NotImplementedError(
+            f"`{name}` picks keys with `{unserved[0]}`, which scores pools of tokens: pools would be counted anew on "
+            "every rank, and run on from one packed document to the next; set `sequence_parallel_size` to 1, do not "
+            "pack, and load it with attn_implementation='eager'."
+        )
     validate_config(name, base.config, unfollowed_layers(base))
     check_peft(model, "on a share of a row", "set `sequence_parallel_size` to 1")
     heads = query_heads(base.config)
@@ -115,3 +124,14 @@ def check_model(model, config: LongContextConfig) -> None:
             f"`{name}.forward` takes no extra keyword arguments, so its attention cannot learn of the shard: set "
             "`sequence_parallel_size` to 1."
         )
+
+
+def refuse_eight_bits(model) -> None:
+    """Refuse trainable weights of 8 bits or fewer: products with them return no gradient."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype.itemsize == 1:
+            raise NotImplementedError(
+                f"`{name}` is trainable and has dtype {str(parameter.dtype).removeprefix('torch.')}, which takes no "
+                "gradient: load the model in bfloat16 (such as with `FineGrainedFP8Config(dequantize=True)`), or "
+                "freeze it and train an adapter."
+            )

@@ -34,6 +34,7 @@ _LLAMA_8B = "--hidden 4096 --intermediate 14336 --vocab 128256 --head_size 128 -
 _TINY_STEP = "--layers 1 --hidden 64 --intermediate 64 --vocab 128 --head_size 32"
 _TINY_LADDER = f"{_TINY_STEP} --one_process --ranks 1 --plan --tokens 64 128"
 _OURS = 'ours, "packed"'
+_EAGER = {"label": "transformers, eager"}
 
 
 @dataclass(frozen=True)
@@ -178,6 +179,26 @@ PARTS = (
             *loss_figures("ours"),
             *loss_figures("untiled"),
             *loss_figures("torch"),
+        ],
+    ),
+    Part(
+        "sparse_attention",
+        "two layers of DeepSeek-V4 on 16K tokens: dense bias, gathered entries",
+        "sparse_attention",
+        seconds=20,
+        arguments="--tokens 4096 16384 --eager_up_to 16384",
+        tiny="--tokens 64 --heads 2 --head_size 8 --topk 4 --one_process",
+        figures=[
+            Figure(
+                f"sparse attention, {tokens // 1024}K tokens: {what} of transformers' eager over ours",
+                ratio("sparse_attention", key, {"tokens": tokens, **_EAGER}, {"tokens": tokens, "label": _OURS}),
+                least=least,
+            )
+            for tokens in (4096, 16384)
+            for what, key, least in (
+                ("peak", "peak_bytes", 5 if tokens == 16384 else None),
+                ("seconds", "seconds", None),
+            )
         ],
     ),
     Part(

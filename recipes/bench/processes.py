@@ -23,9 +23,14 @@ import torch
 NO_TIME = "no time left"
 
 
-def run_worker(script: str | Path, settings: dict, cores: int, label: str) -> dict:
-    """What `script --worker SETTINGS` prints last, from a fresh process; an error with `label` if it fails."""
+def run_worker(script: str | Path, settings: dict, cores: int, label: str, gives_back: bool = False) -> dict:
+    """What `script --worker SETTINGS` prints last, from a fresh process; an error with `label` if it fails.
+
+    With `gives_back`, tensors that are freed are given back to the system at once, as an allocator of CUDA would reuse
+    them, so that the high-water mark is that of what was held.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "HF_HUB_OFFLINE": "1"}
+    environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"} if gives_back else {}
     command = [sys.executable, str(script), "--worker", json.dumps(settings)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
