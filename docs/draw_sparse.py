@@ -56,7 +56,7 @@ def draw_sparse_rows(path: Path) -> None:
     axes.axis("off")
     axes.set_title(
         f"Windows of {RATE} tokens begin with each document; the rank of a window's last token computes its entry.\n"
-        f"The token at position {int(rows.positions[0, QUERY])} sees the last {WINDOW} tokens (framed) and the earlier "
+        f"The token at position {int(rows.positions[0, QUERY])} sees {WINDOW} tokens (framed) and the earlier "
         "entries of its own document, wherever they are.",
         fontsize=11,
     )

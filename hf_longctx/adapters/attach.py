@@ -15,8 +15,8 @@ from .positions import follow_positions
 from .recurrent.layers import follow_recurrences
 from .router_losses import follow_router_losses
 from .row_lengths import follow_lengths
-from .text_planes import add_text_planes
 from .shared_row import follow_indexers
+from .text_planes import add_text_planes
 from .wrapped import unwrap
 
 

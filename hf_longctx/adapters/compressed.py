@@ -62,7 +62,12 @@ def is_compressed_layer(module: torch.nn.Module) -> bool:
     compressor = getattr(module, "compressor", None)
     if compressor is None:
         return all(hasattr(module, name) for name in ("compressor", "sinks", "sliding_window", "rope_layer_type"))
-    return all(hasattr(compressor, name) for name in ("compress_rate", "gate_proj", "position_bias", "rotary_emb"))
+    return compresses(compressor)
+
+
+def compresses(module: torch.nn.Module | None) -> bool:
+    """Whether `module` makes entries of windows of tokens: a compressor, or an indexer that has one of its own."""
+    return all(hasattr(module, name) for name in ("compress_rate", "gate_proj", "position_bias", "rotary_emb"))
 
 
 class _TokensBefore:

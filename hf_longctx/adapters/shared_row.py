@@ -64,7 +64,7 @@ def is_sparse_layer(module: torch.nn.Module) -> bool:
 def unserved_indexers(model: torch.nn.Module) -> list[str]:
     """The classes of a model's indexers for which there is no adapter, such as those that score pools of keys."""
     parents = [module for module in model.modules() if getattr(module, "indexer", None) is not None]
-    known = lambda parent: is_sparse_layer(parent) or hasattr(parent, "compress_rate")
+    known = lambda parent: is_sparse_layer(parent) or hasattr(parent.indexer, "compress_rate")
     return sorted({type(parent.indexer).__name__ for parent in parents if not known(parent)})
 
 

@@ -86,8 +86,8 @@ def refuse_dropped_inputs(call: AttentionCall, kernel: str, function: Callable) 
             raise NotImplementedError(
                 f"`{type(call.module).__name__}` passes `{key_name}` to its attention, and "
                 f"attn_implementation={call.entry.name!r}, whose kernel is {kernel!r} here, would {sparse}: call "
-                "`hf_longctx.adapt(model, mesh)` once after loading, which serves most sparse layers, or load the model "
-                "with attn_implementation='eager', without sharding or packed rows."
+                "`hf_longctx.adapt(model, mesh)` once after loading, which serves most sparse layers, or load the "
+                "model with attn_implementation='eager', without sharding or packed rows."
             )
 
 

@@ -19,11 +19,12 @@ import torch
 from ...attention.cache_names import CACHE_NAMES
 from ...attention.unadapted import layers_with_state
 from ...parallel.segments import DOCUMENT_BOUND_KEYS
-from ..compressed import is_compressed_layer
+from ..block_indexer import picks_blocks
+from ..compressed import compresses, is_compressed_layer
 from ..instance_forward import PatchHandle, put_on
 from ..pass_shard import ForwardRows
 from ..rebind import RebindPatch, called_names
-from ..shared_row import is_sparse_layer
+from ..shared_row import is_sparse_layer, picks_tokens
 from .convolution import convolve
 from .delta_rule import delta_rule
 from .lightning import LightningPatch
@@ -132,7 +133,9 @@ def _takes_cache(module: torch.nn.Module) -> bool:
 
 def is_followed(module: torch.nn.Module) -> bool:
     """Whether there is an adapter for this layer."""
-    is_sparse = is_sparse_layer(module) or is_compressed_layer(module)
+    is_sparse = any(
+        has(module) for has in (is_sparse_layer, picks_tokens, picks_blocks, is_compressed_layer, compresses)
+    )
     return is_sparse or bool(rules_of(module)) or reach_of(module) is not None or _of_class(module, LAYERS) is not None
 
 
