@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .adapters.no_rotation import use_alibi as use_alibi
     from .attention.contamination import assert_no_cross_document as assert_no_cross_document
     from .attention.explain import explain_attention as explain_attention
+    from .config.indexer import IndexerConfig as IndexerConfig
     from .config.memory import MemoryConfig as MemoryConfig
     from .config.run import LongContextConfig as LongContextConfig
     from .config.sources import SourcesConfig as SourcesConfig
@@ -47,6 +48,7 @@ _EXPORTS = {
     "adapters.no_rotation": ("use_alibi",),
     "attention.contamination": ("assert_no_cross_document",),
     "attention.explain": ("explain_attention",),
+    "config.indexer": ("IndexerConfig",),
     "config.memory": ("MemoryConfig",),
     "config.run": ("LongContextConfig",),
     "config.sources": ("SourcesConfig",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModel
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
 
 from hf_longctx.proof.model_under_test import default_config
 from hf_longctx.proof.tiny import shrink
@@ -19,6 +19,8 @@ TOLERANCE = 1e-5
 # transformers' own packed row is 2.0e-5 off its documents one by one.
 TOLERANCES = {"hy_v4": 1e-4}
 LENGTHS = (9, 1, 14, 3, 2, 20)
+# Those whose indexers are trained in tests.
+TRAINED = ("deepseek_v32", "glm_moe_dsa", "hy_v4", "deepseek_v4")
 
 
 def build_sparse(kind: str, attention: str = "eager", dtype: torch.dtype = torch.float64, **settings: object):
@@ -85,3 +87,25 @@ def assert_same(actual, expected, tolerance: float = TOLERANCE) -> None:
 
 def relative(actual: torch.Tensor, expected: torch.Tensor, floor: float | torch.Tensor = 1e-12) -> float:
     return ((actual - expected).abs().max() / expected.abs().max().clamp(min=floor)).item()
+
+
+def build_trained(name: str, attention: str, seed: int = 0) -> torch.nn.Module:
+    """A model in float32, whose weights are large enough for attention and scores to be far from flat."""
+    config = shrink(default_config(name))
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator) * 0.3
+            parameter.copy_((1.0 if parameter.dim() == 1 else 0.0) + noise)
+    return model
+
+
+def packed_rows(lengths: tuple[tuple[int, ...], ...] = ((9, 1, 13), (2, 18, 3))) -> dict[str, torch.Tensor]:
+    """Rows of documents, with labels."""
+    generator = torch.Generator().manual_seed(3)
+    positions = torch.stack([torch.cat([torch.arange(length) for length in row]) for row in lengths])
+    ids = torch.randint(10, 128, positions.shape, generator=generator)
+    labels = torch.where(positions == 0, -100, torch.randint(10, 128, positions.shape, generator=generator))
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from ..parallel.adapted import Adapted, mark, unmark
-from .compressed import follow_compressors
 from .instance_forward import PatchHandle, take_off
 from .loop_batches import LOOP_BATCHES
 from .no_rotation import follow_alibi
@@ -15,7 +14,8 @@ from .positions import follow_positions
 from .recurrent.layers import follow_recurrences
 from .router_losses import follow_router_losses
 from .row_lengths import follow_lengths
-from .shared_row import follow_indexers
+from .sparse.compressed_layers import follow_compressors
+from .sparse.shared_row import follow_indexers
 from .text_planes import add_text_planes
 from .wrapped import unwrap
 

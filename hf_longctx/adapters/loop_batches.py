@@ -22,7 +22,7 @@ from ..parallel.adapted import Adapted
 from ..parallel.segments import DOCUMENT_BOUND_KEYS, positions_of
 from ..parallel.shard import SequenceShard
 from .instance_forward import InstancePatch, named_arguments
-from .sparse_rows import warn_nothing_sparse
+from .sparse.sparse_rows import warn_nothing_sparse
 
 
 LOOP_BATCHES = "batches of a loop"

@@ -70,7 +70,8 @@ class RowVisibility:
             boolean of the shape of `indices`, with all `B` rows where they differ.
         """
         places = torch.arange(queries.start, queries.stop, device=indices.device) + self.start
-        seen = (indices >= 0) & (indices <= places[:, None])
+        # Those past the end only make rows divisible.
+        seen = (indices >= 0) & (indices <= places[:, None]) & (places < self.num_tokens)[:, None]
         if self.segments is None:
             return seen
         chosen = indices.clamp(min=0).long().expand(len(self.segments), *indices.shape[1:])

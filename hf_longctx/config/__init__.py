@@ -8,12 +8,14 @@ from ..lazy_exports import lazy_exports
 
 
 if TYPE_CHECKING:
+    from .indexer import IndexerConfig as IndexerConfig
     from .memory import MemoryConfig as MemoryConfig
     from .run import LongContextConfig as LongContextConfig
     from .sources import SourcesConfig as SourcesConfig
     from .texts import TextsConfig as TextsConfig
 
 _EXPORTS = {
+    "indexer": ("IndexerConfig",),
     "memory": ("MemoryConfig",),
     "run": ("LongContextConfig",),
     "sources": ("SourcesConfig",),

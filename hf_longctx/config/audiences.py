@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from .indexer import IndexerConfig
 from .memory import MemoryConfig
 from .run import LongContextConfig
 from .sources import SourcesConfig
 from .texts import TextsConfig
 
 
-_LANGUAGE_MODELS = {"long_context": LongContextConfig, "memory": MemoryConfig}
+_LANGUAGE_MODELS = {"long_context": LongContextConfig, "memory": MemoryConfig, "indexer": IndexerConfig}
 TRAINERS: dict[str, dict[str, type]] = {
     "LongContextTrainer": _LANGUAGE_MODELS,
     "LongContextSFTTrainer": _LANGUAGE_MODELS,

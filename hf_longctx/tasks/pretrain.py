@@ -4,8 +4,8 @@
 
 Documents follow one another, each closed by the end-of-sequence token, and are cut every `row_tokens` tokens, as in
 ordinary pretraining; a token sees what precedes it in its row, whichever document that came from. Arguments are those
-of `TrainingArguments`, of TRL's `ModelConfig`, of `LongContextConfig` and `MemoryConfig`, and the few below; the
-command line overrides the YAML file.
+of `TrainingArguments`, of TRL's `ModelConfig`, of `LongContextConfig`, `MemoryConfig` and `IndexerConfig`, and the few
+below; the command line overrides the YAML file.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ try:
 except ImportError as error:
     raise ImportError("The recipe `pretrain` needs trl and datasets: `pip install hf-longctx[trl]`.") from error
 
+from ..config.indexer import IndexerConfig
 from ..config.memory import MemoryConfig
 from ..config.run import LongContextConfig
 from ..data.documents import split_into_rows
@@ -38,12 +39,12 @@ class PretrainArguments(RecipeArguments):
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
 
-ARGUMENTS = (PretrainArguments, TrainingArguments, ModelConfig, LongContextConfig, MemoryConfig)
+ARGUMENTS = (PretrainArguments, TrainingArguments, ModelConfig, LongContextConfig, MemoryConfig, IndexerConfig)
 
 
 @record
 def main() -> None:
-    recipe, args, model_args, long_context, memory = parse_recipe(ARGUMENTS)
+    recipe, args, model_args, long_context, memory, indexer = parse_recipe(ARGUMENTS)
     check_output_dir(recipe, args)
     if args.include_num_input_tokens_seen == "no":
         args.include_num_input_tokens_seen = "all"  # rows have no padding
@@ -68,5 +69,6 @@ def main() -> None:
         processing_class=tokenizer,
         long_context=long_context,
         memory=memory,
+        indexer=indexer,
     )
     train_and_save(trainer, make_report(recipe, long_context, recipe.row_tokens), args)

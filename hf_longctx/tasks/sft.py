@@ -2,10 +2,11 @@
 
     torchrun --standalone --nproc_per_node 8 recipes/sft.py --config recipes/sft_folder_of_documents.yaml
 
-Arguments are those of TRL's `SFTConfig` and `ModelConfig`, of `LongContextConfig` and `MemoryConfig`, and the few of
-`inputs.RecipeArguments`; the command line overrides the YAML file. A document longer than `max_length` becomes several
-consecutive rows; nothing is truncated away. Conversations (`messages`, or `prompt` and `completion`) are prepared and,
-beyond `max_length`, truncated by TRL, as always; `packing: true` puts several of them in a row, kept apart.
+Arguments are those of TRL's `SFTConfig` and `ModelConfig`, of `LongContextConfig`, `MemoryConfig` and `IndexerConfig`,
+and the few of `inputs.RecipeArguments`; the command line overrides the YAML file. A document longer than `max_length`
+becomes several consecutive rows; nothing is truncated away. Conversations (`messages`, or `prompt` and `completion`)
+are prepared and, beyond `max_length`, truncated by TRL, as always; `packing: true` puts several of them in a row, kept
+apart.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ try:
 except ImportError as error:
     raise ImportError("The recipe `sft` needs trl and datasets: `pip install hf-longctx[trl]`.") from error
 
+from ..config.indexer import IndexerConfig
 from ..config.memory import MemoryConfig
 from ..config.run import LongContextConfig
 from ..data.documents import column_names, split_into_rows
@@ -49,12 +51,12 @@ def make_rows(documents, tokenizer, args, join_documents: bool):
     return split_into_rows(documents, tokenizer, args.max_length, **options)
 
 
-ARGUMENTS = (SFTArguments, SFTConfig, ModelConfig, LongContextConfig, MemoryConfig)
+ARGUMENTS = (SFTArguments, SFTConfig, ModelConfig, LongContextConfig, MemoryConfig, IndexerConfig)
 
 
 @record
 def main() -> None:
-    recipe, args, model_args, long_context, memory = parse_recipe(ARGUMENTS)
+    recipe, args, model_args, long_context, memory, indexer = parse_recipe(ARGUMENTS)
     check_output_dir(recipe, args)
     if args.include_num_input_tokens_seen == "no":  # the report's throughput counts real tokens
         is_flat = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
@@ -74,5 +76,6 @@ def main() -> None:
         peft_config=get_peft_config(model_args),
         long_context=long_context,
         memory=memory,
+        indexer=indexer,
     )
     train_and_save(trainer, make_report(recipe, long_context, args.max_length), args)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from transformers import Trainer
 
-from .mixin import SequenceParallelMixin
+from .indexer_mixin import IndexerMixin
 
 
-class LongContextTrainer(SequenceParallelMixin, Trainer):
+class LongContextTrainer(IndexerMixin, Trainer):
     """`transformers.Trainer` on shared or packed rows.
 
     Args:
         long_context ([`LongContextConfig`], *optional*): number of processes that share a row, and the inner kernel.
         memory ([`MemoryConfig`], *optional*): what is done so that a row fits.
+        indexer ([`IndexerConfig`], *optional*): how the indexers of a sparse model are trained.
         args, kwargs: those of `transformers.Trainer`, unchanged.
 
     Losses, gradients, metrics and checkpoints equal those of the same run with `sequence_parallel_size` 1 and the same

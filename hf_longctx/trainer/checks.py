@@ -6,7 +6,7 @@ import inspect
 
 from ..adapters.peft_kinds import check_peft
 from ..adapters.recurrent.layers import unfollowed_layers
-from ..adapters.shared_row import unserved_indexers
+from ..adapters.sparse.shared_row import unserved_indexers
 from ..adapters.wrapped import unwrap
 from ..attention.kernels import validate_kernel_available
 from ..attention.registry import name_that_shards, shards_rows

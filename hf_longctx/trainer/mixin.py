@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..adapters.instance_forward import PatchHandle
-from ..adapters.sparse_rows import warn_nothing_sparse
+from ..adapters.sparse.sparse_rows import warn_nothing_sparse
 from ..adapters.wrapped import unwrap
 from ..config.audiences import TRAINERS
 from ..config.memory import MemoryConfig

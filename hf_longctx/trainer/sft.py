@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..config.audiences import TRAINERS
-from .mixin import SequenceParallelMixin
+from .indexer_mixin import IndexerMixin
 
 
 try:
@@ -12,12 +12,13 @@ except ImportError as error:
     raise ImportError("`LongContextSFTTrainer` needs trl: `pip install hf-longctx[trl]`.") from error
 
 
-class LongContextSFTTrainer(SequenceParallelMixin, SFTTrainer):
+class LongContextSFTTrainer(IndexerMixin, SFTTrainer):
     """`trl.SFTTrainer` on shared or packed rows.
 
     Args:
         long_context ([`LongContextConfig`], *optional*): number of processes that share a row, and the inner kernel.
         memory ([`MemoryConfig`], *optional*): what is done so that a row fits.
+        indexer ([`IndexerConfig`], *optional*): how the indexers of a sparse model are trained.
         args, kwargs: those of `trl.SFTTrainer`, unchanged: both `loss_type` values, completion-only and assistant-only
             loss, PEFT, packing.
     """

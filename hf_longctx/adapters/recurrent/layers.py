@@ -19,12 +19,13 @@ import torch
 from ...attention.cache_names import CACHE_NAMES
 from ...attention.unadapted import layers_with_state
 from ...parallel.segments import DOCUMENT_BOUND_KEYS
-from ..block_indexer import picks_blocks
-from ..compressed import compresses, is_compressed_layer
 from ..instance_forward import PatchHandle, put_on
 from ..pass_shard import ForwardRows
 from ..rebind import RebindPatch, called_names
-from ..shared_row import is_sparse_layer, picks_tokens
+from ..sparse.block_indexer import picks_blocks
+from ..sparse.compressed_layers import is_compressed_layer
+from ..sparse.compressors import compresses
+from ..sparse.shared_row import is_sparse_layer, picks_tokens
 from .convolution import convolve
 from .delta_rule import delta_rule
 from .lightning import LightningPatch

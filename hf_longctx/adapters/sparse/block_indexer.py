@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 
-from ..attention.cache_names import cache_argument, find_cache
-from ..attention.indexed import RowMask, queries_at_once
-from ..parallel.collectives import gather_sequence
-from ..parallel.segments import PAD_SEGMENT
-from .instance_forward import InstancePatch, named_arguments
+from ...attention.cache_names import cache_argument, find_cache
+from ...attention.indexed import RowMask, queries_at_once
+from ...parallel.collectives import gather_sequence
+from ...parallel.segments import PAD_SEGMENT
+from ..instance_forward import InstancePatch, named_arguments
 
 
 INDEXER = "indexer"

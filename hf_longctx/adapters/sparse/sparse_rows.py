@@ -12,17 +12,17 @@ from typing import Any
 
 import torch
 
-from ..attention.cache_names import find_cache
-from ..attention.call_documents import refuse_cache, shard_of_rows
-from ..attention.compressed import RowsOfDocuments
-from ..attention.deferred import DeferredMask
-from ..attention.implicit_positions import packs_documents
-from ..attention.masks import AttentionRule
-from ..parallel.collectives import gather_integer_rows
-from ..parallel.segments import PAD_SEGMENT
-from ..parallel.shard import SequenceShard
-from .instance_forward import patches_on
-from .pass_shard import ForwardRows, ShardReader
+from ...attention.cache_names import find_cache
+from ...attention.call_documents import refuse_cache, shard_of_rows
+from ...attention.compressed import RowsOfDocuments
+from ...attention.deferred import DeferredMask
+from ...attention.implicit_positions import packs_documents
+from ...attention.masks import AttentionRule
+from ...parallel.collectives import gather_integer_rows
+from ...parallel.segments import PAD_SEGMENT
+from ...parallel.shard import SequenceShard
+from ..instance_forward import patches_on
+from ..pass_shard import ForwardRows, ShardReader
 
 
 logger = logging.getLogger(__name__)

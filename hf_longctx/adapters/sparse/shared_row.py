@@ -19,17 +19,19 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
-from ..attention.cache_names import CACHE_NAMES, cache_argument
-from ..attention.call_documents import shard_of_rows
-from ..attention.indexed import RowMask, RowVisibility, queries_at_once
-from ..attention.registry import find_attention
-from ..parallel.collectives import gather_sequence
-from ..parallel.gathered import gather_shares
-from ..parallel.shard import SequenceShard
+from ...attention.cache_names import CACHE_NAMES, cache_argument
+from ...attention.call_documents import shard_of_rows
+from ...attention.indexed import RowMask, RowVisibility, queries_at_once
+from ...attention.registry import find_attention
+from ...parallel.collectives import gather_sequence
+from ...parallel.gathered import gather_shares
+from ...parallel.shard import SequenceShard
+from ..instance_forward import InstancePatch, PatchHandle, named_arguments, patch_on, put_on
+from ..pass_shard import ForwardRows
 from .block_indexer import INDEXER, BlockIndexerPatch, picks_blocks
-from .instance_forward import InstancePatch, PatchHandle, named_arguments, patch_on, put_on
-from .pass_shard import ForwardRows
+from .indexer_objective import IndexerObjective, TrainedRowMask
 from .sparse_rows import SparseLayerPatch, documents_from_start, refuse_left_padding, shard_of_layer
 
 
@@ -93,15 +95,19 @@ class WholeRow:
         sizes = first.shape[-1], second.shape[-1]
         if self.mask is not None:
             self.mask.numbers += first.shape[1] * sum(sizes)
-        gathered = gather_shares(torch.cat([first, second], dim=-1), self.shard.group, self.shard.stopwatch)
-        whole = gathered.movedim(0, 2).flatten(2, 3)[:, :, : self.shard.num_tokens]
-        return whole.split(sizes, dim=-1)
+        return self.gathered(torch.cat([first, second], dim=-1).transpose(1, 2)).transpose(1, 2).split(sizes, dim=-1)
+
+    def gathered(self, local: torch.Tensor) -> torch.Tensor:
+        """My tokens `(B, t, ...)` to those of the whole row, `(B, T, ...)`; see [`gather_shares`]."""
+        whole = gather_shares(local, self.shard.group, self.shard.stopwatch)
+        return whole.transpose(0, 1).flatten(1, 2)[:, : self.shard.num_tokens]
 
 
 class _LayerPatch(SparseLayerPatch):
     """Passes the facts of whole rows to the layer's own forward."""
 
     name = LAYER
+    objective: IndexerObjective | None = None
 
     def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
         rows, given = self.rows_of_call(module), named_arguments(module, args, kwargs)
@@ -116,8 +122,9 @@ class _LayerPatch(SparseLayerPatch):
             if picks_blocks(module.indexer):
                 documents_from_start(module, shard, given)
             taken = set(CACHE_NAMES) & inspect.signature(type(module).forward).parameters.keys()
-            mask = RowMask(RowVisibility.of_shard(shard, given["hidden_states"].device), shard)
-            given["attention_mask"] = mask
+            mask = given["attention_mask"] = self._mask(
+                RowVisibility.of_shard(shard, given["hidden_states"].device), shard
+            )
             given |= dict.fromkeys(taken, WholeRow(shard, mask) if shard.size > 1 else None)
         given["sequence_shard"] = mask.shard
         if not picks_blocks(module.indexer):
@@ -128,6 +135,11 @@ class _LayerPatch(SparseLayerPatch):
             return own(**given)
         finally:
             indexer.mask = None
+
+    def _mask(self, visibility: RowVisibility, shard: SequenceShard) -> RowMask:
+        if self.objective is None or not (self.objective.is_active or self.objective.is_dense):
+            return RowMask(visibility, shard)
+        return TrainedRowMask(visibility, shard, objective=self.objective)
 
     def picks_all_below(self, module: torch.nn.Module) -> int:
         indexer = module.indexer
@@ -197,7 +209,49 @@ class _IndexerPatch(InstancePatch):
             part = {name: _of_queries(value, queries, tokens) for name, value in given.items()}
             seen = mask.visibility.dense(queries, hidden_states.device)
             picks.append(own(**{**part, "attention_mask": seen, cache: _KnownKeys(keys)}))
+        if isinstance(mask, TrainedRowMask) and mask.trains:
+            mask.scores = _scores(module, given, mask, cache)
         return torch.cat(picks, dim=1)
+
+
+def _scores(module: torch.nn.Module, given: dict[str, Any], mask: RowMask, cache: str) -> Callable:
+    """From queries to the scores that the indexer's own code gives all keys; only its parameters get a gradient."""
+    forward = inspect.unwrap(type(module).forward)  # without the decorator that turns gradients off
+    given = {name: _detached(value) for name, value in given.items()}
+    row, tokens = given.get(cache), given["hidden_states"].shape[1]
+    with torch.enable_grad():
+        try:
+            forward(module, **{**given, cache: _KeysOnly()})
+        except _Keys as found:
+            keys = found.args[0]
+        if isinstance(row, WholeRow):
+            keys = row.gathered(keys)
+
+    def scores(queries: slice) -> torch.Tensor:
+        part = {name: _of_queries(value, queries, tokens) for name, value in given.items()}
+        seen = mask.visibility.dense(queries, keys.device)
+        with torch.enable_grad(), _TopkInput() as watch:
+            forward(module, **{**part, "attention_mask": seen, cache: _KnownKeys(keys)})
+        return watch.scores
+
+    return scores
+
+
+class _TopkInput(TorchFunctionMode):
+    """Keeps what the picks of an indexer are the largest of."""
+
+    scores: torch.Tensor
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.topk, torch.Tensor.topk):
+            self.scores = args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_detached(item) for item in value)
+    return value.detach() if isinstance(value, torch.Tensor) else value
 
 
 def _of_queries(value: Any, queries: slice, tokens: int) -> Any:

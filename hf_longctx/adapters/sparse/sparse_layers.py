@@ -1,0 +1,43 @@
+"""The sparse layers of a model and their indexers, whichever adapter looks after them."""
+
+from __future__ import annotations
+
+import torch
+
+from ..instance_forward import patch_on
+from .block_indexer import picks_blocks
+from .compressed_layers import LAYER as COMPRESSED
+from .compressed_layers import is_compressed_layer
+from .indexer_objective import IndexerObjective
+from .shared_row import LAYER as SHARED
+from .shared_row import is_sparse_layer
+
+
+def indexers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The indexers whose scores can be trained: of single tokens, or of compressed entries."""
+    found = []
+    for module in model.modules():
+        if is_sparse_layer(module) and not picks_blocks(module.indexer):
+            found.append(module.indexer)
+        elif is_compressed_layer(module):
+            found.append(getattr(module.compressor, "indexer", None))
+    return [indexer for indexer in found if indexer is not None]
+
+
+def first_queries(model: torch.nn.Module) -> list[int]:
+    """By kind of layer, the first position in a document at which a query has something to pick from."""
+    widths = {
+        module.compressor.compress_rate
+        for module in model.modules()
+        if is_compressed_layer(module) and getattr(module.compressor, "indexer", None) is not None
+    }
+    return [0, *sorted(width - 1 for width in widths)]
+
+
+def set_objective(model: torch.nn.Module, objective: IndexerObjective) -> None:
+    """Let the patched sparse layers of `model` follow an objective."""
+    for module in model.modules():
+        for name in (SHARED, COMPRESSED):
+            patch = patch_on(module, name)
+            if patch is not None:
+                patch.objective = objective
