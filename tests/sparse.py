@@ -89,11 +89,12 @@ def relative(actual: torch.Tensor, expected: torch.Tensor, floor: float | torch.
     return ((actual - expected).abs().max() / expected.abs().max().clamp(min=floor)).item()
 
 
-def build_trained(name: str, attention: str, seed: int = 0) -> torch.nn.Module:
-    """A model in float32, whose weights are large enough for attention and scores to be far from flat."""
+def build_trained(name: str, attention: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    """A causal model whose weights are large enough for attention and scores to be far from flat."""
     config = shrink(default_config(name))
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    config._experts_implementation = "eager"  # grouped products have no double precision
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -105,7 +106,7 @@ class RowMask(KeySelection):
 
     def attend(self, call: AttentionCall, shard: SequenceShard) -> torch.Tensor:
         """See [`KeySelection.attend`]. Raises `NotImplementedError` for other inputs that are not computed here."""
-        extras = dict(call.extras)
+        extras: dict[str, Any] = dict(call.extras)
         picks = [extras.pop(name) for name in PICKS if extras.get(name) is not None]
         validate_side_inputs(replace(call, extras=extras), type(call.module).__name__)
         shard.readers.add(id(call.module))

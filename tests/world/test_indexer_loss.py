@@ -23,7 +23,8 @@ TOKENS = ((9, 1, 13), (2, 18, 3))
 
 def of_one_step(name: str, is_dense: bool, size: int) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Gradients of a packed batch, averaged over ranks, and what the indexers found, added up over ranks."""
-    model, objective = build_trained(name, "ulysses" if size > 1 else "packed"), IndexerObjective()
+    attention, objective = "ulysses" if size > 1 else "packed", IndexerObjective()
+    model = build_trained(name, attention, dtype=torch.float64)
     attach_adapters(model)
     set_objective(model, objective)
     objective.weights, objective.is_dense = dict.fromkeys(first_queries(model), 0.01 * size), is_dense

@@ -68,14 +68,15 @@ class BlockIndexerPatch(InstancePatch):
         mask, given = self.mask, named_arguments(module, args, kwargs)
         if mask is None:
             return own(*args, **kwargs)
-        name, cache = cache_argument(type(module).forward), find_cache(given)
+        name = cache_argument(type(module).forward)
+        cache: Any = find_cache(given)
         follows = cache is not None and mask.shard.size == 1  # generation
         if follows and mask.visibility.start:
             return _tokens_of(own(*args, **kwargs), module.block_size, mask.visibility.num_tokens)
         try:
             own(**{**given, name: _OneLayer()})
-        except _Keys as found:
-            keys = found.args[0]
+        except _Keys as made:
+            keys = made.args[0]
         if follows:
             cache.layers[module.layer_idx].update_index(keys)
         shard, tokens = mask.shard, given["hidden_states"].shape[1]

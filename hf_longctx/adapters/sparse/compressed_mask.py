@@ -42,17 +42,17 @@ class CompressedMask(KeySelection):
             rule += f" and {many} entries of {facts.table.width:,} tokens each"
         note_selection(shard, rule, _numbers_gathered(call.module, facts) / (shard.size * shard.local_len))
         output = facts.attend(call)
-        if self.objective is None or self.scores is None:
+        if self.objective is None or self.scores is None or self.picks is None:
             return output
-        compare = partial(self._compare, call, self.objective, self.scores)
+        compare = partial(self._compare, call, self.objective, self.scores, self.picks)
         return self.objective.added(call, output, facts.table.width - 1, compare)
 
-    def _compare(self, call, objective: IndexerObjective, scores_of: Callable, queries: slice):
+    def _compare(self, call, objective: IndexerObjective, scores_of: Callable, picks, queries: slice):
         """See [`IndexerObjective.added`]."""
         rows, table = self.facts.rows, self.facts.table
         query, entries = call.query[:, :, queries], call.key[:, :, call.key.shape[2] - table.ends.shape[1] :]
         scaling = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
-        seen, chosen = rows.sees_entries(queries, table), self.picks[:, queries]
+        seen, chosen = rows.sees_entries(queries, table), picks[:, queries]
         few = sampled(queries, call.query.shape[2], query.device)
         everything = attention_target(query[:, :, few], entries, seen[:, few], scaling)
         held = torch.where(chosen[:, few] >= 0, everything.gather(2, chosen[:, few].clamp(min=0)), 0.0).sum()

@@ -84,20 +84,20 @@ class TrainedRowMask(RowMask):
     def __init__(self, *args, objective: IndexerObjective) -> None:
         super().__init__(*args)
         self.objective, self.is_dense, self.trains = objective, objective.is_dense, objective.is_active
-        self.scores: Callable | None = None
+        self.scores: Callable[[slice], torch.Tensor] | None = None
 
     def attend(self, call: AttentionCall, shard: SequenceShard) -> torch.Tensor:
         output = super().attend(call, shard)
-        if self.scores is None:
+        scores_of, picks = self.scores, call.extras.get("indices")
+        if scores_of is None or not isinstance(picks, torch.Tensor):
             return output
-        picks = call.extras["indices"]
         scaling = call.query.shape[-1] ** -0.5 if call.scaling is None else call.scaling
 
         def compare(queries: slice) -> tuple[torch.Tensor, torch.Tensor]:
             query, chosen = call.query[:, :, queries], picks[:, queries].long()
             seen = self.visibility.dense(queries, query.device)
             is_picked = self.visibility.picked(queries, chosen)
-            scores = self.scores(queries)
+            scores = scores_of(queries)
             few = sampled(queries, call.query.shape[2], query.device)
             everything = attention_target(query[:, :, few], call.key, seen[:, few], scaling)
             held = torch.where(is_picked[:, few], everything.gather(2, chosen[:, few]), 0.0).sum()

@@ -58,7 +58,8 @@ def shard_of_layer(module: torch.nn.Module, rows: ForwardRows, given: dict[str, 
     if shard is None and cache is not None:
         return None
     if shard is None:
-        return shard_of_rows({"attention_mask": rows.padding}, *hidden_states.shape[:2], hidden_states.device)
+        count, tokens = hidden_states.shape[:2]
+        return shard_of_rows({"attention_mask": rows.padding}, count, tokens, hidden_states.device)
     if shard.size > 1 and (rows.has_cache or rows.asks_for_cache):
         raise ValueError(
             f"`use_cache` is on for rows that {shard.size} processes share, and a cache would hold the tokens of one "
@@ -141,7 +142,9 @@ def warn_nothing_sparse(model: torch.nn.Module, num_tokens: int) -> None:
     """Log once that the indexers of a model pick everything, since its rows are that short."""
     for module in model.modules():
         for patch in patches_on(module):
-            most = patch.picks_all_below(module) if isinstance(patch, SparseLayerPatch) else 0
+            if not isinstance(patch, SparseLayerPatch):
+                continue
+            most = patch.picks_all_below(module)
             if not most:
                 continue
             if num_tokens <= most and not patch.warned:
