@@ -92,10 +92,12 @@ class RowMask(KeySelection):
     Attributes:
         is_dense (`bool`): attend to all visible tokens, whatever is picked.
         numbers (`int`): how many were gathered for each token.
+        picks (`torch.Tensor` of shape `(B, t, k)`, *optional*): those of a layer that does not pass them to attention.
     """
 
     is_dense = False
     numbers = 0
+    picks: torch.Tensor | None = None
 
     def __init__(self, visibility: RowVisibility, shard: SequenceShard) -> None:
         self.visibility, self.shard = visibility, shard
@@ -110,7 +112,7 @@ class RowMask(KeySelection):
         picks = [extras.pop(name) for name in PICKS if extras.get(name) is not None]
         validate_side_inputs(replace(call, extras=extras), type(call.module).__name__)
         shard.readers.add(id(call.module))
-        chosen = None if self.is_dense else picks[0]
+        chosen = None if self.is_dense else picks[0] if self.picks is None else self.picks
         rule = "causal" if chosen is None else f"causal, {chosen.shape[-1]:,} picked tokens a query"
         note_selection(shard, rule, self.numbers)
         return attend_indexed(call, chosen, self.visibility)

@@ -161,6 +161,12 @@ def validated(call: AttentionCall, shard: SequenceShard) -> AttentionCall:
             "set `sequence_parallel_size` to 1."
         )
     if mask is not None and not isinstance(mask, DeferredMask):
+        if shard.size == 1:
+            raise NotImplementedError(
+                f"`{name}` got a mask of {type(mask).__name__} that the model made itself, which does not keep the "
+                "documents of a row apart: call `hf_longctx.adapt(model, mesh)` once after loading, or pad documents "
+                "instead of packing them."
+            )
         raise NotImplementedError(
             f"`{name}` got a mask of {type(mask).__name__} that the model made itself, which only knows "
             "this rank's tokens: set `sequence_parallel_size` to 1 for this model."

@@ -32,6 +32,15 @@ _SHARED_TRANSFORMER = {"num_hidden_layers": 3, "layers_block_type": ["linear_att
 _CODEBOOK = {"latent_channels": 32, "base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}
 # Fewer tokens than a row has, and heads enough that no score is 0 for all of them.
 _PICKS_TOKENS = {"index_topk": 6, "index_n_heads": 16}
+_PICKS_POOLS = {
+    **_PICKS_TOKENS,
+    "index_kpool": 2,
+    "num_key_value_heads": 4,
+    "num_attention_heads": 4,
+    "qk_rope_head_dim": 0,
+    "head_dim": 0,
+    "linear_num_heads": 4,
+}
 # Heads of a recurrent layer, whose size follows from the width.
 _STATE_HEADS = {"mamba_n_heads": 8, "mamba_d_head": "auto"}
 
@@ -48,6 +57,10 @@ LAYER_KINDS: dict[str, dict[str, list[str] | list[int]]] = {
     # Layers that attend to what the layer before them picked, and to the keys of an earlier one.
     "glm_moe_dsa": {"indexer_types": ["full", "shared"]},
     "mistral_large4_text": {"indexer_types": ["full", "shared", "full", "full"], "kv_source_layers": [0, 0, 0, 3]},
+    "glm5_next_text": {
+        "layer_types": ["linear_attention", "indexed_attention"],
+        "indexer_types": ["full", "full", "full", "shared"],
+    },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
 }
@@ -56,6 +69,8 @@ HINTS: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("axk2", "deepseek_v32", "dots3_note_text", "glm_moe_dsa"), _PICKS_TOKENS),
     **dict.fromkeys(("hy_v4", "mistral_large4_text"), _PICKS_TOKENS),
     "dots3_note": {"text_config": _PICKS_TOKENS},
+    "glm5_next": {"text_config": _PICKS_POOLS},
+    "glm5_next_text": _PICKS_POOLS,
     # Sizes that the default configuration leaves out and the model needs.
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _SECTIONS)},
     "deepseek_v2": {"num_experts_per_tok": 2},

@@ -25,6 +25,7 @@ from ..rebind import RebindPatch, called_names
 from ..sparse.block_indexer import picks_blocks
 from ..sparse.compressed_layers import is_compressed_layer
 from ..sparse.compressors import compresses
+from ..sparse.pooled_indexer import picks_pools
 from ..sparse.shared_row import is_sparse_layer, picks_tokens
 from .convolution import convolve
 from .delta_rule import delta_rule
@@ -135,7 +136,8 @@ def _takes_cache(module: torch.nn.Module) -> bool:
 def is_followed(module: torch.nn.Module) -> bool:
     """Whether there is an adapter for this layer."""
     is_sparse = any(
-        has(module) for has in (is_sparse_layer, picks_tokens, picks_blocks, is_compressed_layer, compresses)
+        has(module)
+        for has in (is_sparse_layer, picks_tokens, picks_blocks, picks_pools, is_compressed_layer, compresses)
     )
     return is_sparse or bool(rules_of(module)) or reach_of(module) is not None or _of_class(module, LAYERS) is not None
 

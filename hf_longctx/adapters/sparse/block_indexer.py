@@ -84,14 +84,14 @@ class BlockIndexerPatch(InstancePatch):
         keys = gather_sequence(keys, shard.group if shard.size > 1 else None, dim=2)[:, :, : shard.num_tokens]
         count = module.topk_blocks * module.block_size
         picks = keys.new_full((len(keys), module.num_heads, tokens, count), -1, dtype=torch.long)
-        for row, queries, begin, end in _documents(mask, module.num_heads, len(keys), tokens):
+        for row, queries, begin, end in queries_of_documents(mask, module.num_heads, len(keys), tokens):
             document = keys[row : row + 1, :, begin:end]
             found = _pick(module, own, given, row, queries, document, mask.visibility.start - begin)
             picks[row, :, queries, : found.shape[-1]] = torch.where(found >= 0, found + begin, -1)[0]
         return picks
 
 
-def _documents(mask: RowMask, heads: int, rows: int, tokens: int) -> Iterator[tuple[int, slice, int, int]]:
+def queries_of_documents(mask: RowMask, heads: int, rows: int, tokens: int) -> Iterator[tuple[int, slice, int, int]]:
     """Row, my queries, and the bounds of their document in the whole row; at most a block of queries each."""
     visibility = mask.visibility
     first, total = visibility.start, visibility.num_tokens

@@ -14,8 +14,9 @@ indexer's keys, forward; one reduce-scatter of the latents' gradients, backward.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -32,6 +33,14 @@ from ..instance_forward import InstancePatch, PatchHandle, named_arguments, patc
 from ..pass_shard import ForwardRows
 from .block_indexer import INDEXER, BlockIndexerPatch, picks_blocks
 from .indexer_objective import IndexerObjective, TrainedRowMask
+from .pooled_indexer import (
+    PooledIndexerPatch,
+    mask_behind_cache,
+    masks_picks,
+    picks_pools,
+    picks_to_mask,
+    without_padding,
+)
 from .sparse_rows import SparseLayerPatch, documents_from_start, refuse_left_padding, shard_of_layer
 
 
@@ -51,20 +60,26 @@ def follow_indexers(model: torch.nn.Module) -> PatchHandle:
         if is_sparse_layer(module):
             put_on(module, _LayerPatch())
             if module.indexer is not None:
-                put_on(module.indexer, BlockIndexerPatch() if picks_blocks(module.indexer) else _IndexerPatch())
+                put_on(module.indexer, _patch_of(module.indexer))
     return PatchHandle(model, LAYER, INDEXER)
+
+
+def _patch_of(indexer: torch.nn.Module) -> InstancePatch:
+    if picks_blocks(indexer):
+        return BlockIndexerPatch()
+    return PooledIndexerPatch() if picks_pools(indexer) else _IndexerPatch()
 
 
 def is_sparse_layer(module: torch.nn.Module) -> bool:
     """Whether `module` attends to tokens, or blocks of them, that an indexer picks."""
     indexer = getattr(module, "indexer", None)
     if indexer is None:  # one that attends to what an earlier layer picked
-        return getattr(module, "skip_topk", False) and not hasattr(module, "build_attention_mask_from_topk")
-    return picks_tokens(indexer) or picks_blocks(indexer)
+        return getattr(module, "skip_topk", False)
+    return picks_tokens(indexer) or picks_blocks(indexer) or (picks_pools(indexer) and masks_picks(module))
 
 
 def unserved_indexers(model: torch.nn.Module) -> list[str]:
-    """The classes of a model's indexers for which there is no adapter, such as those that score pools of keys."""
+    """The classes of a model's indexers for which there is no adapter."""
     parents = [module for module in model.modules() if getattr(module, "indexer", None) is not None]
     known = lambda parent: is_sparse_layer(parent) or hasattr(parent.indexer, "compress_rate")
     return sorted({type(parent.indexer).__name__ for parent in parents if not known(parent)})
@@ -113,7 +128,12 @@ class _LayerPatch(SparseLayerPatch):
         rows, given = self.rows_of_call(module), named_arguments(module, args, kwargs)
         if find_attention(module.config._attn_implementation) is None:
             return own(*args, **kwargs)
-        shard = shard_of_layer(module, rows, given)
+        pools = masks_picks(module)  # such a layer gets its padding as it is, which the rows tell as well
+        shard = shard_of_layer(module, rows, {**given, **without_padding(given, rows)} if pools else given)
+        if shard is None and pools:  # generation: the indexer's own pools, which leave out padding
+            mask = mask_behind_cache(module, given)
+            with picks_to_mask(module, mask):
+                return own(**{**given, "sequence_shard": mask.shard})
         if shard is None:
             mask = given["attention_mask"] = _mask_over_cache(given, rows)
             if picks_blocks(module.indexer):
@@ -127,14 +147,11 @@ class _LayerPatch(SparseLayerPatch):
             )
             given |= dict.fromkeys(taken, WholeRow(shard, mask) if shard.size > 1 else None)
         given["sequence_shard"] = mask.shard
-        if not picks_blocks(module.indexer):
+        if pools:
+            with picks_to_mask(module, mask), _told(module.indexer, mask):
+                return own(**given)
+        with _told(module.indexer if picks_blocks(module.indexer) else None, mask):
             return own(**given)
-        indexer = patch_on(module.indexer, INDEXER)  # its own call does not get the mask
-        indexer.mask = mask
-        try:
-            return own(**given)
-        finally:
-            indexer.mask = None
 
     def _mask(self, visibility: RowVisibility, shard: SequenceShard) -> RowMask:
         if self.objective is None or not (self.objective.is_active or self.objective.is_dense):
@@ -146,6 +163,19 @@ class _LayerPatch(SparseLayerPatch):
         if indexer is None:
             return 0
         return indexer.topk_blocks * indexer.block_size if picks_blocks(indexer) else indexer.index_topk
+
+
+@contextlib.contextmanager
+def _told(indexer: torch.nn.Module | None, mask: RowMask) -> Iterator[None]:
+    """A block in which the patch of an indexer knows the mask, which its own call does not get."""
+    patch = None if indexer is None else patch_on(indexer, INDEXER)
+    if patch is not None:
+        patch.mask = mask
+    try:
+        yield
+    finally:
+        if patch is not None:
+            patch.mask = None
 
 
 def _mask_over_cache(given: dict[str, Any], rows: ForwardRows) -> RowMask:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import torch
 
 from ..instance_forward import patch_on
-from .block_indexer import picks_blocks
 from .compressed_layers import LAYER as COMPRESSED
 from .compressed_layers import is_compressed_layer
 from .indexer_objective import IndexerObjective
 from .shared_row import LAYER as SHARED
-from .shared_row import is_sparse_layer
+from .shared_row import is_sparse_layer, picks_tokens
 
 
 def indexers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The indexers whose scores can be trained: of single tokens, or of compressed entries."""
     found = []
     for module in model.modules():
-        if is_sparse_layer(module) and not picks_blocks(module.indexer):
+        if is_sparse_layer(module) and (module.indexer is None or picks_tokens(module.indexer)):
             found.append(module.indexer)
         elif is_compressed_layer(module):
             found.append(getattr(module.compressor, "indexer", None))
