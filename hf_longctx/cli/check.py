@@ -8,7 +8,7 @@ import argparse
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command's name, help and options."""
     parser = commands.add_parser("check", help="say whether a model can be sharded, and who gets which heads")
-    parser.add_argument("model", help="hub id or folder; only its configuration is read")
+    parser.add_argument("model", help="hub id, folder or model type; only its configuration is read")
     parser.add_argument("--sequence_parallel_size", type=int, default=2, help="processes that share one sequence")
     parser.add_argument("--inner_attention", default="auto", help="kernel that `ulysses` runs on its heads")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code a hub model brings")
@@ -21,7 +21,7 @@ def run(options: argparse.Namespace) -> int:
 
     console = Console(soft_wrap=True)
     try:
-        split = _split_of(options)
+        split, gathering = _split_of(options)
     except KeyError as error:  # a model that looks its attention up in a list of its own
         reason = f"{options.model} looks up attn_implementation={error} in a list of its own and does not find it"
         console.print(f"[bold red]refused[/]: {reason}: set `sequence_parallel_size` to 1.", highlight=False)
@@ -29,35 +29,56 @@ def run(options: argparse.Namespace) -> int:
     except (ValueError, NotImplementedError, ImportError, OSError) as error:
         console.print(f"[bold red]refused[/]: {error}", highlight=False)
         return 2
+    console.print(f"[bold green]can be sharded[/] over {options.sequence_parallel_size} processes", highlight=False)
+    if split is not None:
+        _print_heads(console, split)
+    if gathering:
+        console.print(
+            f"{gathering} layers attend to what an indexer picks or a compressor makes: they gather keys or entries "
+            "of the whole row and keep all their heads",
+            highlight=False,
+        )
+    console.print("A tiny forward is compared with one process when a trainer starts.", highlight=False)
+    return 0
+
+
+def _print_heads(console, split) -> None:
     from rich.table import Table
 
     table = Table("rank", "query heads", "key/value heads")
     for rank, (query, key_value) in enumerate(zip(split.query, split.key_value)):
         table.add_row(str(rank), f"{query[0]}..{query[1] - 1}", f"{key_value[0]}..{key_value[1] - 1}")
-    console.print(f"[bold green]can be sharded[/] over {options.sequence_parallel_size} processes", highlight=False)
     console.print(table)
     console.print(f"key/value heads are sent {split.replication():.2f} times each", highlight=False)
-    console.print("A tiny forward is compared with one process when a trainer starts.", highlight=False)
-    return 0
 
 
 def _split_of(options: argparse.Namespace):
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
+    from ..adapters.sparse.sparse_layers import count_sparse_layers, keeps_all_heads
     from ..config.run import LongContextConfig
     from ..data.model_files import check_model_files
+    from ..families import query_heads
     from ..parallel.heads import split_heads
+    from ..proof.build import AUTO_CLASSES
+    from ..proof.model_under_test import read_config, task_of
     from ..trainer.checks import check_model
 
     size = options.sequence_parallel_size
     wanted = LongContextConfig(sequence_parallel_size=size, inner_attention=options.inner_attention)
     remote = {"trust_remote_code": options.trust_remote_code}
-    check_model_files(options.model)
-    config = AutoConfig.from_pretrained(options.model, **remote)
+    if options.trust_remote_code:
+        check_model_files(options.model)
+        config, kind = AutoConfig.from_pretrained(options.model, **remote), "causal-lm"
+    else:
+        config = read_config(options.model)
+        kind = task_of(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="ulysses", **remote)
+        model = AUTO_CLASSES[kind].from_config(config, attn_implementation="ulysses", **remote)
     check_model(model, wanted)
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    return split_heads(heads, getattr(text, "num_key_value_heads", None) or heads, size)
+    heads, gathering = query_heads(config), count_sparse_layers(model)
+    if heads is None or keeps_all_heads(model):  # no layer of it trades heads
+        return None, gathering
+    key_value = getattr(config.get_text_config(), "num_key_value_heads", None) or heads
+    return split_heads(heads, key_value, size), gathering

@@ -21,6 +21,7 @@ from transformers import Adafactor
 
 from ..adapters.pass_shard import pass_shard
 from ..adapters.recurrent.layers import follow_recurrences
+from ..adapters.sparse.sparse_layers import count_sparse_layers
 from ..adapters.tiled_loss import tile_loss
 from ..adapters.tiled_mlp import tile_mlp
 from ..attention.registry import known_to_transformers
@@ -72,6 +73,11 @@ def simulate(model: torch.nn.Module, settings: Settings, stack: Stack | None, nu
     Raises:
         NotImplementedError: the model cannot run on tensors without numbers.
     """
+    if count_sparse_layers(model):
+        raise NotImplementedError(
+            f"`{type(model).__name__}` cannot be planned: what its layers gather depends on what its indexers pick, "
+            "which tensors without numbers do not tell; measure a short run instead."
+        )
     tile = choose_tile_size(settings.loss_tile_size, model.config.get_text_config().vocab_size)
     quiet = _unheard(FakeTensorMode.__module__), _unheard(tile_mlp.__module__)
     with known_to_transformers(SHAPE_ONLY_ATTENTION), quiet[0], quiet[1], fake_mode(), FakeAnswers(tile):

@@ -21,7 +21,7 @@ from .model_under_test import ModelUnderTest
 from .tiny import validate_tiny
 
 
-_AUTO = {
+AUTO_CLASSES = {
     "causal-lm": AutoModelForCausalLM,
     "masked-lm": AutoModelForMaskedLM,
     "multimodal-lm": AutoModelForMultimodalLM,
@@ -36,7 +36,7 @@ def build_model(tested: ModelUnderTest, attention: str | None, dtype: torch.dtyp
     Args:
         attention (`str`, *optional*): `None`: the default of transformers.
     """
-    auto, config = _AUTO[tested.task], copy.deepcopy(tested.config)
+    auto, config = AUTO_CLASSES[tested.task], copy.deepcopy(tested.config)
     if getattr(config, ON_ALIBI, False) and find_attention(attention) is None:
         attention = name_that_packs()  # which is all that computes it
     chosen = loading_options(config, attention, dtype)
@@ -81,7 +81,7 @@ def turn_dropout_off(model: torch.nn.Module) -> None:
 def sharded_model_on_meta(tested: ModelUnderTest) -> torch.nn.Module:
     """The model as it was given, on our attention, without memory."""
     with torch.device("meta"):
-        return _AUTO[tested.task].from_config(copy.deepcopy(tested.original), attn_implementation="ulysses")
+        return AUTO_CLASSES[tested.task].from_config(copy.deepcopy(tested.original), attn_implementation="ulysses")
 
 
 def _count_parameters(auto, config) -> int:

@@ -7,6 +7,7 @@ import inspect
 from ..adapters.peft_kinds import check_peft
 from ..adapters.recurrent.layers import unfollowed_layers
 from ..adapters.sparse.shared_row import unserved_indexers
+from ..adapters.sparse.sparse_layers import keeps_all_heads
 from ..adapters.wrapped import unwrap
 from ..attention.kernels import validate_kernel_available
 from ..attention.registry import name_that_shards, shards_rows
@@ -117,7 +118,7 @@ def check_model(model, config: LongContextConfig) -> None:
     validate_config(name, base.config, unfollowed_layers(base))
     check_peft(model, "on a share of a row", "set `sequence_parallel_size` to 1")
     heads = query_heads(base.config)
-    if heads is not None:
+    if heads is not None and not keeps_all_heads(base):
         validate_head_count(heads, size)
     if not any(p.kind is p.VAR_KEYWORD for p in inspect.signature(type(base).forward).parameters.values()):
         raise NotImplementedError(

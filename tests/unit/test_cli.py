@@ -60,6 +60,18 @@ def test_check_shows_who_gets_which_heads(tmp_path, capsys):
     assert "0..4" in out and "5..8" in out and "1.33 times" in out
 
 
+@pytest.mark.parametrize(
+    ("kind", "said", "table"),
+    [("qwen3", "0..15", True), ("hy_v4", "34 layers attend to what an indexer picks", False), ("mamba2", "", False)],
+)
+def test_check_takes_a_type_by_name(kind, said, table, capsys):
+    """Layers that gather keys of whole rows trade no heads, so 33 ranks may share a model of 32 heads."""
+    size = "2" if table else "33"
+    assert main(["check", kind, "--sequence_parallel_size", size]) == 0
+    out = capsys.readouterr().out
+    assert "can be sharded" in out and said in out and ("query heads" in out) == table
+
+
 def test_check_refuses_with_the_sentence(tmp_path, capsys):
     config_of("llama").save_pretrained(tmp_path)
     assert main(["check", str(tmp_path), "--sequence_parallel_size", "7"]) == 2

@@ -36,6 +36,7 @@ from hf_longctx.planner import fake_model, measure, simulate
 from hf_longctx.planner.fake_attention import shape_only_attention
 from hf_longctx.planner.memory_plan import Planner
 from hf_longctx.planner.settings import Settings
+from hf_longctx.proof.model_under_test import default_config
 from hf_longctx.reporting import flops
 from hf_longctx.trainer import checks, memory_presets, packed_rows
 
@@ -316,6 +317,11 @@ def test_a_model_that_asks_for_numbers_is_not_planned(monkeypatch):
     monkeypatch.setattr(simulate, "run_step", ask)
     with pytest.raises(NotImplementedError, match="cannot be planned: it does not run on tensors without numbers"):
         Planner(config_of("llama")).breakdown(Settings(tokens=16))
+
+
+def test_a_model_with_an_indexer_is_not_planned():
+    with pytest.raises(NotImplementedError, match="cannot be planned: what its layers gather depends on what its ind"):
+        Planner(default_config("deepseek_v32")).breakdown(Settings(tokens=16))
 
 
 def test_a_measured_step_that_ends_badly_is_told(monkeypatch):

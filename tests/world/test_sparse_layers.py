@@ -77,6 +77,24 @@ def test_four_ranks_equal_documents_one_by_one(world4, kind):
             assert_same(found[name], expected[name], TOLERANCES.get(kind, TOLERANCE))
 
 
+def with_two_heads() -> torch.Tensor:
+    """The whole row's outputs of a model of two heads on four ranks."""
+    mesh = SequenceMesh.build(4)
+    model = build_sparse("deepseek_v32", "ulysses", num_attention_heads=2, num_key_value_heads=2)
+    adapt(model, mesh)
+    with torch.no_grad():
+        outputs = model(**share_of(packed_row(), mesh), use_cache=False)[0]
+    return gather_sequence(outputs, mesh.sp_group)[:, : sum(ROWS["documents"])]
+
+
+def test_more_ranks_than_heads_share_rows(world4):
+    """Queries stay where their tokens are, so heads are no limit."""
+    model = build_sparse("deepseek_v32", num_attention_heads=2, num_key_value_heads=2)
+    expected, _ = one_by_one(model, packed_row())
+    for found in world4.run(with_two_heads):
+        assert relative(found, expected) < TOLERANCE
+
+
 def with_dropout(kind: str) -> torch.Tensor:
     return on_shares(kind, 2, dropout=0.3)["documents"][0]
 

@@ -12,6 +12,16 @@ from .shared_row import LAYER as SHARED
 from .shared_row import is_sparse_layer, picks_tokens
 
 
+def count_sparse_layers(model: torch.nn.Module) -> int:
+    """How many layers of a model gather keys or entries of whole rows, and keep all their heads."""
+    return sum(is_sparse_layer(module) or is_compressed_layer(module) for module in model.modules())
+
+
+def keeps_all_heads(model: torch.nn.Module) -> bool:
+    """Whether every layer of a model is a sparse one, so that ranks share no heads and any number of them may run."""
+    return count_sparse_layers(model) == model.config.get_text_config().num_hidden_layers
+
+
 def indexers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The indexers whose scores can be trained: of single tokens, or of compressed entries."""
     found = []
