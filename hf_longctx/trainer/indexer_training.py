@@ -70,7 +70,9 @@ class IndexerTraining:
             return
         for group in list(optimizer.param_groups):
             mine = [parameter for parameter in group["params"] if id(parameter) in known]
-            if mine:
+            if len(mine) == len(group["params"]):
+                group["lr"] = rate
+            elif mine:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in known]
                 optimizer.param_groups.append({**group, "params": mine, "lr": rate})
 

@@ -72,6 +72,27 @@ def test_four_ranks(world4, one_process):
     check(world4.run(all_cases, 4)[0], one_process)
 
 
+def of_sharded_weights(name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """The sparse stage of a model whose weights FSDP2 shards layer by layer; it averages gradients itself."""
+    model, objective = build_trained(name, "ulysses", dtype=torch.float64), IndexerObjective()
+    attach_adapters(model)
+    set_objective(model, objective)
+    objective.weights = dict.fromkeys(first_queries(model), 0.01 * 2)
+    for layer in model.model.layers:
+        torch.distributed.fsdp.fully_shard(layer)
+    torch.distributed.fsdp.fully_shard(model)
+    mesh = SequenceMesh.build(2)
+    model(**shard_batch(packed_rows(TOKENS), mesh), use_cache=False).loss.backward()
+    found = objective.take_found()
+    dist.all_reduce(found, group=mesh.sp_group)
+    return {key: p.grad.full_tensor() for key, p in model.named_parameters() if p.grad is not None}, found
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32", "deepseek_v4"])
+def test_sharded_weights(world2, one_process, name):
+    check(world2.run(of_sharded_weights, name)[:1], [one_process[CASES.index((name, False))]])
+
+
 class Documents(torch.utils.data.Dataset):
     """Rows of 24 tokens of several documents."""
 
