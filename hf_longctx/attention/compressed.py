@@ -211,6 +211,6 @@ def _dropped(weights, facts: WindowAndEntries, picks, queries, seed: int, dropou
     near = torch.arange(1 - facts.window, tokens, device=weights.device) + facts.rows.start + queries.start
     ends = facts.table.ends[:, None].expand(rows, tokens, -1)
     ends = ends if picks is None else ends.gather(2, picks.clamp(min=0))
-    # An entry is told by its last token, however ranks order them; numbers of tokens are below 2**32.
+    # An entry is known by its last token, however ranks order them; numbers of tokens are below 2**32.
     keys = torch.cat([near.expand(rows, tokens, -1), ends + 2**32], dim=-1)[:, None]
     return drop_weights(weights, dropout, seed, row[:, None, None, None], head[:, None, None], place[:, None], keys)

@@ -122,7 +122,7 @@ def measure(model: torch.nn.Module, rows: RecallRows, topk: int) -> dict[str, fl
 
     Returns:
         `dense_accuracy` and `sparse_accuracy`: the share of questions that are answered right. `recall`: the share of
-        dense attention that the picks of a query hold, and `oracle`: that its `topk` largest weights hold, averaged
+        dense attention that the picks of a query hold, and `best`: that its `topk` largest weights hold, averaged
         over queries that see more than `topk` tokens and over layers; `share` is the ratio of the two.
     """
     dense = copy_model(model, "eager", index_topk=rows.input_ids.shape[1])
@@ -131,13 +131,13 @@ def measure(model: torch.nn.Module, rows: RecallRows, topk: int) -> dict[str, fl
     for attention, picks in attention_and_picks(dense, rows):
         held.append(attention.gather(2, picks[..., :topk]).sum(-1)[:, topk:].mean())
         best.append(attention.topk(topk).values.sum(-1)[:, topk:].mean())
-    recall, oracle = torch.stack(held).mean().item(), torch.stack(best).mean().item()
+    recall, most = torch.stack(held).mean().item(), torch.stack(best).mean().item()
     return {
         "dense_accuracy": rows.accuracy(dense),
         "sparse_accuracy": rows.accuracy(sparse),
         "recall": recall,
-        "oracle": oracle,
-        "share": recall / oracle,
+        "best": most,
+        "share": recall / most,
     }
 
 

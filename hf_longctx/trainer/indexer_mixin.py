@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+from ..adapters.sparse.sparse_rows import warn_nothing_sparse
 from ..config.indexer import IndexerConfig
 from .indexer_checks import refuse_indexer_settings
 from .indexer_training import IndexerTraining
@@ -38,6 +39,7 @@ class IndexerMixin(SequenceParallelMixin):
         # The checks look at the gradient of the model's own loss.
         with contextlib.nullcontext() if self._indexers is None else self._indexers.paused():
             super().check_share(inputs)
+        warn_nothing_sparse(self.model, inputs["sequence_shard"].num_tokens)
 
     def _inner_training_loop(self, *args, **kwargs):
         library: Any = super()

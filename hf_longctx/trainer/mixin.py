@@ -15,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from ..adapters.instance_forward import PatchHandle
-from ..adapters.sparse.sparse_rows import warn_nothing_sparse
 from ..adapters.wrapped import unwrap
 from ..config.audiences import TRAINERS
 from ..config.memory import MemoryConfig
@@ -141,7 +140,6 @@ class SequenceParallelMixin(ShardedEvaluationMixin, TrainerBase):
             self._prediction_is_proven = True
         self._sanity.validate_batch(self.model, inputs["sequence_shard"], inputs)
         self.share_watch.expect(self, inputs["sequence_shard"])
-        warn_nothing_sparse(self.model, inputs["sequence_shard"].num_tokens)
 
     def _check_sanity(self) -> SanityResult:
         """Check the model on a tiny batch; see [`run_sanity_check`]."""

@@ -393,7 +393,7 @@ def test_a_models_own_code_is_not_run_by_a_recipe(model_with_code, tmp_path, mon
     sft = importlib.import_module("hf_longctx.tasks.sft")
     arguments = ["--output_dir", str(tmp_path / "out"), "--use_cpu", "true", "--bf16", "false"]
     arguments += ["--model_name_or_path", str(model_with_code)]
-    recipe, args, model_args, context, _ = trl.TrlParser(sft.ARGUMENTS).parse_args_and_config(arguments)
+    recipe, args, model_args, context, *_ = trl.TrlParser(sft.ARGUMENTS).parse_args_and_config(arguments)
     with pytest.raises(ValueError, match="trust_remote_code"):
         sft.load_model(recipe, args, model_args, context)
     assert not (tmp_path / "executed").exists()

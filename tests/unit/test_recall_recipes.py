@@ -52,8 +52,8 @@ def test_measured_attention_is_that_of_the_picks():
     (attention, picks), *_ = indexer_warmup.attention_and_picks(copy_model(model, "eager"), rows)
     assert torch.allclose(attention.gather(2, picks[..., :3]).sum(-1), (dense[0].mean(1) * seen).sum(-1), atol=1e-6)
     best = torch.stack([layer.mean(1).topk(3).values.sum(-1)[:, 3:].mean() for layer in dense])
-    assert found["oracle"] == pytest.approx(best.mean().item(), abs=1e-6)
-    assert 0 < found["recall"] < found["oracle"] < 1 and found["share"] == found["recall"] / found["oracle"]
+    assert found["best"] == pytest.approx(best.mean().item(), abs=1e-6)
+    assert 0 < found["recall"] < found["best"] < 1 and found["share"] == found["recall"] / found["best"]
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_the_warmup_recipe_measures_every_stage(tmp_path, monkeypatch):
     ]
     # The warm-up changes nothing of the dense model.
     assert len({row["dense_accuracy"] for row in found["stages"][:2]}) == 1
-    assert len({row["oracle"] for row in found["stages"][:2]}) == 1
+    assert len({row["best"] for row in found["stages"][:2]}) == 1
     log = [entry for entry in found["log"] if "loss" in entry]
     assert len(log) == 4 and all(entry["indexer_kl"] > 0 and 0 < entry["indexer_recall"] <= 1 for entry in log)
     assert (tmp_path / "model.safetensors").is_file()
