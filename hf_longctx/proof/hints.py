@@ -57,7 +57,6 @@ LAYER_KINDS: dict[str, dict[str, list[str] | list[int]]] = {
     # Layers that attend to what the layer before them picked, and to the keys of an earlier one.
     "glm_moe_dsa": {"indexer_types": ["full", "shared"]},
     "mistral_large4_text": {"indexer_types": ["full", "shared", "full", "full"], "kv_source_layers": [0, 0, 0, 3]},
-    "glm5_next_text": {"indexer_types": ["full", "full", "full", "full", "full", "full", "full", "shared"]},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "minimax_m3_vl_text": {"layer_types": ["full_attention", "minimax_m3_sparse"]},
 }

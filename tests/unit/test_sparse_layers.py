@@ -182,7 +182,7 @@ def test_a_mask_of_the_callers_own_is_refused(kind):
     mask = torch.ones(1, 1, 12, 12, dtype=torch.bool).tril()
     if kind == "glm5_next_text":  # it makes nothing of such a mask; masks that are prepared by layer reach the layers
         padding = torch.arange(12)[None] > 2
-        mask = {"indexed_attention": padding, "linear_attention": padding}
+        mask = dict.fromkeys(model.config.layer_types, padding)
     with pytest.raises(NotImplementedError, match="got a mask of Tensor that is not transformers' own for causal"):
         model(**batch, attention_mask=mask, use_cache=False)
 
