@@ -25,10 +25,12 @@ setup(
     description="Train transformers on long sequences: Ulysses sequence parallelism that is exact or refused",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    author="The hf_longctx authors",
+    keywords=["long context", "sequence parallelism", "packing", "transformers", "fine-tuning", "embeddings"],
     license="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["hf_longctx", "hf_longctx.*"]),
-    package_data={"hf_longctx": ["py.typed", "tested_versions.txt"]},
+    package_data={"hf_longctx": ["py.typed", "tested_versions.txt", "launch/*.yaml"]},
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "transformers>=5.17", "accelerate>=1.12", "rich>=13"],
     extras_require={
@@ -42,8 +44,14 @@ setup(
     entry_points={"console_scripts": ["hf-longctx = hf_longctx.cli:main"]},
     classifiers=[
         "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
         "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
     ],
 )

@@ -45,6 +45,12 @@ def run(options: argparse.Namespace) -> int:
 def _print_heads(console, split) -> None:
     from rich.table import Table
 
+    counts = {(query[1] - query[0], key[1] - key[0]) for query, key in zip(split.query, split.key_value)}
+    if len(counts) == 1:
+        query, key_value = counts.pop()
+        heads = f"{query} of {split.num_query_heads} query heads and {key_value} of {split.num_key_value_heads}"
+        console.print(f"each gets {heads} key/value heads, which are sent {split.replication():.2f} times each")
+        return
     table = Table("rank", "query heads", "key/value heads")
     for rank, (query, key_value) in enumerate(zip(split.query, split.key_value)):
         table.add_row(str(rank), f"{query[0]}..{query[1] - 1}", f"{key_value[0]}..{key_value[1] - 1}")

@@ -27,7 +27,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of that peak that is reached")
     parser.add_argument("--measure", action="store_true", help="run one short step here and correct the plan by it")
     parser.add_argument("--output", help="picture to draw, .png or .svg")
-    parser.add_argument("--write", help="YAML file to write for recipes/sft.py; never written over")
+    parser.add_argument("--write", help="YAML file to write for `hf-longctx sft`; never written over")
     return parser
 
 

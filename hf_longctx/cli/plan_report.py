@@ -34,7 +34,7 @@ _SHORT_NAMES = {
     "workspace": "work",
 }
 _COLORS = ("#264653", "#2a9d8f", "#8ab17d", "#e9c46a", "#f4a261", "#577590", "#e76f51", "#9d4edd", "#adb5bd")
-_ACCELERATE = {"ddp": "recipes/accelerate/ddp_1node.yaml", "fsdp2": "recipes/accelerate/fsdp2_8gpu.yaml"}
+_ACCELERATE = {"ddp": "ddp_1node", "fsdp2": "fsdp2_8gpu"}
 
 
 @dataclass(frozen=True)
@@ -245,7 +245,7 @@ def validate_outputs(picture: str | None, recipe: str | None) -> None:
 
 
 def write_recipe(path: Path, model: str, cell: Cell, target: int | None) -> None:
-    """The YAML that `recipes/sft.py` takes, with the settings of `cell` and the tokens that were asked for."""
+    """The YAML that `hf-longctx sft` takes, with the settings of `cell` and the tokens that were asked for."""
     settings = cell.settings
     precision = str(settings.weights_dtype).removeprefix("torch.")
     values: dict[str, object] = {
@@ -264,16 +264,15 @@ def write_recipe(path: Path, model: str, cell: Cell, target: int | None) -> None
         values["lora_dropout"] = 0.0
     elif settings.optimizer != "adamw":
         values["optim"] = settings.optimizer
-    launcher = "python"
+    launch = ""
     if settings.wrapper in _ACCELERATE:
-        launcher = f"accelerate launch --config_file {_ACCELERATE[settings.wrapper]}"
-        launcher += f" --num_processes {settings.world_size}"
+        launch = f" --accelerate_config {_ACCELERATE[settings.wrapper]} --num_processes {settings.world_size}"
     needed = yaml.safe_dump({"model_name_or_path": model}).strip()
     breakdown: Any = cell.breakdown  # of a row that fits
     lines = [
         f"# Planned: {breakdown.device / GIB:.1f} GiB of each of {settings.world_size} GPUs for rows of "
         f"{breakdown.tokens:,} tokens; {cell.longest:,} would fit.",
-        f"#   {launcher} recipes/sft.py --config {path.name}",
+        f"#   hf-longctx sft --config {path.name}{launch}",
         "",
         f"{needed}  # <- a model on the Hub, or a folder",
         "dataset_name: documents  # <- a folder of documents, a jsonl or parquet file, or a data set on the Hub",

@@ -49,8 +49,8 @@ def plan_rows(console: Console, options: argparse.Namespace) -> None:
 
 
 def parse_tokens(text: str) -> int:
-    """`"131072"`, `"128K"` or `"1.5M"` as a number; a K is 1,024 tokens and an M 1,048,576."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KM]?)", text.strip().upper())
+    """`"131072"`, `"128K"`, `"1.5M"` or `"1e6"` as a number; a K is 1,024 tokens and an M 1,048,576."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?(?:E\d{1,2})?)([KM]?)", text.strip().upper())
     tokens = int(float(found[1]) * _UNITS[found[2]]) if found else 0
     if tokens < 1:
         raise ValueError(f"`--target_tokens` ({text}) must be a number of tokens, such as 131072, 128K or 1M.")

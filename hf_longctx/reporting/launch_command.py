@@ -14,6 +14,10 @@ from collections.abc import Mapping, Sequence
 from .redaction import REDACTED, redact
 
 
+# How `sys.argv` begins under our own command, with the name of the task behind it.
+_COMMAND = "hf-longctx"
+
+
 def launch_command(arguments: Sequence[str] | None = None, environment: Mapping[str, str] | None = None) -> str:
     """The shell line that starts this run again.
 
@@ -26,11 +30,16 @@ def launch_command(arguments: Sequence[str] | None = None, environment: Mapping[
     """
     arguments = list(sys.argv if arguments is None else arguments)
     environment = os.environ if environment is None else environment
-    if arguments and os.path.isabs(arguments[0]):
+    launcher = _launcher(environment)
+    if arguments and arguments[0].startswith(f"{_COMMAND} "):  # a launcher starts it as a module
+        words = arguments.pop(0).split()
+        arguments[:0] = words if launcher == ["python"] else ["-m", "hf_longctx", *words[1:]]
+        launcher = [] if launcher == ["python"] else launcher
+    elif arguments and os.path.isabs(arguments[0]):
         near = os.path.relpath(arguments[0])
         arguments[0] = os.path.basename(arguments[0]) if near.startswith("..") else near
     # The placeholder is no shell word; quoted it would read as a real value, which is what we want it not to be.
-    return shlex.join([*_launcher(environment), *redact(arguments)]).replace(f"'{REDACTED}'", REDACTED)
+    return shlex.join([*launcher, *redact(arguments)]).replace(f"'{REDACTED}'", REDACTED)
 
 
 def _launcher(environment: Mapping[str, str]) -> list[str]:

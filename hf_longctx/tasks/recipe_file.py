@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import yaml
 
+from ..config.audiences import TRAINERS
 from ..data.files import describe, read_text, shown
+
+
+# Names that TRL's parser reads itself.
+_OF_THE_PARSER = {"config", "env", "help"}
+_CONFIGS = {kind for row in TRAINERS.values() for kind in row.values()}
 
 
 def parse_recipe(arguments: Sequence[type]) -> tuple[Any, ...]:
@@ -19,14 +27,46 @@ def parse_recipe(arguments: Sequence[type]) -> tuple[Any, ...]:
     """
     from trl import TrlParser
 
-    check_recipe_file(sys.argv[1:])
-    return TrlParser(arguments).parse_args_and_config()
+    words = sys.argv[1:]
+    check_names([*check_recipe_file(words), *_names_in(words)], arguments)
+    try:
+        return TrlParser(arguments).parse_args_and_config()
+    except ValueError as error:  # of a dataclass that looks at its values
+        raise ValueError(str(error)) from error
 
 
-def check_recipe_file(words: Sequence[str]) -> None:
-    """Raise `ValueError` unless what follows `--config` is a file with a YAML mapping."""
+def _names_in(words: Sequence[str]) -> list[str]:
+    return [word[2:].partition("=")[0] for word in words if word.startswith("--") and len(word) > 2]
+
+
+def check_names(names: Sequence[str], arguments: Sequence[type]) -> None:
+    """Raise `ValueError` for a name that no class of `arguments` has, with the nearest one, or the class that has it.
+
+    Args:
+        names (`Sequence[str]`): from the file or the command line.
+        arguments (`Sequence[type]`): dataclasses of the recipe.
+    """
+    known = {name for kind in arguments for field in fields(kind) for name in (field.name, *_aliases(field))}
+    for name in names:
+        plain = name.replace("-", "_")
+        if {name, plain, plain.removeprefix("no_")} & (known | _OF_THE_PARSER):
+            continue
+        owner = next((kind.__name__ for kind in _CONFIGS if plain in {field.name for field in fields(kind)}), None)
+        if owner is not None:
+            raise ValueError(f"`{name}` is a setting of `{owner}`, which this recipe does not take: leave it out.")
+        near = difflib.get_close_matches(plain, sorted(known), 1)
+        remedy = f"did you mean `{near[0]}`?" if near else "leave it out."
+        raise ValueError(f"`{name}` is no argument of this recipe: {remedy}")
+
+
+def _aliases(field) -> list[str]:
+    return [alias.lstrip("-").replace("-", "_") for alias in field.metadata.get("aliases", ())]
+
+
+def check_recipe_file(words: Sequence[str]) -> list[str]:
+    """The names in the YAML mapping of the file that follows `--config`; `ValueError` if it is none."""
     if "--config" not in words:
-        return
+        return []
     if words[-1] == "--config":
         raise ValueError("`--config` has no value: name the YAML file of the run behind it.")
     path = words[words.index("--config") + 1]
@@ -44,3 +84,4 @@ def check_recipe_file(words: Sequence[str]) -> None:
     for name in content:
         if not isinstance(name, str):
             raise ValueError(f"`{shown(path)}` has the name {name!r}, which is no text: names are those of arguments.")
+    return list(content)

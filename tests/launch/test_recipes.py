@@ -126,7 +126,7 @@ def test_pretrain_on_two_processes_leaves_a_model_with_its_report(inputs, tmp_pa
 def test_sft_on_one_process_trains_whole_documents_with_lora(inputs, tmp_path):
     changes = {"max_length": 48, "use_peft": True, "bf16": False, "gradient_checkpointing": False}
     config = write_config(tmp_path / "run.yaml", inputs, **changes, num_train_epochs=1, max_steps=-1)
-    done = start("recipes/sft.py", "--config", config, "--per_device_train_batch_size", "8")
+    done = start("-m", "hf_longctx", "sft", "--config", config, "--per_device_train_batch_size", "8")
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     tokenizer = PreTrainedTokenizerFast.from_pretrained(inputs["model"])

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import transformers
 from transformers.models.falcon import modeling_falcon
 
+import hf_longctx
 from hf_longctx.cli import main
 from hf_longctx.cli.command_line import COMMANDS
 from hf_longctx.cli.env import is_newer
@@ -62,7 +64,11 @@ def test_check_shows_who_gets_which_heads(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("kind", "said", "table"),
-    [("qwen3", "0..15", True), ("hy_v4", "34 layers attend to what an indexer picks", False), ("mamba2", "", False)],
+    [
+        ("qwen3", "each gets 16 of 32 query heads and 16 of 32 key/value heads", True),
+        ("hy_v4", "34 layers attend to what an indexer picks", False),
+        ("mamba2", "", False),
+    ],
 )
 def test_check_takes_a_type_by_name(kind, said, table, capsys):
     """Layers that gather keys of whole rows trade no heads, so 33 ranks may share a model of 32 heads."""
@@ -86,6 +92,69 @@ def test_check_refuses_a_model_that_lists_its_attentions_itself(tmp_path, capsys
     assert "looks up attn_implementation='ulysses' in a list of its own" in " ".join(capsys.readouterr().out.split())
 
 
+def test_the_version_is_printed():
+    done = run("--version")
+    assert done.returncode == 0 and done.stdout.strip() == f"hf-longctx {hf_longctx.__version__}"
+
+
+@pytest.mark.parametrize("command", [None, "env", "check", "pack", "plan", "verify", "sft", "pretrain", "embed"])
+def test_help_fits_eighty_columns_and_has_defaults(command, capsys):
+    with pytest.raises(SystemExit):
+        main([*([command] if command else []), "--help"])
+    printed = capsys.readouterr().out
+    assert max(map(len, printed.splitlines())) <= 80
+    if command == "verify":
+        assert "processes that share one sequence (default: 2)" in " ".join(printed.split())
+
+
+def test_a_wrong_argument_is_told_with_the_nearest(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["verify", "qwen3", "--packd"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --packd; did you mean --packed?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sft", "--config", "nothing.yaml"], "`nothing.yaml` cannot be read"),
+        (["sft", "--max_lenth", "3"], "`max_lenth` is no argument of this recipe: did you mean `max_length`?"),
+        (
+            ["sft", "--sources_per_batch", "3"],
+            "`sources_per_batch` is a setting of `SourcesConfig`, which this recipe does not take",
+        ),
+        (["sft", "--accelerate_config", "fsdp3"], "`--accelerate_config` (fsdp3) is neither a file nor one of ddp_1"),
+        (["sft", "--num_processes", "2"], "`--num_processes` (2) is of a launch"),
+    ],
+)
+def test_a_task_is_refused_with_its_sentence(words, said, capsys, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("refused: ") and said in error
+
+
+def test_a_fault_that_is_not_ours_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(sys, "argv", list(sys.argv))
+    monkeypatch.setitem(sys.modules, "hf_longctx.tasks.sft", types.SimpleNamespace(main=lambda: json.loads("{")))
+    with pytest.raises(json.JSONDecodeError):
+        main(["sft"])
+
+
+def test_a_launch_names_the_module_and_passes_everything_on(monkeypatch):
+    from accelerate.commands import launch
+
+    started = []
+    monkeypatch.setattr(launch, "launch_command", started.append)
+    words = ["--config", "run.yaml", "--accelerate_config", "ddp_1node", "--num_processes", "2", "--max_length", "64"]
+    assert main(["sft", *words]) == 0
+    (options,) = started
+    assert options.module and options.training_script == "hf_longctx" and options.num_processes == 2
+    assert options.config_file.endswith("ddp_1node.yaml")
+    assert options.training_script_args == ["sft", "--config", "run.yaml", "--max_length", "64"]
+
+
 def test_a_wrong_command_is_told():
     done = run("chek")
     assert done.returncode == 2 and "invalid choice" in done.stderr
@@ -93,6 +162,7 @@ def test_a_wrong_command_is_told():
 
 HELP = """
 import sys
+import hf_longctx
 from hf_longctx.cli import main
 for arguments in (["--help"], *([name, "--help"] for name in sys.argv[1:])):
     try:
@@ -105,8 +175,8 @@ print(sorted(loaded & {"torch", "transformers", "numpy", "rich", "datasets"}))
 
 
 def test_help_of_every_command_imports_no_library():
-    names = [command.__name__.rpartition(".")[2] for command in COMMANDS]
-    assert names == ["env", "check", "pack", "plan", "verify"]
+    names = [getattr(command, "task", "") or command.__name__.rpartition(".")[2] for command in COMMANDS]
+    assert names == ["env", "check", "pack", "plan", "verify", "sft", "pretrain", "embed"]
     helped = subprocess.run([sys.executable, "-c", HELP, *names], capture_output=True, text=True)
     assert helped.returncode == 0, helped.stderr
     assert helped.stdout.splitlines()[-1] == "[]"

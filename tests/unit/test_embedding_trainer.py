@@ -130,7 +130,7 @@ def test_a_vanilla_model_comes_out(tmp_path):
     assert "hf_longctx" not in (tmp_path / "modules.json").read_text()
 
 
-def test_texts_that_would_be_cut_off_are_counted_before_training(caplog):
+def test_texts_that_would_be_cut_off_are_counted_before_training(caplog, tmp_path):
     def build(policy: str):
         reset_state()
         model = embedder("bert", "packed")
@@ -142,7 +142,7 @@ def test_texts_that_would_be_cut_off_are_counted_before_training(caplog):
 
         return LongContextSentenceTransformerTrainer(
             model=model,
-            args=arguments("unused_folder"),
+            args=arguments(str(tmp_path)),
             train_dataset=Dataset.from_dict({"a": ["w1 " * 30, "w1"], "b": ["w2", "w3 w4"]}),
             loss=loss_of("tiled", model),
             texts=TextsConfig(overlong_texts=policy),

@@ -127,7 +127,9 @@ def shared_planner(planners, monkeypatch):
     monkeypatch.setattr(plan_search, "Planner", planner_of)
 
 
-@pytest.mark.parametrize(("text", "tokens"), [("131072", 131_072), ("128K", 131_072), ("1.5m", 1_572_864)])
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("1e6", 1_000_000), ("131072", 131_072), ("128K", 131_072), ("1.5m", 1_572_864)]
+)
 def test_tokens_are_read(text, tokens):
     assert parse_tokens(text) == tokens
 

@@ -158,6 +158,10 @@ def test_the_command_is_the_one_that_was_typed():
     typed = "recipes/sft.py --config 'my run.yaml' --hub_token <redacted>"
     assert launch_command(arguments, {}) == f"python {typed}"
     assert launch_command(arguments, torchrun) == f"torchrun --standalone --nproc_per_node 2 {typed}"
+    command = ["hf-longctx sft", "--config", "run.yaml"]
+    assert launch_command(command, {}) == "hf-longctx sft --config run.yaml"
+    started = "torchrun --standalone --nproc_per_node 2 -m hf_longctx sft --config run.yaml"
+    assert launch_command(command, torchrun) == started
     many = {**torchrun, "GROUP_WORLD_SIZE": "4"}
     assert launch_command(arguments, many) == f"torchrun --nnodes 4 --nproc_per_node 2 {typed}"
     fsdp = {**many, "WORLD_SIZE": "8", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False", "ACCELERATE_USE_FSDP": "true"}
