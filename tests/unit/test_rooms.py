@@ -39,7 +39,9 @@ ROOMS = (
     "embedding",
     "proof",
     "tasks",
+    "launch",
     "cli",
+    "__main__",
 )
 # The lowest room that may import a library.
 LOWEST = {
