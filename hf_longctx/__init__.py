@@ -17,6 +17,7 @@ from .on_import import call_after_import
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .adapters.embedding_norm import add_embedding_norm as add_embedding_norm
     from .adapters.no_rotation import use_alibi as use_alibi
     from .attention.contamination import assert_no_cross_document as assert_no_cross_document
     from .attention.explain import explain_attention as explain_attention
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .config.run import LongContextConfig as LongContextConfig
     from .config.sources import SourcesConfig as SourcesConfig
     from .config.texts import TextsConfig as TextsConfig
+    from .data.blend.blended_rows import BlendedRows as BlendedRows
     from .data.packing.collator import PackingCollator as PackingCollator
     from .data.packing.datasets import PackedDataset as PackedDataset
     from .data.packing.samplers import TokenBudgetSampler as TokenBudgetSampler
@@ -39,12 +41,14 @@ if TYPE_CHECKING:
     from .parallel.shard import SequenceShard as SequenceShard
     from .parallel.shard import shard_batch as shard_batch
     from .proof.verification import verify as verify
+    from .reporting.blend_report import BlendReport as BlendReport
     from .trainer.adaptation import adapt as adapt
     from .trainer.causal_lm import LongContextTrainer as LongContextTrainer
     from .trainer.ending import end_training as end_training
     from .trainer.sft import LongContextSFTTrainer as LongContextSFTTrainer
 
 _EXPORTS = {
+    "adapters.embedding_norm": ("add_embedding_norm",),
     "adapters.no_rotation": ("use_alibi",),
     "attention.contamination": ("assert_no_cross_document",),
     "attention.explain": ("explain_attention",),
@@ -53,6 +57,7 @@ _EXPORTS = {
     "config.run": ("LongContextConfig",),
     "config.sources": ("SourcesConfig",),
     "config.texts": ("TextsConfig",),
+    "data.blend.blended_rows": ("BlendedRows",),
     "data.packing.collator": ("PackingCollator",),
     "data.packing.datasets": ("PackedDataset",),
     "data.packing.samplers": ("TokenBudgetSampler",),
@@ -69,6 +74,7 @@ _EXPORTS = {
         "shard_batch",
     ),
     "proof.verification": ("verify",),
+    "reporting.blend_report": ("BlendReport",),
     "trainer.adaptation": ("adapt",),
     "trainer.causal_lm": ("LongContextTrainer",),
     "trainer.ending": ("end_training",),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..parallel.adapted import Adapted, mark, unmark
+from .embedding_norm import follow_embedding_norm
 from .instance_forward import PatchHandle, take_off
 from .loop_batches import LOOP_BATCHES
 from .no_rotation import follow_alibi
@@ -23,6 +24,7 @@ from .wrapped import unwrap
 # What models need, by kind; each leaves a model that does not need it alone.
 _ADAPTERS = (
     follow_alibi,
+    follow_embedding_norm,
     follow_positions,
     follow_lengths,
     follow_recurrences,

@@ -29,7 +29,7 @@ from ..families import expects_unshifted_labels
 from ..losses.logits_transform import read_logits_transform
 from ..losses.tiled_head import forward_loss, is_linear
 from ..losses.tiled_logits import tiled_cross_entropy
-from ..losses.tiles import validate_tile_size
+from ..losses.tiles import validate_tile_size, wide_dtype
 from ..parallel.shard import IGNORE_INDEX
 from .instance_forward import InstancePatch, PatchHandle, named_arguments, patch_on, put_on
 from .router_losses import asks_for_router_loss, loss_replaced
@@ -128,6 +128,9 @@ class LossPatch(InstancePatch):
 
     def __init__(self, model: PreTrainedModel, tile_size: int | None) -> None:
         self.tile_size, self.paused = tile_size, False
+        # Where somebody asks for the losses of single tokens: those of the last forward.
+        self.keeps_token_losses = False
+        self.token_losses: torch.Tensor | None = None
         self.scale, self.softcap = read_logits_transform(model.config)
 
     def call(self, module: PreTrainedModel, own: Callable, *args, **kwargs):
@@ -151,9 +154,13 @@ class _LossRequest:
         self.labels = labels
         self.settings: dict[str, Any] = {"tile_size": patch.tile_size, "scale": patch.scale, "softcap": patch.softcap}
         self.settings |= {"num_items": num_items, "ignore_index": ignore_index}
+        self.patch = patch
 
     def compute(self, head: torch.nn.Module, own: Callable, hidden: torch.Tensor) -> torch.Tensor:
         labels = self.labels.to(hidden.device)
+        if self.patch.keeps_token_losses:
+            self.patch.token_losses = torch.zeros(labels.shape, dtype=wide_dtype(hidden.dtype), device=hidden.device)
+            self.settings["token_losses"] = self.patch.token_losses
         if not is_linear(head) or getattr(own, "__func__", None) is not type(head).forward:
             return forward_loss(hidden, head, own, labels, **self.settings)
         if not torch.is_autocast_enabled(hidden.device.type):

@@ -85,6 +85,7 @@ def forward_loss(
     num_items: torch.Tensor | float | None,
     ignore_index: int = IGNORE_INDEX,
     finish: Forward | None = None,
+    token_losses: torch.Tensor | None = None,
     **rule,
 ) -> torch.Tensor:
     """[`tiled_head_loss`] with logits from `forward`, for a caller that already stands inside the call of `head`.
@@ -98,9 +99,13 @@ def forward_loss(
     _validate_whole(head, parameters)
     run = _Rerouted(head, forward, finish)
     tokens = ValidTokens.of(labels, ignore_index, hidden.device)
-    compute = functools.partial(
-        _sum_over_tiles, run=run, names=tuple(parameters), tokens=tokens, rule=token_loss, tile_size=tile_size
-    )
+    settings: dict[str, Any] = {
+        "names": tuple(parameters),
+        "tokens": tokens,
+        "rule": token_loss,
+        "token_losses": token_losses,
+    }
+    compute = functools.partial(_sum_over_tiles, run=run, tile_size=tile_size, **settings)
     total = sum_with_gradient(compute, hidden.reshape(-1, hidden.shape[-1]), *parameters.values())
     return tokens.mean(total, num_items)
 
@@ -152,7 +157,7 @@ def _count_classes(run: _Rerouted, hidden: torch.Tensor) -> int:
     return logits.shape[1]
 
 
-def _sum_over_tiles(tensors, needs, *, run: _Rerouted, names, tokens: ValidTokens, rule: TokenLoss, tile_size):
+def _sum_over_tiles(tensors, needs, *, run: _Rerouted, names, tokens, rule: TokenLoss, tile_size, token_losses):
     """The sum of the tokens' losses, and the gradients that are needed."""
     hidden, *parameters = tensors
     wide = wide_dtype(hidden.dtype)
@@ -173,6 +178,7 @@ def _sum_over_tiles(tensors, needs, *, run: _Rerouted, names, tokens: ValidToken
             wanted = [x for x in (inputs, *leaves) if x.requires_grad]
             found = iter(torch.autograd.grad(logits, wanted, slope.to(logits.dtype), allow_unused=True))
             _add(gradients, [next(found) if x.requires_grad else None for x in (inputs, *leaves)], places)
+    tokens.write(losses, token_losses)
     return losses.sum(), gradients
 
 

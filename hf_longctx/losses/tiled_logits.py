@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -47,6 +48,7 @@ def tiled_cross_entropy(
     scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = IGNORE_INDEX,
+    token_losses: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Cross entropy of `hidden @ weight.T + bias` with `labels`, never holding more than one tile of logits.
 
@@ -63,6 +65,7 @@ def tiled_cross_entropy(
         scale (`float`, *optional*, defaults to 1): logits are multiplied by it (Cohere; Granite divides).
         softcap (`float`, *optional*): then `softcap * tanh(logits / softcap)`, after the scale (Gemma).
         ignore_index (`int`, *optional*, defaults to -100): tokens of this label are not computed.
+        token_losses (`torch.Tensor` of shape `(...)`, *optional*): filled with the loss of every valid token.
 
     Returns:
         `torch.Tensor`: a scalar in fp32, or in fp64 if `hidden` is; 0 where no token is valid.
@@ -84,9 +87,8 @@ def tiled_cross_entropy(
     validate_hidden(hidden, labels)
     dtype = validate_head(hidden, weight, bias)
     tokens = ValidTokens.of(labels, ignore_index, hidden.device)
-    compute = functools.partial(
-        _sum_over_tiles, tokens=tokens, rule=rule, dtype=dtype, tile_size=choose_tile_size(tile_size, len(weight))
-    )
+    settings: dict[str, Any] = {"tokens": tokens, "rule": rule, "dtype": dtype, "token_losses": token_losses}
+    compute = functools.partial(_sum_over_tiles, tile_size=choose_tile_size(tile_size, len(weight)), **settings)
     total = sum_with_gradient(compute, hidden.reshape(-1, hidden.shape[-1]), weight, bias)
     return tokens.mean(total, num_items)
 
@@ -114,7 +116,7 @@ def validate_head(hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
     return hidden.dtype
 
 
-def _sum_over_tiles(tensors, needs, *, tokens: ValidTokens, rule: TokenLoss, dtype: torch.dtype, tile_size: int):
+def _sum_over_tiles(tensors, needs, *, tokens: ValidTokens, rule: TokenLoss, dtype, tile_size: int, token_losses):
     """The sum of the tokens' losses, and the gradients that are needed."""
     hidden, weight, bias = tensors
     wide = wide_dtype(dtype)
@@ -126,6 +128,7 @@ def _sum_over_tiles(tensors, needs, *, tokens: ValidTokens, rule: TokenLoss, dty
         for part, places, targets, inputs, logits in make_logits(hidden, head, bias, tokens, tile_size):
             losses[part] = rule.overwrite(logits, targets, any(needs))
             add_gradients(gradients, logits, inputs, head, places)
+    tokens.write(losses, token_losses)
     return losses.sum(), gradients
 
 

@@ -130,6 +130,11 @@ class ValidTokens:
             part = slice(start, min(start + tile_size, len(self)))
             yield part, self.places[part], self.targets[part]
 
+    def write(self, losses: torch.Tensor, into: torch.Tensor | None) -> None:
+        """Write the losses of the valid tokens into a tensor of all tokens, where one is wanted."""
+        if into is not None:
+            into.view(-1)[self.places] = losses.to(into)
+
     def mean(self, total: torch.Tensor, num_items: torch.Tensor | float | None) -> torch.Tensor:
         """`total` divided by `num_items`, or by the number of valid tokens (by 1 if there is none)."""
         if num_items is None:

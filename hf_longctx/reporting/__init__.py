@@ -8,11 +8,13 @@ from ..lazy_exports import lazy_exports
 
 
 if TYPE_CHECKING:
+    from .blend_report import BlendReport as BlendReport
     from .embedding_report import EmbeddingReport as EmbeddingReport
     from .meter import ThroughputMeter as ThroughputMeter
     from .report import RunReport as RunReport
 
 _EXPORTS = {
+    "blend_report": ("BlendReport",),
     "embedding_report": ("EmbeddingReport",),
     "meter": ("ThroughputMeter",),
     "report": ("RunReport",),

@@ -95,6 +95,8 @@ def _body(folder: Path, metrics: dict, picture: str | None) -> str:
     if picture is not None:
         parts.append(f"![Loss and throughput]({picture})")
     parts += ["## Results", markdown_table("Measure", "Value", run_results(metrics))]
+    if metrics.get("sources"):
+        parts += ["## Data", sources_table(metrics["sources"])]
     parts += ["## Training", markdown_table("Setting", "Value", run_settings(metrics))]
     parts += ["Command, from the folder with the recipes:", code_block(metrics["command"])]
     parts += [
@@ -144,6 +146,16 @@ def run_settings(metrics: dict, length: str = "Context length, tokens per row") 
         "Data-parallel size": str(metrics["data_parallel_size"]),
     }
     return {**rows, **{name.replace("_", " ").capitalize(): str(value) for name, value in metrics["settings"].items()}}
+
+
+def sources_table(sources: dict[str, dict[str, float]]) -> str:
+    """What a run read of each source of its blend, as Markdown."""
+    lines = ["| Source | Rows | Passes | Tokens | Mean loss, nats per token |", "|---|---|---|---|---|"]
+    for name, read in sources.items():
+        loss = f"{read['mean_loss']:.4f}" if "mean_loss" in read else ""
+        cell = name.replace("|", "\\|")
+        lines.append(f"| {cell} | {read['rows']:,} | {read['passes']:.3g} | {read['tokens']:,} | {loss} |")
+    return "\n".join(lines)
 
 
 def code_block(command: str) -> str:

@@ -17,6 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
+from .blend_report import sources_read
 from .launch_command import launch_command
 from .meter import ThroughputMeter, cpu_memory, device_memory
 from .model_card import is_hub_name, write_model_card
@@ -133,6 +134,7 @@ class RunReport(TrainerCallback):
             "data_parallel_size": data_parallel_size,
             "sequence_parallel_size": self.sequence_parallel_size,
             "num_steps": state.global_step,
+            "sources": sources_read(state),
             "settings": _settings(args, data_parallel_size, getattr(model, "dtype", None)),
             "versions": _versions(),
             "history": [{key: entry.get(key) for key in keys} for entry in history],

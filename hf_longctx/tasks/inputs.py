@@ -54,7 +54,8 @@ class RecipeArguments:
         default=None,
         metadata={
             "help": "Folder of documents, jsonl or parquet file, glob, data set on the Hub, `stdlib:` for the long "
-            "sources of Python's standard library, or `stdlib_functions:` for its functions as prompt and completion."
+            "sources of Python's standard library, `package:NAME` for the files of an installed package, or "
+            "`stdlib_functions:` for its functions as prompt and completion."
         },
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a data set on the Hub."})
@@ -111,7 +112,8 @@ def load_model(recipe: RecipeArguments, args, model_args, long_context: LongCont
     attention = "ulysses" if long_context.sequence_parallel_size > 1 else "packed"
     options |= {"dtype": model_args.dtype, "attn_implementation": model_args.attn_implementation or attention}
     if from_scratch:
-        config = AutoConfig.from_pretrained(source, revision=model_args.model_revision)
+        kept = {key: value for key, value in options.items() if key in ("revision", "gguf_file")}
+        config = AutoConfig.from_pretrained(source, **kept)
         model = AutoModelForCausalLM.from_config(
             config, **{key: options[key] for key in ("dtype", "attn_implementation")}
         )
@@ -144,8 +146,9 @@ def read_documents(
     elif recipe.dataset_name == STDLIB_FUNCTIONS:
         documents = Dataset.from_list(list(read_functions(sorted(glob.glob(_stdlib_pattern())))))
     else:
+        place = recipe.dataset_name
         documents = load_documents(
-            recipe.dataset_name,
+            model_folder(place) if place.startswith(PACKAGE) else place,
             split=recipe.dataset_split,
             text_field=text_field,
             config_name=recipe.dataset_config,

@@ -5,7 +5,8 @@
 Documents follow one another, each closed by the end-of-sequence token, and are cut every `row_tokens` tokens, as in
 ordinary pretraining; a token sees what precedes it in its row, whichever document that came from. Arguments are those
 of `TrainingArguments`, of TRL's `ModelConfig`, of `LongContextConfig`, `MemoryConfig` and `IndexerConfig`, and the few
-below; the command line overrides the YAML file.
+below; the command line overrides the YAML file. With `blend_sources` rows come from several sources, in exact
+proportions; `recipes/pretrain_blend.yaml` is an example.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ try:
 except ImportError as error:
     raise ImportError("The recipe `pretrain` needs trl and datasets: `pip install hf-longctx[trl]`.") from error
 
+from ..adapters.embedding_norm import add_embedding_norm
 from ..config.indexer import IndexerConfig
 from ..config.memory import MemoryConfig
 from ..config.run import LongContextConfig
 from ..data.documents import split_into_rows
+from ..reporting.blend_report import BlendReport
 from ..trainer.causal_lm import LongContextTrainer
+from .blend_inputs import BlendArguments, read_blend
 from .inputs import RecipeArguments, check_output_dir, load_model, make_report, read_documents, train_and_save
 from .recipe_file import parse_recipe
 
@@ -36,19 +40,32 @@ class PretrainArguments(RecipeArguments):
     row_tokens: int = field(default=4096, metadata={"help": "Tokens of every row, all of them real."})
     text_field: str = field(default="text", metadata={"help": "Column that holds the text."})
     from_scratch: bool = field(default=False, metadata={"help": "Start from random weights of the model's config."})
+    embedding_norm: bool = field(
+        default=False, metadata={"help": "With `from_scratch`: a LayerNorm behind the word embedding, as BLOOM has."}
+    )
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
 
-ARGUMENTS = (PretrainArguments, TrainingArguments, ModelConfig, LongContextConfig, MemoryConfig, IndexerConfig)
+ARGUMENTS = (
+    PretrainArguments,
+    TrainingArguments,
+    ModelConfig,
+    LongContextConfig,
+    MemoryConfig,
+    IndexerConfig,
+    BlendArguments,
+)
 
 
 @record
 def main() -> None:
-    recipe, args, model_args, long_context, memory, indexer = parse_recipe(ARGUMENTS)
+    recipe, args, model_args, long_context, memory, indexer, blend = parse_recipe(ARGUMENTS)
     check_output_dir(recipe, args)
     if args.include_num_input_tokens_seen == "no":
         args.include_num_input_tokens_seen = "all"  # rows have no padding
     model, tokenizer = load_model(recipe, args, model_args, long_context, recipe.from_scratch)
+    if recipe.embedding_norm:
+        add_embedding_norm(model)
     peft_config = get_peft_config(model_args)
     if peft_config is not None:
         from peft import get_peft_model
@@ -56,10 +73,13 @@ def main() -> None:
         model = get_peft_model(model, peft_config)
     with args.main_process_first(desc="reading documents"):
         options = {"text_field": recipe.text_field, "num_proc": recipe.dataset_num_proc, "join_documents": True}
-        rows, eval_rows = (
-            part and split_into_rows(part, tokenizer, recipe.row_tokens, **options)
-            for part in read_documents(recipe, args, recipe.text_field)
-        )
+        if blend.blend_sources:
+            rows, eval_rows = read_blend(blend, recipe, args, tokenizer, row_tokens=recipe.row_tokens, **options)
+        else:
+            rows, eval_rows = (
+                part and split_into_rows(part, tokenizer, recipe.row_tokens, **options)
+                for part in read_documents(recipe, args, recipe.text_field)
+            )
     trainer = LongContextTrainer(
         model=model,
         args=args,
@@ -71,4 +91,8 @@ def main() -> None:
         memory=memory,
         indexer=indexer,
     )
-    train_and_save(trainer, make_report(recipe, long_context, recipe.row_tokens), args)
+    report = make_report(recipe, long_context, recipe.row_tokens)
+    if blend.blend_sources:
+        report.dataset = "a blend of " + ", ".join(rows.names)
+        BlendReport().attach(trainer)
+    train_and_save(trainer, report, args)

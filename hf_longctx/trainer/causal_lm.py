@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from transformers import Trainer
 
+from .blend_mixin import BlendMixin
 from .indexer_mixin import IndexerMixin
 
 
-class LongContextTrainer(IndexerMixin, Trainer):
+class LongContextTrainer(BlendMixin, IndexerMixin, Trainer):
     """`transformers.Trainer` on shared or packed rows.
 
     Args:

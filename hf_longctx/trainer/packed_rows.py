@@ -15,6 +15,7 @@ from ..adapters.peft_kinds import PACKED_ROWS, check_peft
 from ..adapters.wrapped import unwrap
 from ..attention.contamination import assert_no_cross_document
 from ..attention.unadapted import refuse_token_mixing
+from ..data.blend.blended_rows import find_blend
 from ..data.packing.collator import PackingCollator, fills_rows
 from ..data.packing.samplers import BalancedSampler
 from ..families import position_axes, text_marks
@@ -64,7 +65,8 @@ def pack_dataset(trainer, dataset, description: str, group_size: int, sampler_fn
 
         if isinstance(dataset, datasets.Dataset):
             dataset = trainer._remove_unused_columns(dataset, description=description)
-    group_size = group_size if is_training and strategy == "random" else 1
+    balances = is_training and strategy == "random" and find_blend(dataset) is None
+    group_size = group_size if balances else 1
     linear_tokens = 12 * getattr(unwrap(trainer.model).config.get_text_config(), "hidden_size", 1024)
     packed = trainer.data_collator.pack(
         dataset, seed=trainer.data_seed, group_size=group_size, linear_tokens=linear_tokens

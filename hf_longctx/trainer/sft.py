@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config.audiences import TRAINERS
+from .blend_mixin import BlendMixin
 from .indexer_mixin import IndexerMixin
 
 
@@ -12,7 +13,7 @@ except ImportError as error:
     raise ImportError("`LongContextSFTTrainer` needs trl: `pip install hf-longctx[trl]`.") from error
 
 
-class LongContextSFTTrainer(IndexerMixin, SFTTrainer):
+class LongContextSFTTrainer(BlendMixin, IndexerMixin, SFTTrainer):
     """`trl.SFTTrainer` on shared or packed rows.
 
     Args:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, IterableDataset
 
+from ..blend.blended_rows import BlendedRows
 from .lengths import (
     Packing,
     Piece,
@@ -47,6 +48,8 @@ def measure_lengths(dataset: Dataset | Sequence[Mapping], length_column: str = "
     Raises:
         ValueError: there are no `input_ids`.
     """
+    if isinstance(dataset, BlendedRows):
+        return dataset.lengths_of([measure_lengths(source, length_column) for source in dataset.datasets.values()])
     hub = sys.modules.get("datasets")
     # A transform makes its columns on the fly, so only the rows tell them.
     if hub is not None and isinstance(dataset, hub.Dataset) and dataset.format["type"] != "custom":
