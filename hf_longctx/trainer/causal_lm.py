@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from transformers import Trainer
 
-from .blend_mixin import BlendMixin
-from .indexer_mixin import IndexerMixin
+from .language_model import LanguageModelMixin
 
 
-class LongContextTrainer(BlendMixin, IndexerMixin, Trainer):
+class LongContextTrainer(LanguageModelMixin, Trainer):
     """`transformers.Trainer` on shared or packed rows.
 
     Args:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from ..config.audiences import TRAINERS
-from .blend_mixin import BlendMixin
-from .indexer_mixin import IndexerMixin
+from .language_model import LanguageModelMixin
 
 
 try:
@@ -13,7 +12,7 @@ except ImportError as error:
     raise ImportError("`LongContextSFTTrainer` needs trl: `pip install hf-longctx[trl]`.") from error
 
 
-class LongContextSFTTrainer(BlendMixin, IndexerMixin, SFTTrainer):
+class LongContextSFTTrainer(LanguageModelMixin, SFTTrainer):
     """`trl.SFTTrainer` on shared or packed rows.
 
     Args:
