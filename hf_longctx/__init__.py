@@ -17,8 +17,11 @@ from .on_import import call_after_import
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .adapters.axial_positions import AxialPositionEmbedding as AxialPositionEmbedding
+    from .adapters.axial_positions import use_axial_positions as use_axial_positions
     from .adapters.embedding_norm import add_embedding_norm as add_embedding_norm
     from .adapters.no_rotation import use_alibi as use_alibi
+    from .adapters.reversible import make_reversible as make_reversible
     from .attention.contamination import assert_no_cross_document as assert_no_cross_document
     from .attention.explain import explain_attention as explain_attention
     from .config.indexer import IndexerConfig as IndexerConfig
@@ -49,7 +52,9 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "adapters.embedding_norm": ("add_embedding_norm",),
+    "adapters.axial_positions": ("AxialPositionEmbedding", "use_axial_positions"),
     "adapters.no_rotation": ("use_alibi",),
+    "adapters.reversible": ("make_reversible",),
     "attention.contamination": ("assert_no_cross_document",),
     "attention.explain": ("explain_attention",),
     "config.indexer": ("IndexerConfig",),

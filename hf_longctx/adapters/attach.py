@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..parallel.adapted import Adapted, mark, unmark
+from .axial_positions import follow_axial_positions
 from .embedding_norm import follow_embedding_norm
 from .instance_forward import PatchHandle, take_off
 from .loop_batches import LOOP_BATCHES
@@ -13,6 +14,7 @@ from .own_attention.own_layers import follow_own_attention
 from .pass_shard import CALLER, pass_shard
 from .positions import follow_positions
 from .recurrent.layers import follow_recurrences
+from .reversible import follow_reversible
 from .router_losses import follow_router_losses
 from .row_lengths import follow_lengths
 from .sparse.compressed_layers import follow_compressors
@@ -57,6 +59,8 @@ def attach_adapters(model: torch.nn.Module, adapted: Adapted | None = None) -> A
     Raises:
         NotImplementedError: an adapter does not know this version of the model.
     """
+    follow_axial_positions(model)  # these two are what the model is, and no adapters that `remove` takes off
+    follow_reversible(model)
     names = [name for follow in _ADAPTERS for name in follow(model).names]
     pass_shard(model)
     take_off(unwrap(model), LOOP_BATCHES)  # a trainer looks after its batches itself

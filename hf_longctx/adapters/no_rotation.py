@@ -84,7 +84,7 @@ def use_alibi(model: torch.nn.Module) -> AlibiHandle:
     for module in rotary:
         put_on(module, _NoRotationPatch())
     if not getattr(inner.config, ON_ALIBI, False):
-        _own_config(inner)
+        own_config(inner)
         setattr(inner.config, ON_ALIBI, True)
     return AlibiHandle(model, SLOPES, NO_ROTATION)
 
@@ -132,7 +132,7 @@ class _NoRotationPatch(InstancePatch):
         return torch.ones_like(cosines), torch.zeros_like(sines)
 
 
-def _own_config(model) -> None:
+def own_config(model) -> None:
     """Give an instance a configuration of its own: models that are built from one object share it."""
     shared, own = model.config, copy.deepcopy(model.config)
     for module in model.modules():

@@ -98,7 +98,7 @@ def pass_shard(model: torch.nn.Module) -> None:
     Args:
         model (`torch.nn.Module`): wrapped or not; patched in place, nothing if no module has a [`ShardReader`].
     """
-    if _readers(model):
+    if shard_readers(model):
         for module in model.modules():
             if isinstance(module, PreTrainedModel):
                 put_on(module, _CallerPatch())
@@ -110,17 +110,17 @@ class _CallerPatch(InstancePatch):
     name = CALLER
 
     def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
-        readers = _readers(module)
+        readers = shard_readers(module)
         if not readers or any(reader.rows is not None for reader in readers):
             return own(*args, **kwargs)  # a model around this one has passed them
         rows = _read(module, named_arguments(module, args, kwargs))
         if rows.shard is not None and any(reader.tells_attention for reader in readers):
             kwargs["sequence_shard"] = rows.shard
-        with _passed(readers, rows), _recomputed_with(module, readers, rows):
+        with rows_passed(readers, rows), _recomputed_with(module, readers, rows):
             return own(*args, **kwargs)
 
 
-def _readers(model: torch.nn.Module) -> list[ShardReader]:
+def shard_readers(model: torch.nn.Module) -> list[ShardReader]:
     return [patch for module in model.modules() for patch in patches_on(module) if isinstance(patch, ShardReader)]
 
 
@@ -150,7 +150,7 @@ def _validate_one_document(given: dict[str, Any], attention: str | None, padding
 
 
 @contextlib.contextmanager
-def _passed(readers: Sequence[ShardReader], rows: ForwardRows) -> Iterator[None]:
+def rows_passed(readers: Sequence[ShardReader], rows: ForwardRows) -> Iterator[None]:
     before = [reader.rows for reader in readers]
     for reader in readers:
         reader.rows = rows
@@ -181,7 +181,7 @@ def _recomputed_with(model: torch.nn.Module, readers: Sequence[ShardReader], row
 
 def _checkpoint(checkpoint: Callable, readers: Sequence[ShardReader], rows: ForwardRows, function, *args, **kwargs):
     def run(*inputs, **named):
-        with _passed(readers, rows):
+        with rows_passed(readers, rows):
             return function(*inputs, **named)
 
     return checkpoint(run, *args, **kwargs)

@@ -83,11 +83,11 @@ class _RunTiles(torch.autograd.Function):
         ctx.tiles, ctx.kept_by, ctx.needs_input, ctx.names = tiles, kept_by, needs_input, names
         # Not saved: a hook may move or recompute what is saved, and under FSDP2 these come back by themselves.
         ctx.parameters, ctx.versions = parameters, [p._version for p in parameters]
-        ctx.autocast = _autocast_state(hidden_states.device.type)
-        before = _random_states(hidden_states)
+        ctx.autocast = autocast_state(hidden_states.device.type)
+        before = random_states(hidden_states)
         # Detached leaf copies, so that autocast caches no cast without a graph for the parameters themselves.
-        output = tiles.run(hidden_states.detach(), dict(zip(names, _leaves(parameters))))
-        drew = not all(map(torch.equal, before, _random_states(hidden_states)))
+        output = tiles.run(hidden_states.detach(), dict(zip(names, detached_leaves(parameters))))
+        drew = not all(map(torch.equal, before, random_states(hidden_states)))
         ctx.random_states = before if drew else None
         return output
 
@@ -100,16 +100,16 @@ class _RunTiles(torch.autograd.Function):
                 "cannot be run again: step the optimizer after backward."
             )
         (hidden_states,) = ctx.kept_by.saved_tensors
-        leaves = _leaves(ctx.parameters)
+        leaves = detached_leaves(ctx.parameters)
         sums = [None] * len(leaves)
         grad_input = torch.empty_like(hidden_states) if ctx.needs_input else None
-        with _replay(ctx.random_states, hidden_states), _autocast(ctx.autocast):
+        with replay_random(ctx.random_states, hidden_states), autocast_as(ctx.autocast):
             for tile in ctx.tiles.slices(hidden_states.shape[-2]):
                 tokens = hidden_states[..., tile, :].detach().contiguous().requires_grad_(ctx.needs_input)
                 with torch.enable_grad():  # a view has a node, which hooks of modules inside may ask for
                     output = ctx.tiles.function(tokens.view_as(tokens), dict(zip(ctx.names, leaves)))
                 inputs = [tokens, *leaves] if ctx.needs_input else leaves
-                with _autocast(ctx.autocast, enabled=False):  # as any backward; inside, so casts of weights are kept
+                with autocast_as(ctx.autocast, enabled=False):  # as any backward; inside, so casts of weights are kept
                     grads = list(torch.autograd.grad(output, inputs, grad_output[..., tile, :], allow_unused=True))
                 if ctx.needs_input:
                     grad_input[..., tile, :] = grads.pop(0)
@@ -118,7 +118,7 @@ class _RunTiles(torch.autograd.Function):
         return None, None, None, None, grad_input, *sums
 
 
-def _leaves(parameters: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+def detached_leaves(parameters: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
     """Detached leaf copies, so that parameter hooks fire once per backward and not once per tile."""
     return [parameter.detach().requires_grad_() for parameter in parameters]
 
@@ -132,12 +132,12 @@ def _add(total: torch.Tensor | None, grad: torch.Tensor | None) -> torch.Tensor 
     return grad.to(wide, copy=True)  # a gradient may share memory with what it came from
 
 
-def _random_states(tensor: torch.Tensor) -> list[torch.Tensor]:
+def random_states(tensor: torch.Tensor) -> list[torch.Tensor]:
     return [torch.get_rng_state(), *get_device_states(tensor)[1]]
 
 
 @contextlib.contextmanager
-def _replay(states: list[torch.Tensor] | None, tensor: torch.Tensor) -> Iterator[None]:
+def replay_random(states: list[torch.Tensor] | None, tensor: torch.Tensor) -> Iterator[None]:
     """Draw the random numbers of the forward once more, tile by tile in its order; other generators stay."""
     if states is None:
         yield
@@ -150,7 +150,7 @@ def _replay(states: list[torch.Tensor] | None, tensor: torch.Tensor) -> Iterator
         yield
 
 
-def _autocast_state(device_type: str) -> dict[str, object] | None:
+def autocast_state(device_type: str) -> dict[str, object] | None:
     if not torch.amp.is_autocast_available(device_type):
         return None
     return {
@@ -161,5 +161,5 @@ def _autocast_state(device_type: str) -> dict[str, object] | None:
     }
 
 
-def _autocast(state: dict[str, object] | None, **changes: object):
+def autocast_as(state: dict[str, object] | None, **changes: object):
     return contextlib.nullcontext() if state is None else torch.autocast(**{**state, **changes})

@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from ..class_tables import add_to_class_tables, remove_from_class_tables
 from .call import AttentionCall
 from .distance_bias import ALIBI
-from .unadapted import refuse_lost_alibi
+from .unadapted import refuse_lost_alibi, refuse_lost_patches
 
 
 # Transformers branches on these parts of a name; with a slash it looks for a kernel on the Hub.
@@ -80,6 +80,7 @@ class AttentionEntry:
     ) -> AttentionCall:
         """The arguments of an attention function, without `sequence_shard`, as an [`AttentionCall`]."""
         refuse_lost_alibi(module, kwargs.get(ALIBI))
+        refuse_lost_patches(module)
         per_head = {name: kwargs[name] for name in self.per_head if name in kwargs}
         extras = {name: value for name, value in kwargs.items() if name not in per_head}
         return AttentionCall(

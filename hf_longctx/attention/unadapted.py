@@ -20,6 +20,10 @@ from .implicit_positions import packs_documents
 
 # Set in the configuration of a model whose rotation was replaced by ALiBi.
 ON_ALIBI = "hf_longctx_alibi"
+# Set in the configuration of a model whose layers were trained in two streams, and on modules that run so.
+IN_TWO_STREAMS = "hf_longctx_reversible"
+# Likewise, of a model with axial positions: shape and dims.
+ON_AXIAL = "hf_longctx_axial"
 _REMEDY = "call `hf_longctx.adapt(model, mesh)` once after loading"
 
 
@@ -101,6 +105,25 @@ def refuse_lost_alibi(module: torch.nn.Module, slopes: object) -> None:
         raise ValueError(
             f"the model was trained on ALiBi (`config.{ON_ALIBI}`), but `{type(module).__name__}` passes no slopes to "
             "its attention: call `hf_longctx.use_alibi(model)` after loading it."
+        )
+
+
+def refuse_lost_patches(module: torch.nn.Module) -> None:
+    """Refuse a model that was saved with reversible layers or axial positions, and runs without them.
+
+    Raises:
+        ValueError: its configuration says so, and nothing put them on the model of this module.
+    """
+    config, marks = getattr(module, "config", None), vars(module)
+    if getattr(config, ON_AXIAL, None) and ON_AXIAL not in marks:
+        raise ValueError(
+            f"the model was trained with axial positions (`config.{ON_AXIAL}`), but looks its positions up in one "
+            "table: call `hf_longctx.use_axial_positions(model, *config.hf_longctx_axial)` after loading it."
+        )
+    if getattr(config, IN_TWO_STREAMS, False) and IN_TWO_STREAMS not in marks:
+        raise ValueError(
+            f"the model was trained with reversible layers (`config.{IN_TWO_STREAMS}`), but `{type(module).__name__}` "
+            "runs in one stream, which is another model: call `hf_longctx.make_reversible(model)` after loading it."
         )
 
 

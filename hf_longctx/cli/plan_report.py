@@ -85,7 +85,9 @@ class Speed:
         """10^15 model FLOPs of one row, and seconds until the ranks that share it are through."""
         if self.flops is None:
             return "-", "-"
-        recompute = "layers" if settings.checkpointing else "mlp" if settings.mlp_tile_size else "none"
+        recompute = (
+            "layers" if settings.checkpointing or settings.reversible else "mlp" if settings.mlp_tile_size else "none"
+        )
         trained = 0.0 if settings.optimizer == "lora" else 1.0
         step = self.flops.step([settings.tokens], recompute=recompute, trained_share=trained)
         seconds = step.hardware / (settings.sequence_parallel_size * self.tflops * 1e12)

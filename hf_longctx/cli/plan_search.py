@@ -27,6 +27,7 @@ from .plan_report import (
     validate_outputs,
     write_recipe,
 )
+from .plan_sizes import print_sizes
 
 
 GPUS_PER_NODE = 8
@@ -73,13 +74,15 @@ def _report(
     cells = []
     for size in _sizes(options.gpus, planner):
         sharing = settings.of(tokens=target or size, sequence_parallel_size=size)
-        for preset in PRESETS.values():
+        for preset in _presets(settings):
             with console.status(f"simulating '{preset.name}', {size} a row"):
                 cells.append(_plan_cell(planner, preset, sharing, target, *memory))
     best = recommend(cells, target)
     speed = Speed.of(planner.config, options.peak_tflops, options.utilisation)
     print_facts(console, options, planner, settings, speed)
     print_cells(console, cells, best, target, speed)
+    if settings.reversible and target is not None:
+        print_sizes(console, planner.config, cells[-1].settings.of(tokens=target), memory[0])
     if options.output and draw_plan(Path(options.output), planner, cells, best or cells[-1], memory[0]):
         console.print(f"wrote {options.output}", markup=False)
     elif options.output:
@@ -90,6 +93,11 @@ def _report(
     if options.write:
         write_recipe(Path(options.write), options.model, best, target)
         console.print(f"wrote {options.write}: change the lines marked `<-`", markup=False)
+
+
+def _presets(settings: Settings) -> list[Preset]:
+    """Those that make sense: reversible layers keep nothing to checkpoint."""
+    return [preset for preset in PRESETS.values() if not (settings.reversible and preset.checkpointing)]
 
 
 def _plan_cell(
@@ -190,6 +198,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         weights_dtype=torch.bfloat16 if options.optimizer == "lora" else torch.float32,
         optimizer=options.optimizer,
         wrapper=options.wrapper or ("fsdp2" if options.gpus > 1 else "none"),
+        reversible=options.reversible,
         accumulates=True,  # so that the plan holds for any number of accumulation steps
     )
 
@@ -213,6 +222,11 @@ def _check_options(options: argparse.Namespace) -> None:
             raise ValueError(f"`--{name}` ({value:g}) must be more than 0.")
     if options.utilisation > 1:
         raise ValueError(f"`--utilisation` ({options.utilisation:g}) is a share of the peak: give at most 1.")
+    if options.reversible and options.write:
+        raise ValueError(
+            "`--write` makes a file for `recipes/sft.py`, which trains a model further, and `--reversible` is for new "
+            "ones: leave one of them out, and put `reversible_layers: true` into a file for `recipes/pretrain.py`."
+        )
     validate_outputs(options.output, options.write)
 
 

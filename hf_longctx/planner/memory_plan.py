@@ -21,6 +21,7 @@ from ..adapters.tiled_loss import tile_loss
 from ..parallel.heads import validate_head_count
 from .fake_model import count_adapters, find_stack, model_on_meta
 from .presets import MLP_TILE_SIZE, PRESETS, Preset
+from .reversible_plan import reversible_peaks, reversible_settings, trained_numbers
 from .settings import Settings
 from .simulate import PhasePeaks, simulate
 from .tracker import CPU, KINDS
@@ -168,6 +169,8 @@ class Planner:
         """The whole model at a length: simulated, or continued from two short stacks."""
         validate_head_count(self.num_heads, settings.sequence_parallel_size)
         settings = settings.of(tokens=local_tokens * settings.sequence_parallel_size, processes_per_node=None)
+        if settings.reversible and settings not in self._peaks:
+            self._peaks[settings] = self._reversible(settings, local_tokens)
         if settings not in self._peaks:
             stack = self.stack
             if stack is not None and settings.checkpointing:
@@ -179,6 +182,19 @@ class Planner:
                 peaks = peaks.towards(more[0], steps)
             self._peaks[settings] = self._with_buffers(peaks, settings)
         return self._peaks[settings]
+
+    def _reversible(self, settings: Settings, local_tokens: int) -> PhasePeaks:
+        """Two streams instead of checkpoints; FSDP2 gathers the whole model, since its layers run as one."""
+        if self.stack is None:
+            raise NotImplementedError(
+                f"`{type(self.model).__name__}` has no list of layers that could be reversible: plan it without."
+            )
+        layers = self.model.get_submodule(self.stack.name)
+        trained, table = trained_numbers(layers), self.model.get_input_embeddings().weight
+        if settings.optimizer == "lora":
+            trained = count_adapters(self.model, self.stack, settings.lora_rank)
+        peaks = self._at(reversible_settings(settings), local_tokens)
+        return reversible_peaks(peaks, settings, self.stack.num_layers, table, trained)
 
     def _with_buffers(self, peaks: PhasePeaks, settings: Settings) -> PhasePeaks:
         """The same with the buffers of the wrapper, and with the factor of a measured step."""
@@ -201,6 +217,8 @@ class Planner:
             return 4 * count_adapters(self.model, self.stack, settings.lora_rank)
         if settings.wrapper == "ddp":
             return _count(self.model) * settings.weights_dtype.itemsize
+        if settings.reversible:  # as one unit: weights stay gathered, and all gradients leave at the end
+            return 2 * _count(self.model) * settings.compute_dtype.itemsize
         layers = [] if self.stack is None else self.model.get_submodule(self.stack.name)
         copies = {"forward": 3, "backward": 5}.get(phase.split()[0], 0)
         gathered = copies * max(map(_count, layers), default=0) + _count(self.model.get_output_embeddings())

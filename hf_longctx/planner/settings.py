@@ -36,6 +36,7 @@ class Settings:
         every_n_layers (`int`, *optional*, defaults to 1): of which only every `n`-th is checkpointed.
         offload (`bool`, *optional*, defaults to `False`): keep the checkpoints in CPU memory.
         loss_tile_size (`int`, *optional*): tokens whose logits exist at a time; `None` computes them all.
+        reversible (`bool`, *optional*, defaults to `False`): layers run in two streams and keep nothing else.
         mlp_tile_size (`int`, *optional*): tokens in an MLP at a time; `None` for all.
         on_gpu (`bool`, *optional*, defaults to `True`): attention runs a flash kernel, whose backward has buffers that
             the CPU's has not.
@@ -58,6 +59,7 @@ class Settings:
     loss_tile_size: int | None = None
     mlp_tile_size: int | None = None
     on_gpu: bool = True
+    reversible: bool = False
 
     def __post_init__(self) -> None:
         for name in ("tokens", "rows", "sequence_parallel_size", "world_size", "every_n_layers", "lora_rank"):
@@ -77,6 +79,8 @@ class Settings:
             raise ValueError(
                 f"`wrapper` ('none') runs one process, but `world_size` is {self.world_size}: choose 'ddp' or 'fsdp2'."
             )
+        if self.reversible and self.checkpointing:
+            raise ValueError("`reversible` layers keep nothing that `checkpointing` could free: set one of them.")
         if self.offload and not self.checkpointing:
             raise ValueError("`offload` moves the checkpoints of layers to CPU memory: set `checkpointing` as well.")
 

@@ -81,7 +81,7 @@ def simulate(model: torch.nn.Module, settings: Settings, stack: Stack | None, nu
     tile = choose_tile_size(settings.loss_tile_size, model.config.get_text_config().vocab_size)
     quiet = _unheard(FakeTensorMode.__module__), _unheard(tile_mlp.__module__)
     with known_to_transformers(SHAPE_ONLY_ATTENTION), quiet[0], quiet[1], fake_mode(), FakeAnswers(tile):
-        fake = fake_copy(model, partial(_dtype_in_compute, settings), stack, num_layers)
+        fake = fake_copy(model, partial(dtype_in_compute, settings), stack, num_layers)
         if settings.optimizer == "lora":
             add_adapters(fake, stack, settings.lora_rank)
         follow_recurrences(fake)
@@ -242,7 +242,7 @@ MAKE_OPTIMIZER: dict[str, Callable[[Iterable[torch.Tensor]], torch.optim.Optimiz
 }
 
 
-def _dtype_in_compute(settings: Settings, parameter: torch.nn.Parameter) -> torch.dtype:
+def dtype_in_compute(settings: Settings, parameter: torch.nn.Parameter) -> torch.dtype:
     """The precision of a parameter while the model runs."""
     return settings.compute_dtype if settings.wrapper == "fsdp2" else settings.weights_dtype
 

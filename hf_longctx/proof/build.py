@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from ..adapters.no_rotation import follow_alibi
+from ..adapters.reversible import follow_reversible
 from ..attention.registry import find_attention, name_that_packs
 from ..attention.unadapted import ON_ALIBI
 from .model_under_test import ModelUnderTest
@@ -49,6 +50,7 @@ def build_model(tested: ModelUnderTest, attention: str | None, dtype: torch.dtyp
         _draw_weights(model)
     turn_dropout_off(model)
     follow_alibi(model)
+    follow_reversible(model)
     return model.to(dtype).train()
 
 

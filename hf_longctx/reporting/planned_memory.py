@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from ..adapters.instance_forward import patch_on
+from ..adapters.reversible import runs_in_two_streams
 from ..adapters.tiled_loss import TILED_LOSS, find_causal_lm
 from ..adapters.tiled_mlp import mlp_tile_size
 from ..config.run import LongContextConfig
@@ -114,6 +115,7 @@ class PlannedMemory(TrainerCallback):
             loss_tile_size=self._loss_tile_size(model),
             mlp_tile_size=mlp_tile_size(model),
             checkpointing=args.gradient_checkpointing,
+            reversible=runs_in_two_streams(model),
             offload=args.gradient_checkpointing and bool((args.gradient_checkpointing_kwargs or {}).get("offload")),
         )
         return Planner(find_causal_lm(model).config).breakdown(settings).device

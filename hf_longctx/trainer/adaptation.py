@@ -14,10 +14,12 @@ from torch.distributed.tensor import DTensor
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..adapters.attach import AttachedAdapters, attach_adapters
+from ..adapters.axial_positions import follow_axial_positions
 from ..adapters.instance_forward import patch_on, put_on
 from ..adapters.loop_batches import LoopBatches
 from ..adapters.no_rotation import refuse_lost_alibi
 from ..adapters.peft_kinds import PACKED_ROWS, check_peft
+from ..adapters.reversible import follow_reversible
 from ..adapters.tiled_loss import TILED_LOSS, TiledLossHandle
 from ..adapters.wrapped import runs_our_attention, unwrap
 from ..attention.contamination import assert_no_cross_document
@@ -167,6 +169,8 @@ def adapt_model(trainer) -> bool:
     Returns:
         `bool`: whether the model runs an attention of ours; of any other nothing is changed.
     """
+    follow_axial_positions(trainer.model)
+    follow_reversible(trainer.model)
     if not runs_our_attention(trainer.model):
         refuse_lost_alibi(trainer.model)
         return False

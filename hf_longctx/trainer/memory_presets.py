@@ -11,6 +11,7 @@ import os
 
 import torch
 
+from ..adapters.reversible import make_reversible
 from ..adapters.tiled_loss import tile_loss
 from ..adapters.tiled_loss_check import prove_tiled_loss
 from ..adapters.tiled_mlp import tile_mlp
@@ -63,11 +64,15 @@ def prepare_memory(memory: MemoryConfig, long_context: LongContextConfig, args, 
 
 
 def apply_memory(trainer, preset: Preset) -> None:
-    """Tile the MLPs of the trainer's model if the preset or `mlp_tile_size` asks for it; compare plan and run later.
+    """Make the layers of the trainer's model reversible and tile its MLPs where that is asked for; compare plan and
+    run later.
 
     Raises:
+        ValueError: `reversible_layers` is set and the model was trained in one stream.
         NotImplementedError: `mlp_tile_size` is set and the model has no MLP that can run in tiles.
     """
+    if trainer.memory.reversible_layers:
+        make_reversible(trainer.model)
     watches = any(isinstance(callback, PlannedMemory) for callback in trainer.callback_handler.callbacks)
     if trainer.memory.memory != "off" and not watches:
         watch = PlannedMemory(trainer.long_context, tiles_own_loss=not trainer.uses_model_loss)

@@ -34,6 +34,7 @@ _LLAMA_8B = "--hidden 4096 --intermediate 14336 --vocab 128256 --head_size 128 -
 _TINY_STEP = "--layers 1 --hidden 64 --intermediate 64 --vocab 128 --head_size 32"
 _TINY_LADDER = f"{_TINY_STEP} --one_process --ranks 1 --plan --tokens 64 128"
 _OURS = 'ours, "packed"'
+_CHECKPOINTED, _REVERSIBLE = "one stream, checkpointing", "reversible"
 _EAGER = {"label": "transformers, eager"}
 
 
@@ -179,6 +180,26 @@ PARTS = (
             *loss_figures("ours"),
             *loss_figures("untiled"),
             *loss_figures("torch"),
+        ],
+    ),
+    Part(
+        "reversible",
+        "reversible layers by depth: bytes held, and seconds, against autograd and checkpointing",
+        "reversible_cpu",
+        seconds=15,
+        arguments="--depths 8 32 --tokens 8192 --hidden 1024 --dtype bfloat16 --repeats 3",
+        tiny="--depths 2 --tokens 16 --hidden 32 --repeats 1",
+        figures=[
+            Figure(
+                f"reversible, 32 layers: {what}",
+                ratio("reversible", key, {"layers": 32, "label": above}, {"layers": 32, "label": below}),
+                least=least,
+                most=most,
+            )
+            for what, key, above, below, least, most in (
+                ("held bytes of checkpoints over ours", "held_bytes", _CHECKPOINTED, _REVERSIBLE, 2, None),
+                ("seconds over plain autograd", "seconds", _REVERSIBLE, "two streams, autograd", None, 1.6),
+            )
         ],
     ),
     Part(
