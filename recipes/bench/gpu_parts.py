@@ -187,6 +187,7 @@ PARTS = (
         "reversible layers by depth: bytes held, and seconds, against autograd and checkpointing",
         "reversible_cpu",
         seconds=15,
+        page="reversible",
         arguments="--depths 8 32 --tokens 8192 --hidden 1024 --dtype bfloat16 --repeats 3",
         tiny="--depths 2 --tokens 16 --hidden 32 --repeats 1",
         figures=[
