@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .attention.explain import explain_attention as explain_attention
     from .config.indexer import IndexerConfig as IndexerConfig
     from .config.memory import MemoryConfig as MemoryConfig
+    from .config.ramp import RampConfig as RampConfig
     from .config.run import LongContextConfig as LongContextConfig
     from .config.sources import SourcesConfig as SourcesConfig
     from .config.texts import TextsConfig as TextsConfig
@@ -45,6 +46,10 @@ if TYPE_CHECKING:
     from .parallel.shard import shard_batch as shard_batch
     from .proof.verification import verify as verify
     from .reporting.blend_report import BlendReport as BlendReport
+    from .resilience.checkpoint_advisor import CheckpointAdvisor as CheckpointAdvisor
+    from .resilience.kill_switch import KillSwitch as KillSwitch
+    from .resilience.slow_rank_watch import SlowRankWatch as SlowRankWatch
+    from .resilience.spike_guard import LossSpikeGuard as LossSpikeGuard
     from .trainer.adaptation import adapt as adapt
     from .trainer.causal_lm import LongContextTrainer as LongContextTrainer
     from .trainer.ending import end_training as end_training
@@ -59,6 +64,7 @@ _EXPORTS = {
     "attention.explain": ("explain_attention",),
     "config.indexer": ("IndexerConfig",),
     "config.memory": ("MemoryConfig",),
+    "config.ramp": ("RampConfig",),
     "config.run": ("LongContextConfig",),
     "config.sources": ("SourcesConfig",),
     "config.texts": ("TextsConfig",),
@@ -80,6 +86,10 @@ _EXPORTS = {
     ),
     "proof.verification": ("verify",),
     "reporting.blend_report": ("BlendReport",),
+    "resilience.checkpoint_advisor": ("CheckpointAdvisor",),
+    "resilience.kill_switch": ("KillSwitch",),
+    "resilience.slow_rank_watch": ("SlowRankWatch",),
+    "resilience.spike_guard": ("LossSpikeGuard",),
     "trainer.adaptation": ("adapt",),
     "trainer.causal_lm": ("LongContextTrainer",),
     "trainer.ending": ("end_training",),

@@ -26,6 +26,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--peak_tflops", type=float, default=989, help="of one GPU in bf16, for the estimated time")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of that peak that is reached")
     parser.add_argument("--reversible", action="store_true", help="with reversible layers, and which sizes would fit")
+    parser.add_argument("--save_seconds", type=float, help="that a checkpoint takes, as a run has logged it")
+    parser.add_argument("--hours_between_failures", type=float, help="of the whole run, for how often to save")
     parser.add_argument("--measure", action="store_true", help="run one short step here and correct the plan by it")
     parser.add_argument("--output", help="picture to draw, .png or .svg")
     parser.add_argument("--write", help="YAML file to write for `hf-longctx sft`; never written over")

@@ -20,6 +20,7 @@ from ..planner.memory_plan import DEVICE_KINDS, USABLE_SHARE, MemoryBreakdown, P
 from ..planner.presets import PRESETS, Preset
 from ..planner.settings import GIB, Settings
 from ..reporting.flops import ModelFlops, count_flops
+from .plan_saving import describe_saving
 
 
 _PICTURES = (".png", ".svg")
@@ -111,6 +112,7 @@ def print_facts(
         facts.add_row("time", f"not known: {escape(speed.unknown)}")
     else:
         facts.add_row("time", f"an estimate at {speed.tflops:,.0f} TFLOP/s a GPU, without exchanges and copies")
+    facts.add_row("checkpoints", describe_saving(options, numel, settings))
     console.print(facts)
 
 

@@ -4,6 +4,7 @@ that fits."""
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from pathlib import Path
 
@@ -27,10 +28,11 @@ from .plan_report import (
     validate_outputs,
     write_recipe,
 )
+from .plan_saving import GPUS_PER_NODE
 from .plan_sizes import print_sizes
 
 
-GPUS_PER_NODE = 8
+_SAVING = ("save_seconds", "hours_between_failures")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
 _MEASURED_TOKENS = {"cpu": 1024, "cuda": 16384}
 _MEASURED_LAYERS = 2
@@ -216,10 +218,10 @@ def _read_config(model: str) -> PretrainedConfig:
 
 
 def _check_options(options: argparse.Namespace) -> None:
-    for name in ("gpus", "gpu_memory", "cpu_memory", "peak_tflops", "utilisation"):
+    for name in ("gpus", "gpu_memory", "cpu_memory", "peak_tflops", "utilisation", *_SAVING):
         value = getattr(options, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"`--{name}` ({value:g}) must be more than 0.")
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"`--{name}` ({value:g}) must be more than 0, and finite.")
     if options.utilisation > 1:
         raise ValueError(f"`--utilisation` ({options.utilisation:g}) is a share of the peak: give at most 1.")
     if options.reversible and options.write:

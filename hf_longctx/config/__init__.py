@@ -10,15 +10,19 @@ from ..lazy_exports import lazy_exports
 if TYPE_CHECKING:
     from .indexer import IndexerConfig as IndexerConfig
     from .memory import MemoryConfig as MemoryConfig
+    from .ramp import RampConfig as RampConfig
     from .run import LongContextConfig as LongContextConfig
     from .sources import SourcesConfig as SourcesConfig
     from .texts import TextsConfig as TextsConfig
+    from .watches import WatchConfig as WatchConfig
 
 _EXPORTS = {
     "indexer": ("IndexerConfig",),
     "memory": ("MemoryConfig",),
+    "ramp": ("RampConfig",),
     "run": ("LongContextConfig",),
     "sources": ("SourcesConfig",),
     "texts": ("TextsConfig",),
+    "watches": ("WatchConfig",),
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

@@ -9,12 +9,18 @@ from collections.abc import Mapping
 
 from .indexer import IndexerConfig
 from .memory import MemoryConfig
+from .ramp import RampConfig
 from .run import LongContextConfig
 from .sources import SourcesConfig
 from .texts import TextsConfig
 
 
-_LANGUAGE_MODELS = {"long_context": LongContextConfig, "memory": MemoryConfig, "indexer": IndexerConfig}
+_LANGUAGE_MODELS = {
+    "long_context": LongContextConfig,
+    "memory": MemoryConfig,
+    "indexer": IndexerConfig,
+    "ramp": RampConfig,
+}
 TRAINERS: dict[str, dict[str, type]] = {
     "LongContextTrainer": _LANGUAGE_MODELS,
     "LongContextSFTTrainer": _LANGUAGE_MODELS,

@@ -18,6 +18,18 @@ def validate_tokens(name: str, value: object) -> None:
         raise ValueError(f"`{name}` ({value!r}) must be a positive integer, a number of tokens, or unset.")
 
 
+def validate_count(name: str, value: object, of: str, least: int = 1) -> None:
+    """Raise `ValueError` unless `value` is an integer of at least `least`; `of` says what it counts."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"`{name}` ({value!r}) must be a whole number of {of}, at least {least}.")
+
+
+def validate_positive(name: str, value: object, what: str) -> None:
+    """Raise `ValueError` unless `value` is a finite number above 0; `what` says of what."""
+    if not is_number(value) or value <= 0:  # type: ignore[operator]
+        raise ValueError(f"`{name}` ({value!r}) must be a finite number above 0: {what}.")
+
+
 def is_number(value: object) -> bool:
     """Whether `value` is a finite number, and no truth value."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

@@ -8,25 +8,45 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
 
 class Stopwatch:
-    """Adds up the time of blocks of work."""
+    """Adds up the time of blocks of work.
 
-    def __init__(self) -> None:
+    Args:
+        clock (`Callable`, *optional*): seconds, in place of the device's events or of a CPU's clock.
+        also (`Sequence[Stopwatch]`, *optional*): they measure the same blocks.
+        is_on (`bool`, *optional*, defaults to `True`): whether this one measures.
+    """
+
+    def __init__(
+        self, *, clock: Callable[[], float] | None = None, also: Sequence[Stopwatch] = (), is_on: bool = True
+    ) -> None:
+        self.is_on = is_on
+        self._clock, self._also = clock, also
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     @contextlib.contextmanager
     def measure(self, device: torch.device) -> Iterator[None]:
         """Time a block on `device`, with the wait for other ranks, and without making the CPU wait."""
-        if device.type != "cuda":
-            start = time.perf_counter()
+        with contextlib.ExitStack() as stack:
+            for other in self._also:
+                stack.enter_context(other.measure(device))
+            if self.is_on:
+                stack.enter_context(self._measure(device))
             yield
-            self._seconds += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def _measure(self, device: torch.device) -> Iterator[None]:
+        if device.type != "cuda" or self._clock is not None:
+            clock = self._clock or time.perf_counter
+            start = clock()
+            yield
+            self._seconds += clock() - start
             return
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

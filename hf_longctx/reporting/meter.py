@@ -185,8 +185,10 @@ class ThroughputMeter(TrainerCallback):
             self._batches.append(torch.stack([lengths.sum(), *pairs]))
         if not isinstance(shard, SequenceShard) or shard.size == 1:
             return None
-        self._shares_rows = True
-        return args, {**batch, "sequence_shard": dataclasses.replace(shard, stopwatch=self._exchange)}
+        self._shares_rows, stopwatch = True, self._exchange
+        if shard.stopwatch is not None:  # another watch's, which goes on
+            stopwatch = Stopwatch(also=(self._exchange, shard.stopwatch), is_on=False)
+        return args, {**batch, "sequence_shard": dataclasses.replace(shard, stopwatch=stopwatch)}
 
 
 def _transformer_inside(model: torch.nn.Module) -> torch.nn.Module | None:

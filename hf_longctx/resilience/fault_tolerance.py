@@ -24,23 +24,19 @@ from .failed_ranks import HangWatch, clear_fault, report_fault
 from .nonfinite import explain_step, forget_gradients, has_finite_step
 from .replicas import attach_replica_guard, random_state_hash
 from .termination import EXIT_CODE, take_over_sigterm
+from .watched_steps import WatchedStepsMixin
 
 
 logger = logging.getLogger(__name__)
 
 
-class FaultToleranceMixin:
+class FaultToleranceMixin(WatchedStepsMixin):
     """Watches each optimizer step; has `long_context` and everything of a transformers trainer."""
 
     long_context: LongContextConfig
     mesh: SequenceMesh
-    args: Any
-    state: Any
-    control: Any
-    accelerator: Any
     is_deepspeed_enabled: bool
     add_callback: Callable[..., Any]
-    is_world_process_zero: Callable[[], bool]
     _micro_batches: list[tuple[dict, torch.Tensor]]
     _num_skipped_steps = 0
     _draws_rows, _iterator = False, None
@@ -60,6 +56,7 @@ class FaultToleranceMixin:
             SystemExit: with 143, after a SIGTERM under `enable_jit_checkpoint`, once the checkpoint is written.
         """
         checkpoint = choose_checkpoint(self, resume_from_checkpoint)
+        self.start_watches(checkpoint)
         clear_fault()
         self._micro_batches = []
         try:
@@ -88,6 +85,7 @@ class FaultToleranceMixin:
             with self._without_rotation() as limit:
                 save = super()._save_checkpoint
                 write_checkpoint(self, folder, lambda: save(model, trial), limit)
+            self._last_checkpoint = folder
         finally:
             self._to_upload = None
         for each in uploads:
@@ -147,7 +145,7 @@ class FaultToleranceMixin:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._watches_numbers:
             self._micro_batches.append((batch, loss))
-        if self.accelerator.sync_gradients and (self._watches_numbers or self._termination.is_on):
+        if self.accelerator.sync_gradients and (self._watches_numbers or self._termination.is_on or self._switches):
             self._settle_step(model, num_items_in_batch)
         return loss
 
@@ -158,15 +156,18 @@ class FaultToleranceMixin:
         return self.long_context.on_nonfinite != "off" and not scales and not self.is_deepspeed_enabled
 
     def _settle_step(self, model, num_items_in_batch) -> None:
-        """Decide for all ranks what any of them has seen. Communication: one all-reduce of two integers."""
+        """Decide for all ranks what any of them has seen. Communication: one all-reduce of three integers."""
         batches, losses = [batch for batch, _ in self._micro_batches], [loss for _, loss in self._micro_batches]
         self._micro_batches = []
         is_bad = ~has_finite_step(model, losses) if losses else torch.tensor(False)
-        asked = torch.tensor(self._termination.is_asked)
-        seen = torch.stack([flag.to(self.args.device) for flag in (is_bad, asked)]).int()
+        asked = torch.tensor([self._termination.is_asked, self._is_killed()])
+        seen = torch.cat([flag.reshape(-1).to(self.args.device) for flag in (is_bad, asked)]).int()
         if self.args.world_size > 1:
             dist.all_reduce(seen, dist.ReduceOp.MAX)
-        is_bad, self._termination.is_agreed = map(bool, seen.tolist())
+        is_bad, self._termination.is_agreed, is_killed = map(bool, seen.tolist())
+        for switch in self._switches:
+            switch.is_agreed = is_killed
+        self._step_is_refused = is_bad
         if is_bad:
             self._refuse_step(explain_step(self, model, batches, losses, num_items_in_batch))
             forget_gradients(model)
@@ -193,4 +194,4 @@ class FaultToleranceMixin:
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self._num_skipped_steps and "loss" in logs:
             logs["skipped_steps"] = self._num_skipped_steps
-        super().log(logs, *args, **kwargs)  # type: ignore[misc]  # the trainer's, which comes behind this mixin
+        super().log(logs, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 One such step ruins all weights, and transformers' log shows an average instead of the loss. Whether a step is taken is
 therefore decided once for all ranks, by the loss and by the norm of the gradient before it is clipped.
-Price: one pass over the gradients a step and one all-reduce of two integers; if it strikes, the step's forward and
+Price: one pass over the gradients a step and one all-reduce of three integers; if it strikes, the step's forward and
 backward once more, to find out where.
 """
 

@@ -35,6 +35,7 @@ def run_facts(trainer) -> dict[str, Any]:
         "epoch_rows": None if loader is None else len(loader.dataset),
         "rows_per_optimizer_step": rows * args.gradient_accumulation_steps,
         "num_rows": num_rows,
+        "ramp": _ramp_of(trainer),
         "sources": sources,
         "draws_rows": trainer._draws_rows,
         "seed": trainer.data_seed,
@@ -47,6 +48,11 @@ def run_facts(trainer) -> dict[str, Any]:
         else None,
         "stream_shards": groups if is_dealt else None,
     }
+
+
+def _ramp_of(trainer) -> list[int] | None:
+    ramp = getattr(trainer, "ramp", None)
+    return [ramp.start, ramp.increment, ramp.rows] if ramp is not None and ramp.is_on else None
 
 
 def _count_rows(trainer) -> tuple[int | None, dict[str, object] | None]:

@@ -35,7 +35,7 @@ def validate_same_settings(configs: Mapping[str, object], args: Any, shares_rows
     """Refuse ranks that were started with different settings. Every process calls it, as its first collective.
 
     Args:
-        configs (`Mapping[str, object]`): the configs of the run by keyword, dataclasses.
+        configs (`Mapping[str, object]`): the configs of the run by keyword, dataclasses or mappings.
         args: `TrainingArguments`, of which what differs by right is left out: folders, hub and tracker settings, data
             workers.
         shares_rows (`bool`): ranks share rows here; otherwise seeds may differ if `data_seed` sets the order of rows.
@@ -80,7 +80,7 @@ def settings_of(configs: Mapping[str, object], args: Any, shares_rows: bool) -> 
 def _fields(config: object) -> dict[str, object]:
     if dataclasses.is_dataclass(config):
         return {field.name: getattr(config, field.name, None) for field in dataclasses.fields(config)}
-    return {}
+    return dict(config) if isinstance(config, Mapping) else {}
 
 
 def _as_text(value: object) -> str:

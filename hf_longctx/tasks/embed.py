@@ -2,10 +2,10 @@
 
     torchrun --standalone --nproc_per_node 8 recipes/embed.py --config recipes/embed_allnli.yaml
 
-Arguments are those of `SentenceTransformerTrainingArguments`, of `LongContextConfig`, `SourcesConfig` and
-`TextsConfig`, and the few of `embed_model.EmbeddingModelArguments`, `embed_sources.SourceArguments` and
-`EmbedArguments`; the command line overrides the YAML file. Nothing is padded. Unavailable sources are logged,
-with their rows and weight, and left out. What is saved is an ordinary sentence-transformer.
+Arguments are those of `SentenceTransformerTrainingArguments`, of `LongContextConfig`, `SourcesConfig`,
+`TextsConfig` and `WatchConfig`, and the few of `embed_model.EmbeddingModelArguments`, `embed_sources.SourceArguments`
+and `EmbedArguments`; the command line overrides the YAML file. Nothing is padded. Unavailable sources are logged, with
+their rows and weight, and left out. What is saved is an ordinary sentence-transformer.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ except ImportError as error:
 from ..config.run import LongContextConfig
 from ..config.sources import SourcesConfig
 from ..config.texts import TextsConfig
+from ..config.watches import WatchConfig
 from ..data.sources.rows import LABEL_COLUMNS
 from ..embedding.tiled_ranking_loss import TiledMultipleNegativesRankingLoss
 from ..embedding.trainer import LongContextSentenceTransformerTrainer
@@ -46,7 +47,7 @@ from .embed_sources import (
     open_sources,
     present_weights,
 )
-from .inputs import check_output_dir, train_and_save
+from .inputs import check_output_dir, make_watches, train_and_save
 from .recipe_file import parse_recipe
 
 
@@ -75,7 +76,7 @@ class EmbedArguments:
 
 
 _OWN = (EmbedArguments, EmbeddingModelArguments, SourceArguments)
-ARGUMENTS = (*_OWN, SentenceTransformerTrainingArguments, LongContextConfig, SourcesConfig, TextsConfig)
+ARGUMENTS = (*_OWN, SentenceTransformerTrainingArguments, LongContextConfig, SourcesConfig, TextsConfig, WatchConfig)
 
 
 def build_loss(recipe: EmbedArguments, model):
@@ -162,7 +163,7 @@ def show_sources(facts: dict, console: Console) -> None:
 
 @record
 def main() -> None:
-    recipe, model_args, source_args, args, long_context, sources, texts = parse_recipe(ARGUMENTS)
+    recipe, model_args, source_args, args, long_context, sources, texts, watch = parse_recipe(ARGUMENTS)
     check_output_dir(recipe, args)
     size = long_context.sequence_parallel_size
     with args.main_process_first(desc="reading sources"):
@@ -182,6 +183,7 @@ def main() -> None:
         long_context=long_context,
         sources=sources,
         texts=texts,
+        callbacks=make_watches(watch),
     )
     report = EmbeddingReport(
         sequence_parallel_size=size,

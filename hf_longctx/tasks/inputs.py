@@ -21,7 +21,7 @@ from typing import Any
 import transformers
 from huggingface_hub import HfApi
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
 
 
 try:
@@ -31,10 +31,15 @@ except ImportError as error:
     raise ImportError("The recipes need trl and datasets: `pip install hf-longctx[trl]`.") from error
 
 from ..config.run import LongContextConfig
+from ..config.watches import WatchConfig
 from ..data.documents import load_documents
 from ..data.files import irregular
 from ..data.model_files import check_model_files
 from ..reporting.report import METRICS_FILE, PICTURE_FILE, RunReport
+from ..resilience.checkpoint_advisor import CheckpointAdvisor
+from ..resilience.kill_switch import KillSwitch
+from ..resilience.slow_rank_watch import SlowRankWatch
+from ..resilience.spike_guard import LossSpikeGuard
 from ..trainer.ending import end_training
 
 
@@ -186,6 +191,21 @@ def read_functions(files: Iterable[str]) -> Iterator[dict[str, str]]:
             text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).split("\n")
             end = docstring.end_lineno - node.lineno + 1
             yield {"prompt": "\n".join(text[:end]).rstrip(), "completion": "\n" + "\n".join(text[end:])}
+
+
+def make_watches(config: WatchConfig) -> list[TrainerCallback]:
+    """The callbacks that a recipe's file asks for."""
+    watches: list[TrainerCallback] = []
+    if config.kill_switch is not None:
+        watches.append(KillSwitch(config.kill_switch))
+    if config.spike_action is not None:
+        numbers = {"window": config.spike_window, "limit": config.spike_limit}
+        watches.append(LossSpikeGuard(config.spike_action, deviations=config.spike_deviations, **numbers))
+    if config.slow_rank_every is not None:
+        watches.append(SlowRankWatch(every=config.slow_rank_every))
+    if config.advise_checkpoints:
+        watches.append(CheckpointAdvisor(hours_between_failures=config.hours_between_failures))
+    return watches
 
 
 def make_report(recipe: RecipeArguments, long_context, row_tokens: int | None) -> RunReport:

@@ -4,9 +4,9 @@
 
 Documents follow one another, each closed by the end-of-sequence token, and are cut every `row_tokens` tokens, as in
 ordinary pretraining; a token sees what precedes it in its row, whichever document that came from. Arguments are those
-of `TrainingArguments`, of TRL's `ModelConfig`, of `LongContextConfig`, `MemoryConfig` and `IndexerConfig`, and the few
-below; the command line overrides the YAML file. With `blend_sources` rows come from several sources, in exact
-proportions; `recipes/pretrain_blend.yaml` is an example.
+of `TrainingArguments`, of TRL's `ModelConfig`, of `LongContextConfig`, `MemoryConfig`, `IndexerConfig`, `RampConfig`
+and `WatchConfig`, and the few below; the command line overrides the YAML file. With `blend_sources` rows come from
+several sources, in exact proportions; `recipes/pretrain_blend.yaml` is an example.
 """
 
 from __future__ import annotations
@@ -26,12 +26,22 @@ except ImportError as error:
 from ..adapters.embedding_norm import add_embedding_norm
 from ..config.indexer import IndexerConfig
 from ..config.memory import MemoryConfig
+from ..config.ramp import RampConfig
 from ..config.run import LongContextConfig
+from ..config.watches import WatchConfig
 from ..data.documents import split_into_rows
 from ..reporting.blend_report import BlendReport
 from ..trainer.causal_lm import LongContextTrainer
 from .blend_inputs import BlendArguments, read_blend
-from .inputs import RecipeArguments, check_output_dir, load_model, make_report, read_documents, train_and_save
+from .inputs import (
+    RecipeArguments,
+    check_output_dir,
+    load_model,
+    make_report,
+    make_watches,
+    read_documents,
+    train_and_save,
+)
 from .recipe_file import parse_recipe
 
 
@@ -46,20 +56,13 @@ class PretrainArguments(RecipeArguments):
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
 
 
-ARGUMENTS = (
-    PretrainArguments,
-    TrainingArguments,
-    ModelConfig,
-    LongContextConfig,
-    MemoryConfig,
-    IndexerConfig,
-    BlendArguments,
-)
+CONFIGS = (LongContextConfig, MemoryConfig, IndexerConfig, RampConfig, WatchConfig)
+ARGUMENTS = (PretrainArguments, TrainingArguments, ModelConfig, *CONFIGS, BlendArguments)
 
 
 @record
 def main() -> None:
-    recipe, args, model_args, long_context, memory, indexer, blend = parse_recipe(ARGUMENTS)
+    recipe, args, model_args, long_context, memory, indexer, ramp, watch, blend = parse_recipe(ARGUMENTS)
     check_output_dir(recipe, args)
     if args.include_num_input_tokens_seen == "no":
         args.include_num_input_tokens_seen = "all"  # rows have no padding
@@ -90,6 +93,8 @@ def main() -> None:
         long_context=long_context,
         memory=memory,
         indexer=indexer,
+        ramp=ramp,
+        callbacks=make_watches(watch),
     )
     report = make_report(recipe, long_context, recipe.row_tokens)
     if blend.blend_sources:

@@ -2,11 +2,11 @@
 
     torchrun --standalone --nproc_per_node 8 recipes/sft.py --config recipes/sft_folder_of_documents.yaml
 
-Arguments are those of TRL's `SFTConfig` and `ModelConfig`, of `LongContextConfig`, `MemoryConfig` and `IndexerConfig`,
-and the few of `inputs.RecipeArguments`; the command line overrides the YAML file. A document longer than `max_length`
-becomes several consecutive rows; nothing is truncated away. Conversations (`messages`, or `prompt` and `completion`)
-are prepared and, beyond `max_length`, truncated by TRL, as always; `packing: true` puts several of them in a row, kept
-apart.
+Arguments are those of TRL's `SFTConfig` and `ModelConfig`, of `LongContextConfig`, `MemoryConfig`, `IndexerConfig`,
+`RampConfig` and `WatchConfig`, and the few of `inputs.RecipeArguments`; the command line overrides the YAML file. A
+document longer than `max_length` becomes several consecutive rows; nothing is truncated away. Conversations
+(`messages`, or `prompt` and `completion`) are prepared and, beyond `max_length`, truncated by TRL, as always;
+`packing: true` puts several of them in a row, kept apart.
 """
 
 from __future__ import annotations
@@ -24,10 +24,20 @@ except ImportError as error:
 
 from ..config.indexer import IndexerConfig
 from ..config.memory import MemoryConfig
+from ..config.ramp import RampConfig
 from ..config.run import LongContextConfig
+from ..config.watches import WatchConfig
 from ..data.documents import column_names, split_into_rows
 from ..trainer.sft import LongContextSFTTrainer
-from .inputs import RecipeArguments, check_output_dir, load_model, make_report, read_documents, train_and_save
+from .inputs import (
+    RecipeArguments,
+    check_output_dir,
+    load_model,
+    make_report,
+    make_watches,
+    read_documents,
+    train_and_save,
+)
 from .recipe_file import parse_recipe
 
 
@@ -51,12 +61,13 @@ def make_rows(documents, tokenizer, args, join_documents: bool):
     return split_into_rows(documents, tokenizer, args.max_length, **options)
 
 
-ARGUMENTS = (SFTArguments, SFTConfig, ModelConfig, LongContextConfig, MemoryConfig, IndexerConfig)
+CONFIGS = (LongContextConfig, MemoryConfig, IndexerConfig, RampConfig, WatchConfig)
+ARGUMENTS = (SFTArguments, SFTConfig, ModelConfig, *CONFIGS)
 
 
 @record
 def main() -> None:
-    recipe, args, model_args, long_context, memory, indexer = parse_recipe(ARGUMENTS)
+    recipe, args, model_args, long_context, memory, indexer, ramp, watch = parse_recipe(ARGUMENTS)
     check_output_dir(recipe, args)
     if args.include_num_input_tokens_seen == "no":  # the report's throughput counts real tokens
         is_flat = args.padding_free or (args.packing and args.packing_strategy != "wrapped")
@@ -77,5 +88,7 @@ def main() -> None:
         long_context=long_context,
         memory=memory,
         indexer=indexer,
+        ramp=ramp,
+        callbacks=make_watches(watch),
     )
     train_and_save(trainer, make_report(recipe, long_context, args.max_length), args)

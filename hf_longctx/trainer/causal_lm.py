@@ -14,6 +14,7 @@ class LongContextTrainer(LanguageModelMixin, Trainer):
         long_context ([`LongContextConfig`], *optional*): number of processes that share a row, and the inner kernel.
         memory ([`MemoryConfig`], *optional*): what is done so that a row fits.
         indexer ([`IndexerConfig`], *optional*): how the indexers of a sparse model are trained.
+        ramp ([`RampConfig`], *optional*): a global batch that grows over the first rows.
         args, kwargs: those of `transformers.Trainer`, unchanged.
 
     Losses, gradients, metrics and checkpoints equal those of the same run with `sequence_parallel_size` 1 and the same

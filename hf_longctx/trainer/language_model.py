@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from .blend_mixin import BlendMixin
 from .indexer_mixin import IndexerMixin
+from .ramp_mixin import RampMixin
 
 
-class LanguageModelMixin(BlendMixin, IndexerMixin):
+class LanguageModelMixin(RampMixin, BlendMixin, IndexerMixin):
     """In front of a library's trainer class; see the mixins for their keyword arguments."""

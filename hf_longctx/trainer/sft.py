@@ -19,6 +19,7 @@ class LongContextSFTTrainer(LanguageModelMixin, SFTTrainer):
         long_context ([`LongContextConfig`], *optional*): number of processes that share a row, and the inner kernel.
         memory ([`MemoryConfig`], *optional*): what is done so that a row fits.
         indexer ([`IndexerConfig`], *optional*): how the indexers of a sparse model are trained.
+        ramp ([`RampConfig`], *optional*): a global batch that grows over the first rows.
         args, kwargs: those of `trl.SFTTrainer`, unchanged: both `loss_type` values, completion-only and assistant-only
             loss, PEFT, packing.
     """

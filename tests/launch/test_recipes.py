@@ -222,7 +222,7 @@ def test_the_hybrid_recipe_trains_shared_packed_rows(inputs, pairs, tmp_path):
 
 def test_packed_rows_keep_prompts_out_of_the_loss(inputs, pairs, tmp_path):
     config = write_packed_config(tmp_path, inputs, pairs)
-    recipe, args, model_args, long_context, _ = TrlParser(sft.ARGUMENTS).parse_args_and_config(["--config", config])
+    recipe, args, model_args, long_context, *_ = TrlParser(sft.ARGUMENTS).parse_args_and_config(["--config", config])
     model, tokenizer = sft.load_model(recipe, args, model_args, long_context)
     assert model.config._attn_implementation == "packed"
     shared, _ = sft.load_model(recipe, args, model_args, LongContextConfig(sequence_parallel_size=2))
@@ -258,7 +258,7 @@ def test_functions_are_cut_behind_their_docstring():
 
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_is_understood_by_its_script(file, tmp_path):
-    (script,) = set(re.findall(r"recipes/(\w+)\.py", file.read_text()))
+    (script,) = set(re.findall(r"(?:recipes/(?=\w+\.py)|hf-longctx )(\w+)", file.read_text()))
     here = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
     parsed = TrlParser(importlib.import_module(f"hf_longctx.tasks.{script}").ARGUMENTS).parse_args_and_config(
         ["--config", str(file), *here]
@@ -275,6 +275,23 @@ def run_pretrain(monkeypatch):
         pretrain.main()
 
     return run
+
+
+def test_a_ramp_and_watches_come_from_a_file_and_the_command_line(inputs, tmp_path, run_pretrain, caplog):
+    watches = {"kill_switch": str(tmp_path / "STOP"), "spike_action": "skip", "spike_window": 4, "slow_rank_every": 2}
+    watches |= {"advise_checkpoints": True, "start": 1, "increment": 1, "max_steps": 6, "row_tokens": 64}
+    saving = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 3}
+    config = write_config(tmp_path / "run.yaml", inputs, **watches, **saving)
+    run_pretrain("--config", config, "--ramp_rows", "6", "--hours_between_failures", "1")
+    history = json.loads((tmp_path / "run" / "metrics.json").read_text())["history"]
+    record = json.loads((tmp_path / "run" / "checkpoint-6" / "hf_longctx.json").read_text())
+    assert record["ramp"] == [1, 1, 6] and len(history) == 6
+    state = json.loads((tmp_path / "run" / "checkpoint-6" / "trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["LossSpikeGuard"]["args"]["action"] == "skip"
+    assert state["log_history"][4]["advised_save_steps"] > 0
+    (tmp_path / "STOP").touch()
+    with pytest.raises(ValueError, match="the file of `KillSwitch`"):
+        run_pretrain("--config", config, "--rows", "6", "--overwrite_output_dir")
 
 
 def test_unknown_key_is_named(inputs, tmp_path, run_pretrain):

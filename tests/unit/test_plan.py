@@ -153,11 +153,24 @@ def test_plan_prints_a_table_and_writes_the_run(shared_planner, folder, tmp_path
     assert "refused" in capsys.readouterr().out
 
 
+def test_plan_says_how_often_to_save(shared_planner, folder, capsys):
+    """BLOOM's own figures, and those of a run whose saves nobody has measured."""
+    command = ["plan", str(folder), "--gpu_memory", "16", "--target_tokens", "8K"]
+    assert cli.main([*command, "--save_seconds", "40", "--hours_between_failures", "168"]) == 0
+    assert "one takes 40.0 s; with a failure every 168 hours, saving every 116 minutes" in capsys.readouterr().out
+    assert cli.main(command) == 0
+    assert "GiB and takes about" in (printed := capsys.readouterr().out) and "every 43,008 hours" in printed
+    assert cli.main([*command, "--optimizer", "lora"]) == 0
+    assert "only adapters are saved" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--gpu_memory", "16", "--target_tokens", "64M"], "the longest row is"),
         (["--gpus", "0"], "`--gpus` (0) must be more than 0"),
+        (["--save_seconds", "0"], "`--save_seconds` (0) must be more than 0"),
+        (["--hours_between_failures", "nan"], "`--hours_between_failures` (nan) must be more than 0"),
         (["--optimizer", "lion"], "must be one of adamw"),
         (["--target_tokens", "many"], "--target_tokens"),
     ],

@@ -43,6 +43,7 @@ def fit(
     memory=None,
     stream: bool = False,
     override=None,
+    ramp=None,
     **changes,
 ):
     """Train with TRL's own trainer (`size` 0) or ours, and return (history, weights, eval metrics)."""
@@ -91,7 +92,7 @@ def fit(
     else:
         long_context = LongContextConfig(sequence_parallel_size=size)
         base = LongContextSFTTrainer if override is None else with_compute_loss(LongContextSFTTrainer, override)
-        trainer = base(**options, long_context=long_context, memory=MemoryConfig(**(memory or {})))
+        trainer = base(**options, long_context=long_context, memory=MemoryConfig(**(memory or {})), ramp=ramp)
     trainer.train()
     return trainer.state.log_history, weights_of(trainer), trainer.evaluate() if evaluate else None
 
