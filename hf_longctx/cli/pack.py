@@ -21,7 +21,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument(
         "--long_documents", default="split", help="for one over --max_tokens: error, split or truncate"
     )
-    parser.add_argument("--output", default="packing.png", help="picture to draw, .png or .svg")
+    parser.add_argument("--output", help="picture to draw, .png or .svg")
     return parser
 
 

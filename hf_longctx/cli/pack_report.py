@@ -87,6 +87,8 @@ def report_packing(console: Console, options: argparse.Namespace) -> None:
         f"expected speed-up of packing over padding: {speedup:.2f} times, an estimate that counts operations for a "
         f"hidden size of {options.hidden_size}; measure before you rely on it"
     )
+    if options.output is None:
+        return
     if draw_packing(Path(options.output), documents, packings, padded, options):
         console.print(f"wrote {options.output}", markup=False)
     else:
@@ -130,6 +132,8 @@ def validate_options(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"`--{name}` ({value}) must be at least 1.")
+    if options.output is None:
+        return
     path = Path(options.output)
     if path.suffix.lower() not in _PICTURES or path.is_dir():
         raise ValueError(f"`--output` ({path}) must be a picture, which may be written over: end it in .png or .svg.")

@@ -300,6 +300,11 @@ def test_pack_leaves_out_empty_documents_and_says_so(pack, folder):
     assert code == 2 and "row 4 has 60 tokens, over `max_tokens` (8)" in out
 
 
+def test_pack_draws_only_when_asked(pack, folder):
+    code, out = pack("length.jsonl")
+    assert code == 0 and "wrote" not in out and not list(folder.glob("*.png"))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
