@@ -1,8 +1,8 @@
 """hf_longctx: train transformers on long sequences, exactly or not at all.
 
-Importing this package registers `attn_implementation="ulysses"` and `"packed"` with transformers and does nothing
-else; the registration itself waits until transformers loads its models, so the import is cheap. Everything public is
-listed below and loaded when first used.
+Importing this package registers `attn_implementation="ulysses"`, `"packed"` and `"lsh"` with transformers and does
+nothing else; the registration itself waits until transformers loads its models, so the import is cheap. Everything
+public is listed below and loaded when first used.
 """
 
 from __future__ import annotations
@@ -20,11 +20,15 @@ if TYPE_CHECKING:
     from .adapters.axial_positions import AxialPositionEmbedding as AxialPositionEmbedding
     from .adapters.axial_positions import use_axial_positions as use_axial_positions
     from .adapters.embedding_norm import add_embedding_norm as add_embedding_norm
+    from .adapters.hashed import use_lsh as use_lsh
     from .adapters.no_rotation import use_alibi as use_alibi
     from .adapters.reversible import make_reversible as make_reversible
+    from .adapters.tied_query_key import tie_query_key as tie_query_key
     from .attention.contamination import assert_no_cross_document as assert_no_cross_document
     from .attention.explain import explain_attention as explain_attention
+    from .attention.lsh import lsh_attention as lsh_attention
     from .config.indexer import IndexerConfig as IndexerConfig
+    from .config.lsh_settings import LSHConfig as LSHConfig
     from .config.memory import MemoryConfig as MemoryConfig
     from .config.ramp import RampConfig as RampConfig
     from .config.run import LongContextConfig as LongContextConfig
@@ -60,9 +64,13 @@ _EXPORTS = {
     "adapters.axial_positions": ("AxialPositionEmbedding", "use_axial_positions"),
     "adapters.no_rotation": ("use_alibi",),
     "adapters.reversible": ("make_reversible",),
+    "adapters.hashed": ("use_lsh",),
+    "adapters.tied_query_key": ("tie_query_key",),
     "attention.contamination": ("assert_no_cross_document",),
     "attention.explain": ("explain_attention",),
+    "attention.lsh": ("lsh_attention",),
     "config.indexer": ("IndexerConfig",),
+    "config.lsh_settings": ("LSHConfig",),
     "config.memory": ("MemoryConfig",),
     "config.ramp": ("RampConfig",),
     "config.run": ("LongContextConfig",),

@@ -144,4 +144,9 @@ class DeferredMask:
 def deferred_mask(**arguments: object) -> object:
     """The mask function registered for our names: keep transformers' description for the attention function."""
     prepared = arguments.get("attention_mask")
-    return prepared if isinstance(prepared, DeferredMask) else DeferredMask(arguments)
+    if isinstance(prepared, DeferredMask):
+        return prepared
+    # A static cache counts its tokens in place: what is built later must know how many there were before this forward.
+    found = ((name, arguments.get(name)) for name in ("q_offset", "kv_offset"))
+    offsets = {name: value.clone() for name, value in found if isinstance(value, torch.Tensor)}
+    return DeferredMask({**arguments, **offsets})

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..config.lsh_settings import LSHConfig
 from ..families import position_axes
 from ..parallel.segments import PAD_SEGMENT
 from ..parallel.shard import SequenceShard, cut_batch
@@ -105,6 +106,27 @@ def note_selection(shard: SequenceShard, rule: str, numbers: float) -> None:
     method = f"blocks of queries with their keys{travel}"
     say = lambda: LayerPlan("selected keys", rule, _documents_in_words(shard.segment_ids, shard), method, 0)
     shard.layer_plans.setdefault(rule, say)
+
+
+def note_hashing(shard: SequenceShard, config: LSHConfig, causal: bool) -> None:
+    """Keep for [`explain_attention`] what LSH attention does with these rows.
+
+    Args:
+        shard ([`SequenceShard`]): of the batch.
+        config ([`LSHConfig`]): of the model.
+        causal (`bool`): keys at or before the query.
+    """
+    direction = "causal" if causal else "bidirectional"
+    seen = (
+        f"chunks of {config.window:,} and the one before"
+        if config.layout == "reformer"
+        else (f"the {'last' if causal else 'nearest'} {config.window:,} tokens of a bucket")
+    )
+    rule = f"{direction}, {seen}"
+    rounds = f"{config.num_hashes:,} round{'s' if config.num_hashes > 1 else ''} of {config.num_buckets:,} buckets"
+    method = f"{rounds}, one at a time, no mask"
+    say = lambda: LayerPlan("lsh", rule, _documents_in_words(shard.segment_ids, shard), method, 0)
+    shard.layer_plans.setdefault(f"lsh, {rule}, {rounds}", say)
 
 
 def _describe(kernel: str, plan: KernelPlan, shard: SequenceShard) -> LayerPlan:

@@ -18,6 +18,7 @@ from transformers.modeling_flash_attention_utils import lazy_import_flash_attent
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import is_flash_attn_2_available
 
+from ..config.lsh_settings import LSH
 from ..parallel.segments import PAD_SEGMENT
 from .blocks import BlockPlan, plan_blocks, run_blocks, visible
 from .call import AttentionCall
@@ -30,6 +31,7 @@ from .distance_bias import (
     suits_flex,
 )
 from .eager import eager_attention
+from .lsh_models import is_lsh_model
 from .masks import AttentionRule, KernelPlan, build_mask, segment_bounds
 from .side_inputs import refuse_dropped_inputs
 from .varlen import VarlenBounds, fits, run_varlen
@@ -76,6 +78,8 @@ def choose_kernel(name: str, call: AttentionCall) -> str:
         call ([`AttentionCall`]): its query decides by device, precision and head size; sinks and softcap rule kernels
             out.
     """
+    if is_lsh_model(call.module):
+        return LSH
     if name != "auto":
         return name
     query = call.query

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from .lsh_name import HASHED
 from .packed import PACKED
 from .registry import add_entry
 from .ulysses import ULYSSES
 
 
-ENTRIES = (ULYSSES, PACKED)
+ENTRIES = (ULYSSES, PACKED, HASHED)
 
 
 def register_attention_names() -> None:

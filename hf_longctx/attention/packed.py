@@ -15,6 +15,7 @@ from dataclasses import replace
 
 import torch
 
+from ..config.lsh_settings import LSH
 from ..parallel.shard import SequenceShard
 from .call import AttentionCall, KeySelection
 from .call_documents import documents_of_call, rows_of_call
@@ -22,6 +23,8 @@ from .deferred import DeferredMask, deferred_mask
 from .distance_bias import NUMBERS, has_distance_bias, run_after_cache
 from .implicit_positions import packs_documents, validate_positions
 from .kernels import choose_kernel, is_flash, plan_for_kernel, refuse_unsupported, run_plain, run_planned
+from .lsh import attend_lsh_rows, runs_lsh, shared_call
+from .lsh_cache import attend_after_cache
 from .masks import KernelPlan
 from .open_blocks import read_text_mask
 from .padding_masks import without_padding_mask
@@ -70,6 +73,8 @@ def packed_attention(
     Gradient: that of the documents taken one by one.
     """
     call = PACKED.call(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    if runs_lsh(call, sequence_shard):
+        call = shared_call(call)
     return attend_documents(call, sequence_shard, attend_rows, run_inner_kernel)
 
 
@@ -131,6 +136,8 @@ def _attend_documents(call: AttentionCall, shard: SequenceShard | None, run: Cal
 
 def run_inner_kernel(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Rows of one document each: the inner kernel as transformers runs it, on the mask that it would have built."""
+    if runs_lsh(call, None):
+        return run_lsh_alone(call)
     if has_distance_bias(call):  # which no kernel of transformers computes
         return run_after_cache(choose_kernel("auto", call), call), None
     kernel = choose_kernel("auto", call)
@@ -140,6 +147,14 @@ def run_inner_kernel(call: AttentionCall) -> tuple[torch.Tensor, torch.Tensor | 
         if mask is None and is_causal is None and not hasattr(call.module, "is_causal"):
             is_causal = call.rule().causal  # kernels default to causal
     return run_plain(kernel, call, mask, is_causal)
+
+
+def run_lsh_alone(call: AttentionCall) -> tuple[torch.Tensor, None]:
+    """Rows of one document each under LSH attention, after a cache or not."""
+    # Without a cache there are no keys besides the queries.
+    if call.key.shape[2] != call.query.shape[2]:
+        return attend_after_cache(call), None
+    return _attend_documents(call, None, attend_lsh_rows), None
 
 
 def validated(call: AttentionCall, shard: SequenceShard) -> AttentionCall:
@@ -195,6 +210,8 @@ def attend_rows(call: AttentionCall, shard: SequenceShard) -> torch.Tensor:
         `torch.Tensor` of shape `(B, T, n, H_v)`.
     """
     kernel = choose_kernel(shard.inner_attention, call)
+    if kernel == LSH:
+        return attend_lsh_rows(call, shard)
     refuse_unsupported(kernel, call)
     plan = _plan(call, shard, kernel)
     if call.dropout:

@@ -20,6 +20,7 @@ from ..parallel.shard import SequenceShard
 from .call import AttentionCall, KeySelection
 from .deferred import deferred_mask
 from .distance_bias import NUMBERS
+from .lsh import runs_lsh, shared_call
 from .packed import attend_documents, attend_rows, run_inner_kernel, validated
 from .registry import AttentionEntry
 from .unadapted import refuse_dropped_shard
@@ -64,6 +65,8 @@ def ulysses_attention(
     Gradient: equal to the unsharded layer's, restricted to my tokens.
     """
     call = ULYSSES.call(module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs)
+    if runs_lsh(call, sequence_shard):
+        call = shared_call(call)
     return attend_sharded(call, sequence_shard, attend_rows, run_inner_kernel)
 
 

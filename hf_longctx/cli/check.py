@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from ..config.lsh_settings import LSH
+
 
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command's name, help and options."""
@@ -38,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
             "of the whole row and keep all their heads",
             highlight=False,
         )
+    if options.inner_attention == LSH:
+        console.print("LSH attention: call `hf_longctx.tie_query_key(model)` on a new model", highlight=False)
     console.print("A tiny forward is compared with one process when a trainer starts.", highlight=False)
     return 0
 

@@ -22,6 +22,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--cpu_memory", type=float, help="GiB of CPU memory of one node, for offloaded checkpoints")
     parser.add_argument("--target_tokens", help="tokens of a row that must fit, such as 131072, 128K or 1M")
     parser.add_argument("--optimizer", default="adamw", help="adamw, adafactor, sgd, or lora: AdamW on adapters")
+    parser.add_argument("--inner_attention", default="auto", help="lsh: LSH attention; else a flash kernel is planned")
     parser.add_argument("--wrapper", help="fsdp2 (default for several GPUs), ddp, or none (default for one)")
     parser.add_argument("--peak_tflops", type=float, default=989, help="of one GPU in bf16, for the estimated time")
     parser.add_argument("--utilisation", type=float, default=0.4, help="share of that peak that is reached")

@@ -107,7 +107,10 @@ def print_facts(
     facts.add_row("machine", f"{options.gpus} x {options.gpu_memory:g} GiB, {planned}{node}")
     kind = str(settings.weights_dtype).removeprefix("torch.")
     facts.add_row("training", f"{settings.optimizer}, weights in {kind}, bf16 compute, wrapper {settings.wrapper}")
-    facts.add_row("attention", "a flash kernel; without one, sliding windows and softcap take more")
+    kernel = "a flash kernel; without one, sliding windows and softcap take more"
+    if settings.num_hashes is not None:
+        kernel = f"LSH, {settings.num_hashes} rounds, queries and keys counted as if they were not tied"
+    facts.add_row("attention", kernel)
     if speed.flops is None:
         facts.add_row("time", f"not known: {escape(speed.unknown)}")
     else:

@@ -12,6 +12,9 @@ import torch
 from rich.console import Console
 from transformers import AutoConfig, PretrainedConfig
 
+from ..adapters.hashed import refuse_unhashable
+from ..config.lsh_settings import LSH, LSHConfig
+from ..config.run import validate_inner_attention
 from ..data.model_files import check_model_files
 from ..planner.measure import can_measure, free_bytes, measure_in_process, shorten
 from ..planner.memory_plan import USABLE_SHARE, Planner
@@ -44,8 +47,11 @@ def plan_rows(console: Console, options: argparse.Namespace) -> None:
     """Print the plan, draw and write what is asked for; raise the message if it is refused."""
     _check_options(options)
     target = None if options.target_tokens is None else parse_tokens(options.target_tokens)
-    settings = _settings(options)
-    planner = Planner(_read_config(options.model))
+    config = _read_config(options.model)
+    settings = _settings(options, config)
+    planner = Planner(config)
+    if settings.num_hashes is not None:
+        refuse_unhashable(planner.model)
     if options.measure:
         planner = _calibrate(console, planner)
     _report(console, options, planner, settings, target)
@@ -81,6 +87,8 @@ def _report(
                 cells.append(_plan_cell(planner, preset, sharing, target, *memory))
     best = recommend(cells, target)
     speed = Speed.of(planner.config, options.peak_tflops, options.utilisation)
+    if settings.num_hashes is not None:
+        speed = Speed(None, "the operations of LSH attention are not counted", speed.tflops)
     print_facts(console, options, planner, settings, speed)
     print_cells(console, cells, best, target, speed)
     if settings.reversible and target is not None:
@@ -192,7 +200,10 @@ def _calibrate(console: Console, planner: Planner) -> Planner:
     return Planner(planner.config, factor)
 
 
-def _settings(options: argparse.Namespace) -> Settings:
+def _settings(options: argparse.Namespace, config: PretrainedConfig) -> Settings:
+    lsh = LSHConfig.of_model(config.get_text_config())
+    if lsh is None and options.inner_attention == LSH:
+        lsh = LSHConfig()
     return Settings(
         tokens=1,
         world_size=options.gpus,
@@ -202,6 +213,7 @@ def _settings(options: argparse.Namespace) -> Settings:
         wrapper=options.wrapper or ("fsdp2" if options.gpus > 1 else "none"),
         reversible=options.reversible,
         accumulates=True,  # so that the plan holds for any number of accumulation steps
+        num_hashes=None if lsh is None else lsh.num_hashes,
     )
 
 
@@ -230,6 +242,7 @@ def _check_options(options: argparse.Namespace) -> None:
             "ones: leave one of them out, and put `reversible_layers: true` into a file for `recipes/pretrain.py`."
         )
     validate_outputs(options.output, options.write)
+    validate_inner_attention(options.inner_attention)
 
 
 def _bytes(gib: float | None) -> int | None:

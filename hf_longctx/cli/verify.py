@@ -28,7 +28,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("model", help="hub id, folder or model type such as qwen3")
     parser.add_argument("--sequence_parallel_size", type=int, default=2, help="processes that share one sequence")
     parser.add_argument("--data_parallel_size", type=int, default=1, help="groups of them")
-    parser.add_argument("--inner_attention", default="auto", help="kernel that `ulysses` runs on its heads")
+    parser.add_argument("--inner_attention", default="auto", help="kernel that `ulysses` runs; lsh against lsh")
     parser.add_argument("--packed", action="store_true", help="packed rows too, against their documents one by one")
     parser.add_argument("--wrapper", default="none", help="none, ddp or fsdp2: who averages gradients")
     parser.add_argument("--dtype", default="float32", help="float32 (doubts are settled in float64) or float64")
@@ -113,6 +113,11 @@ def _print(console: Console, options: argparse.Namespace, result: VerifyResult) 
         console.print(f"if texts saw each other, or ranks exchanged nothing, embeddings would be off by {seen}")
     elif baseline:
         console.print(f"without the exchange between processes the outputs would be off by {max(baseline):.1e}")
+    full = [rows.full_attention for rows in result.rows if rows.full_attention is not None]
+    if full:
+        console.print(
+            f"LSH attention is {min(full):.1e} to {max(full):.1e} off from full attention here, which is no fault"
+        )
     noise = [rows.noise for rows in result.rows if rows.noise is not None]
     if noise:
         console.print(f"one process is off from itself by {max(noise):.1e} with other chunks of its recurrent layers")

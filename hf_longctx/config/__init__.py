@@ -9,6 +9,7 @@ from ..lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from .indexer import IndexerConfig as IndexerConfig
+    from .lsh_settings import LSHConfig as LSHConfig
     from .memory import MemoryConfig as MemoryConfig
     from .ramp import RampConfig as RampConfig
     from .run import LongContextConfig as LongContextConfig
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 _EXPORTS = {
     "indexer": ("IndexerConfig",),
+    "lsh_settings": ("LSHConfig",),
     "memory": ("MemoryConfig",),
     "ramp": ("RampConfig",),
     "run": ("LongContextConfig",),

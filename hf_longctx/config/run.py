@@ -20,6 +20,7 @@ INNER_ATTENTIONS = (
     "flash_attention_2",
     "flash_attention_3",
     "flash_attention_4",
+    "lsh",
 )
 NONFINITE_POLICIES = ("raise", "skip", "stop", "off")
 
@@ -63,9 +64,9 @@ class LongContextConfig:
             exceed the model's query heads. The remaining factor of the world is data parallel.
         inner_attention (`str`, *optional*, defaults to `"auto"`):
             The kernel that `"ulysses"` runs on its share of the heads, and `"packed"` on all of them: `"sdpa"`,
-            `"eager"`, `"flex_attention"`, `"flash_attention_2"` (`_3`, `_4`) or a hub kernel `"org/name"`. `"auto"`
-            takes an installed flash kernel for half precision on CUDA, otherwise `"sdpa"`, and a kernel with sinks or
-            softcap where the model needs them.
+            `"eager"`, `"flex_attention"`, `"flash_attention_2"` (`_3`, `_4`), `"lsh"` or a hub kernel `"org/name"`.
+            `"auto"` takes what the model's configuration names (`"lsh"`), an installed flash kernel for half precision
+            on CUDA, otherwise `"sdpa"`, and a kernel with sinks or softcap where the model needs them.
         check_packing (`bool`, *optional*, defaults to `True`):
             Prove that the model keeps packed documents apart, and refuse to train if it does not: on a miniature of
             the first batch that packs several documents in a row, or for embeddings on three short texts.

@@ -19,6 +19,7 @@ from ..attention.registry import AttentionEntry, name_that_packs, name_that_shar
 from ..parallel.heads import HeadSplit, split_heads
 from ..parallel.imaginary import ImaginaryRanks
 from ..parallel.shard import SequenceShard
+from .fake_hashing import HashedKernel
 
 
 SHAPE_ONLY = "planned"
@@ -31,16 +32,18 @@ class PlannedRows(SequenceShard):
     Args:
         is_flash (`bool`): the kernel is a flash kernel on a GPU, whose backward has buffers of its own; otherwise that
             of a CPU, which has none to speak of.
+        num_hashes (`int`, *optional*): rounds of LSH attention in its place.
     """
 
     is_flash: bool = True
+    num_hashes: int | None = None
 
     @classmethod
-    def of(cls, size: int, rows: int, local_len: int, is_flash: bool) -> PlannedRows:
+    def of(cls, size: int, rows: int, local_len: int, is_flash: bool, num_hashes: int | None = None) -> PlannedRows:
         """Of `size` ranks, each with `local_len` tokens; made under the fake mode."""
         rank = size - 1
         ranks: Any = ImaginaryRanks(rank, size)
-        planned = cls(size, rank, size * local_len, local_len, group=ranks, is_flash=is_flash)
+        planned = cls(size, rank, size * local_len, local_len, group=ranks, is_flash=is_flash, num_hashes=num_hashes)
         # Read from numbers elsewhere, which fake tensors do not have.
         documents = torch.zeros(rows, size * local_len, dtype=torch.int32)
         alone = SequenceShard(1, 0, size * local_len, size * local_len)
@@ -80,6 +83,8 @@ def shape_only_attention(
             f"{name_that_shards()!r} or {name_that_packs()!r} to train it."
         )
     rows = sequence_shard or PlannedRows(1, 0, query.shape[2], query.shape[2])
+    if rows.num_hashes is not None:
+        key = query[..., :0]  # LSH attention has none besides the queries
     if rows.size == 1:
         return _attend(rows, query, key, value), None
     split = split_heads(query.shape[1], key.shape[1], rows.size)
@@ -103,6 +108,8 @@ def _attend(rows: PlannedRows, *tensors: torch.Tensor) -> torch.Tensor:
     device = tensors[0].device.type
     if torch.is_autocast_enabled(device):
         tensors = tuple(x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    if rows.num_hashes is not None:
+        return HashedKernel.apply(rows.num_hashes, tensors[0], tensors[2])
     return _Kernel.apply(rows.is_flash, *tensors)
 
 

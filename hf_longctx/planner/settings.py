@@ -40,6 +40,7 @@ class Settings:
         mlp_tile_size (`int`, *optional*): tokens in an MLP at a time; `None` for all.
         on_gpu (`bool`, *optional*, defaults to `True`): attention runs a flash kernel, whose backward has buffers that
             the CPU's has not.
+        num_hashes (`int`, *optional*): rounds of LSH attention, which runs in the place of that kernel.
     """
 
     tokens: int
@@ -60,11 +61,12 @@ class Settings:
     mlp_tile_size: int | None = None
     on_gpu: bool = True
     reversible: bool = False
+    num_hashes: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("tokens", "rows", "sequence_parallel_size", "world_size", "every_n_layers", "lora_rank"):
             _validate_count(name, getattr(self, name))
-        for name in ("processes_per_node", "loss_tile_size", "mlp_tile_size"):
+        for name in ("processes_per_node", "loss_tile_size", "mlp_tile_size", "num_hashes"):
             if getattr(self, name) is not None:
                 _validate_count(name, getattr(self, name))
         for name, known in (("optimizer", OPTIMIZERS), ("wrapper", WRAPPERS)):

@@ -252,7 +252,7 @@ def _batch(model: torch.nn.Module, settings: Settings) -> dict[str, object]:
     names = ("input_ids", "labels", "shift_labels")
     batch: dict[str, object] = {name: torch.empty(shape, dtype=torch.int64) for name in names}
     size = settings.sequence_parallel_size
-    rows = PlannedRows.of(size, settings.rows, settings.local_tokens, is_flash=settings.on_gpu)
+    rows = PlannedRows.of(size, settings.rows, settings.local_tokens, settings.on_gpu, settings.num_hashes)
     return {**batch, "sequence_shard": rows, "use_cache": False, "num_items_in_batch": 1}
 
 

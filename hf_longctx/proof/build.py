@@ -16,8 +16,11 @@ from transformers import (
 
 from ..adapters.no_rotation import follow_alibi
 from ..adapters.reversible import follow_reversible
+from ..adapters.tied_query_key import tie_equal_weights, tie_query_key
+from ..attention.lsh_models import runs_lsh_attention
 from ..attention.registry import find_attention, name_that_packs
 from ..attention.unadapted import ON_ALIBI
+from ..config.lsh_settings import LSH
 from .model_under_test import ModelUnderTest
 from .tiny import validate_tiny
 
@@ -40,6 +43,8 @@ def build_model(tested: ModelUnderTest, attention: str | None, dtype: torch.dtyp
     auto, config = AUTO_CLASSES[tested.task], copy.deepcopy(tested.config)
     if getattr(config, ON_ALIBI, False) and find_attention(attention) is None:
         attention = name_that_packs()  # which is all that computes it
+    is_hashed = runs_lsh_attention(config)
+    attention = LSH if is_hashed and attention is None else attention
     chosen = loading_options(config, attention, dtype)
     torch.manual_seed(0)
     if tested.weights is not None:
@@ -51,6 +56,8 @@ def build_model(tested: ModelUnderTest, attention: str | None, dtype: torch.dtyp
     turn_dropout_off(model)
     follow_alibi(model)
     follow_reversible(model)
+    if is_hashed:  # weights that were drawn here are tied here; a model's own are as they are, or refused
+        (tie_query_key if tested.weights is None else tie_equal_weights)(model)
     return model.to(dtype).train()
 
 

@@ -23,6 +23,7 @@ from ..trainer.checks import check_model
 from ..trainer.sanity_check import SanityResult
 from .build import build_model, sharded_model_on_meta
 from .chunk_noise import other_chunks
+from .full_attention import distance_to_full_attention
 from .model_under_test import ModelUnderTest, Setting
 from .numbers import Numbers, compare, of_one_process, on_the_ranks, outputs_without_communication, relative, wrap
 from .outcomes import SENSITIVE, Outcome, attempt, first_line, least_of_ranks, worst_of_ranks
@@ -142,6 +143,8 @@ class Pair:
         measured = 0.0 if rounded is None else compare(rounded, theirs, 0).worst
         errors = worst_of_ranks(errors)
         result = judge(kind, errors, self.dtype, self.num_tokens(kind), self.baseline, measured)
+        full = distance_to_full_attention(self.unsharded, self.tested.task, rows, theirs)
+        result = dataclasses.replace(result, full_attention=full)
         return result if result.outcome != WRONG else self._with_noise(result, errors, measured)
 
     def _with_noise(self, result: RowsResult, errors: Errors, measured: float) -> RowsResult:
@@ -248,7 +251,9 @@ class Pair:
 
 def _refuse_by_configuration(tested: ModelUnderTest, setting: Setting) -> None:
     """A model that has no tiny version may still be refused by what its own configuration says."""
-    config = LongContextConfig(sequence_parallel_size=setting.sequence_parallel_size)
+    config = LongContextConfig(
+        sequence_parallel_size=setting.sequence_parallel_size, inner_attention=setting.inner_attention
+    )
     try:
         model = sharded_model_on_meta(tested)
     except Exception:

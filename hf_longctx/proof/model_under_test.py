@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config.lsh_settings import LSH, LSH_KEY, LSHConfig
 from ..config.run import LongContextConfig, validate_inner_attention
 from ..data.model_files import check_model_files
 from ..families import expects_unshifted_labels
@@ -29,6 +30,8 @@ KINDS = ("dense", "even", "padded", "packed")
 EMBEDDING_KINDS = ("packed", "shared")
 WRAPPERS = ("none", "ddp", "fsdp2")
 DTYPES = ("float32", "float64")
+# Inside tiny rows, so that tokens meet some of the others.
+_TINY_LSH: dict[str, int] = {"num_hashes": 2, "window": 4, "num_buckets": 2}
 _UNREADABLE = (OSError, ValueError, KeyError)  # what transformers raises for a configuration
 
 
@@ -102,7 +105,12 @@ class ModelUnderTest:
 
     @classmethod
     def of(
-        cls, config: PretrainedConfig, task: str | None, sequence_parallel_size: int, weights: str | None = None
+        cls,
+        config: PretrainedConfig,
+        task: str | None,
+        sequence_parallel_size: int,
+        weights: str | None = None,
+        inner_attention: str = "auto",
     ) -> ModelUnderTest:
         """The tiny model of a configuration, or the model itself where `weights` are given."""
         name = getattr(config, "model_type", "") or type(config).__name__
@@ -110,11 +118,18 @@ class ModelUnderTest:
         config = copy.deepcopy(config)
         if chosen == "causal-lm" and getattr(config, "is_decoder", None) is False:
             config.is_decoder = True  # as transformers requires for such an encoder that predicts the next token
+        lsh = LSHConfig.of_model(config.get_text_config())
+        if lsh is None and inner_attention == LSH:
+            lsh = LSHConfig()
+            setattr(config.get_text_config(), LSH_KEY, lsh.to_dict())
         original = copy.deepcopy(config)
         if weights is not None:
             return cls(name, chosen, without_dropout(config), original, weights)
         try:
-            return cls(name, chosen, shrink(config, sequence_parallel_size), original)
+            tiny = shrink(config, sequence_parallel_size)
+            if lsh is not None:
+                setattr(tiny.get_text_config(), LSH_KEY, {**lsh.to_dict(), **_TINY_LSH})
+            return cls(name, chosen, tiny, original)
         except CannotShrink as error:
             return cls(name, chosen, None, original, problem=str(error))
 

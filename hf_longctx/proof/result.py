@@ -69,6 +69,8 @@ class RowsResult:
         seconds (`float`): of this kind.
         noise (`float`, *optional*): how far one process is from itself where its recurrences run in smaller chunks;
             measured where the tolerance did not do.
+        full_attention (`float`, *optional*): how far the outputs of LSH attention are from those of full attention
+            with the same weights. It decides nothing.
     """
 
     rows: str
@@ -80,6 +82,7 @@ class RowsResult:
     message: str = ""
     seconds: float = 0.0
     noise: float | None = None
+    full_attention: float | None = None
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def verify(
         if bidirectional:
             config = copy.deepcopy(config)
             config.get_text_config().is_causal = False
-        tested = ModelUnderTest.of(config, task, sequence_parallel_size, weights)
+        tested = ModelUnderTest.of(config, task, sequence_parallel_size, weights, inner_attention)
         with Ranks(setting.world_size, _threads(setting.world_size, full)) as ranks:
             rows = run_proof(ranks, tested, setting, seconds)
     spent = time.perf_counter() - began

@@ -15,6 +15,7 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..adapters.attach import AttachedAdapters, attach_adapters
 from ..adapters.axial_positions import follow_axial_positions
+from ..adapters.hashed import follow_lsh, refuse_lost_lsh
 from ..adapters.instance_forward import patch_on, put_on
 from ..adapters.loop_batches import LoopBatches
 from ..adapters.no_rotation import refuse_lost_alibi
@@ -65,6 +66,7 @@ def adapt(model: torch.nn.Module, mesh: SequenceMesh, *, inner_attention: str = 
     )
     check_model(model, config)
     _validate_here(unwrap(model))
+    follow_lsh(model, inner_attention)
     warn_about_draws(model, mesh.sequence_parallel_size)
     inner = unwrap(model)
     shifts, has_loss = predicts_next_token(inner), "labels" in inspect.signature(type(inner).forward).parameters
@@ -173,7 +175,9 @@ def adapt_model(trainer) -> bool:
     follow_reversible(trainer.model)
     if not runs_our_attention(trainer.model):
         refuse_lost_alibi(trainer.model)
+        refuse_lost_lsh(trainer.model, trainer.long_context.inner_attention)
         return False
+    follow_lsh(trainer.model, trainer.long_context.inner_attention)
     attach_adapters(trainer.model)
     _count_whole_steps(trainer)
     own_loss = trainer.uses_model_loss and trainer.compute_loss_func is None and trainer.label_smoother is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 
+from ..adapters.hashed import refuse_unhashable, wants_lsh
 from ..adapters.peft_kinds import check_peft
 from ..adapters.recurrent.layers import unfollowed_layers
 from ..adapters.sparse.shared_row import unserved_indexers
@@ -12,6 +13,7 @@ from ..adapters.wrapped import unwrap
 from ..attention.kernels import validate_kernel_available
 from ..attention.registry import name_that_shards, shards_rows
 from ..attention.unadapted import validate_config
+from ..config.lsh_settings import LSH
 from ..config.run import LongContextConfig
 from ..families import query_heads
 from ..parallel.heads import validate_head_count
@@ -90,6 +92,9 @@ def check_model(model, config: LongContextConfig) -> None:
     size = config.sequence_parallel_size
     validate_kernel_available(config.inner_attention)
     refuse_eight_bits(model)
+    is_hashed = wants_lsh(model, config.inner_attention)
+    if is_hashed:
+        refuse_unhashable(model)
     if size == 1:
         return
     base = unwrap(model)
@@ -106,7 +111,8 @@ def check_model(model, config: LongContextConfig) -> None:
             f"`{name}` runs attn_implementation={text._attn_implementation!r}, which would see only this rank's "
             f"tokens, with `sequence_parallel_size` ({size}): load it with `from_pretrained(..., "
             f"attn_implementation={name_that_shards()!r})` or call "
-            f"`model.set_attn_implementation({name_that_shards()!r})`."
+            f"`model.set_attn_implementation({name_that_shards()!r})`"
+            f"{' and pass `inner_attention` ' + repr(LSH) if is_hashed else ''}."
         )
     unserved = unserved_indexers(base)
     if unserved:

@@ -72,7 +72,7 @@ PARTS = (
         "gpu_tests",
         "the tests of `tests/gpu`: kernels, packed rows, two processes on one device",
         "gpu_tests",
-        seconds=80,
+        seconds=70,
         arguments="",
         tiny="--select 'documents_alone and llama and False or two_processes and True'",
         figures=[
@@ -84,7 +84,7 @@ PARTS = (
         "step",
         "one step of the 1B shape: sdpa, ulysses and packed, 8K to 128K tokens",
         "ulysses",
-        seconds=95,
+        seconds=80,
         arguments=f"{_LLAMA_1B} --heads 32 --kv_heads 8 --tokens 8192 32768 65536 131072 --checkpointing --tiled_loss "
         "--repeats 1 --minutes {minutes}",
         tiny=f"{_TINY_STEP} --heads 2 --kv_heads 1 --tokens 512 --checkpointing --tiled_loss --repeats 1 "
@@ -107,7 +107,7 @@ PARTS = (
         "ladder_1b",
         "memory presets on the 1B shape, the planner's prediction next to each",
         "memory_presets",
-        seconds=55,
+        seconds=50,
         arguments=f"{_LLAMA_1B} --kv_heads 8 --ranks 1 --plan --budget 70 --tokens 4096 12288 --minutes {{minutes}}",
         tiny=f"{_TINY_LADDER} --presets off max",
         figures=[
@@ -133,7 +133,7 @@ PARTS = (
         "long_row",
         "one whole training step of the 1B shape on a row of 256K tokens",
         "memory_presets",
-        seconds=75,
+        seconds=65,
         arguments=f"{_LLAMA_1B} --kv_heads 8 --ranks 1 --plan --presets max --tokens 262144",
         tiny=f"{_TINY_STEP} --one_process --ranks 1 --plan --presets max --tokens 64",
         page="memory_presets_long_row",
@@ -220,6 +220,30 @@ PARTS = (
             for what, key, least in (
                 ("peak", "peak_bytes", 5 if tokens == 16384 else None),
                 ("seconds", "seconds", None),
+            )
+        ],
+    ),
+    Part(
+        "lsh",
+        "LSH attention of 1 and 4 rounds against flash, 8K to 1M tokens",
+        "lsh_cpu",
+        page="lsh",
+        seconds=20,
+        arguments="--tokens 8192 32768 65536 131072 262144 1048576 --full_up_to 262144 --rounds 1 4 --dtype bfloat16",
+        tiny="--tokens 96 --rounds 1 2 --window 8 --heads 2 --head_size 8 --one_process",
+        figures=[
+            Figure(
+                f"attention alone, {tokens // 1024}K tokens: {what} of flash over {label}",
+                ratio("lsh", key, {"tokens": tokens, "label": "sdpa"}, {"tokens": tokens, "label": label}),
+            )
+            for tokens in (8192, 65536, 262144)
+            for label in ("causal LSH, 4 rounds", "LSH, 4 rounds")
+            for what, key in (("seconds", "seconds"), ("peak", "peak_bytes"))
+        ]
+        + [
+            Figure(
+                "attention alone, 1M tokens: seconds of causal LSH, 4 rounds",
+                number("lsh", "seconds", tokens=2**20, label="causal LSH, 4 rounds"),
             )
         ],
     ),
