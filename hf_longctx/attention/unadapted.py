@@ -114,7 +114,7 @@ def refuse_lost_patches(module: torch.nn.Module) -> None:
     Raises:
         ValueError: its configuration says so, and nothing put them on the model of this module.
     """
-    config, marks = getattr(module, "config", None), vars(module)
+    config, marks = getattr(module, "config", None), getattr(module, "__dict__", {})
     if getattr(config, ON_AXIAL, None) and ON_AXIAL not in marks:
         raise ValueError(
             f"the model was trained with axial positions (`config.{ON_AXIAL}`), but looks its positions up in one "
