@@ -91,6 +91,10 @@ MIXES_TOKENS = {
     "doge": "chooses the keys of its attention by numbers that each layer computes from its values",
     "fnet": "mixes the tokens of a row by a Fourier transform",
     "funnel": "pools the tokens of a row between its blocks",
+    **dict.fromkeys(
+        ("inkling_text", "inkling2_text", "inkling2_loop_text"),
+        "adds a learned bias to its attention that each query makes of distances",
+    ),
     "longformer": "attends in chunks of windows and through global tokens",
     "nystromformer": "attends through means over pieces of the row",
     "prophetnet": "predicts several tokens ahead by streams of their own, with relative positions",
