@@ -278,10 +278,22 @@ def scales_by_count(layer) -> bool:
     return all(hasattr(layer, name) for name in fields) and bool(layer.attn_temperature_tuning) and not layer.use_rope
 
 
+def values_of(config, name: str) -> list:
+    """A field of a text model's configuration: one value, or that of each layer where layers have their own."""
+    text = config.get_text_config()
+    if name in (getattr(text, "per_layer_attributes", None) or ()):
+        return [getattr(layer, name, None) for layer in text.per_layer_config]
+    return [getattr(text, name, None)]
+
+
 def query_heads(config) -> int | None:
-    """The heads of a model's attention layers, which ranks share out; `None` if it has no such layers."""
+    """The heads of a model's attention layers, which ranks share out: of the layer with the fewest.
+
+    Returns:
+        `int`, or `None` if it has no such layers.
+    """
     text = config.get_text_config()
     kinds = getattr(text, "layer_types", None)
-    heads = getattr(text, "num_attention_heads", None)
+    heads = [count for count in values_of(config, "num_attention_heads") if isinstance(count, int)]
     has_attention = not kinds or any(kind not in (*TOKEN_LAYERS, *STATE_LAYERS) for kind in kinds)
-    return heads if has_attention and isinstance(heads, int) else None
+    return min(heads) if has_attention and heads else None

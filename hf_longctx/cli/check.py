@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from ..config.lsh_settings import LSH
 
@@ -69,7 +70,7 @@ def _split_of(options: argparse.Namespace):
     from ..adapters.sparse.sparse_layers import count_sparse_layers, keeps_all_heads
     from ..config.run import LongContextConfig
     from ..data.model_files import check_model_files
-    from ..families import query_heads
+    from ..families import query_heads, values_of
     from ..parallel.heads import split_heads
     from ..proof.build import AUTO_CLASSES
     from ..proof.model_under_test import read_config, task_of
@@ -84,11 +85,37 @@ def _split_of(options: argparse.Namespace):
     else:
         config = read_config(options.model)
         kind = task_of(config)
+    build = partial(AUTO_CLASSES[kind].from_config, attn_implementation="ulysses", **remote)
     with torch.device("meta"):
-        model = AUTO_CLASSES[kind].from_config(config, attn_implementation="ulysses", **remote)
+        model = _built(options.model, build, config, kind, size)
     check_model(model, wanted)
+    config = model.config
     heads, gathering = query_heads(config), count_sparse_layers(model)
     if heads is None or keeps_all_heads(model):  # no layer of it trades heads
         return None, gathering
-    key_value = getattr(config.get_text_config(), "num_key_value_heads", None) or heads
+    counts = zip(values_of(config, "num_attention_heads"), values_of(config, "num_key_value_heads"))
+    key_value = next((theirs for mine, theirs in counts if mine == heads and theirs), heads)
     return split_heads(heads, key_value, size), gathering
+
+
+def _built(name: str, build, config, kind: str, size: int):
+    """The model of a configuration; of a type that is only named and whose defaults build none, a tiny one."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    from ..proof.model_under_test import ModelUnderTest
+
+    try:
+        return build(config)
+    except Exception as error:
+        if isinstance(error, KeyError) and error.args == ("ulysses",):
+            raise
+        if name not in CONFIG_MAPPING_NAMES:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(
+                f"`{name}` builds no model from its configuration ({type(error).__name__}: {reason}): check the file, "
+                "or the installed version of transformers."
+            ) from error
+    tested = ModelUnderTest.of(config, kind, size)
+    if tested.config is None:
+        raise ValueError(tested.problem)
+    return build(tested.config)

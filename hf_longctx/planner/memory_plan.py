@@ -18,6 +18,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from ..adapters.dense_mlps import find_dense_mlps
 from ..adapters.tiled_loss import tile_loss
+from ..families import values_of
 from ..parallel.heads import validate_head_count
 from .fake_model import count_adapters, find_stack, model_on_meta
 from .presets import MLP_TILE_SIZE, PRESETS, Preset
@@ -93,7 +94,7 @@ class Planner:
                 f"`{type(config).__name__}` makes no decoder that transformers knows as a causal language model: plan "
                 "one that `AutoModelForCausalLM` loads without code of its own."
             )
-        num_heads = getattr(self.config, "num_attention_heads", None)
+        num_heads = min((count for count in values_of(self.config, "num_attention_heads") if count), default=None)
         if num_heads is None:
             raise NotImplementedError(
                 f"`{type(config).__name__}` has no `num_attention_heads`: layers without attention cannot be planned."

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
+from transformers import CONFIG_MAPPING
 from transformers.models.falcon import modeling_falcon
 
 import hf_longctx
@@ -68,14 +69,25 @@ def test_check_shows_who_gets_which_heads(tmp_path, capsys):
         ("qwen3", "each gets 16 of 32 query heads and 16 of 32 key/value heads", True),
         ("hy_v4", "34 layers attend to what an indexer picks", False),
         ("mamba2", "", False),
+        ("dots3_note_text", "layers attend to what an indexer picks", True),  # its layers have heads of their own
+        ("dots1", "each gets", True),  # its defaults build no model, so a tiny one is looked at
     ],
 )
 def test_check_takes_a_type_by_name(kind, said, table, capsys):
     """Layers that gather keys of whole rows trade no heads, so 33 ranks may share a model of 32 heads."""
     size = "2" if table else "33"
+    if kind not in CONFIG_MAPPING:
+        pytest.skip(f"transformers has no {kind}")
     assert main(["check", kind, "--sequence_parallel_size", size]) == 0
     out = capsys.readouterr().out
-    assert "can be sharded" in out and said in out and ("query heads" in out) == table
+    assert "can be sharded" in out and said in " ".join(out.split()) and ("query heads" in out) == table
+
+
+def test_check_says_what_a_folder_lacks(tmp_path, capsys):
+    config = config_of("llama").to_dict()
+    (tmp_path / "config.json").write_text(json.dumps({**config, "model_type": "dots1"}))
+    assert main(["check", str(tmp_path)]) == 2
+    assert "builds no model from its configuration (TypeError: " in capsys.readouterr().out
 
 
 def test_check_refuses_with_the_sentence(tmp_path, capsys):
