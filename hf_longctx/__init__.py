@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .config.ramp import RampConfig as RampConfig
     from .config.run import LongContextConfig as LongContextConfig
     from .config.sources import SourcesConfig as SourcesConfig
+    from .config.test_time import TTTConfig as TTTConfig
     from .config.texts import TextsConfig as TextsConfig
     from .data.blend.blended_rows import BlendedRows as BlendedRows
     from .data.packing.collator import PackingCollator as PackingCollator
@@ -57,7 +58,10 @@ if TYPE_CHECKING:
     from .trainer.adaptation import adapt as adapt
     from .trainer.causal_lm import LongContextTrainer as LongContextTrainer
     from .trainer.ending import end_training as end_training
+    from .trainer.inner_steps import InnerLearningRateWarmup as InnerLearningRateWarmup
     from .trainer.sft import LongContextSFTTrainer as LongContextSFTTrainer
+    from .ttt.fast_cache import TTTCache as TTTCache
+    from .ttt.fast_model import TTTForCausalLM as TTTForCausalLM
 
 _EXPORTS = {
     "adapters.embedding_norm": ("add_embedding_norm",),
@@ -75,6 +79,7 @@ _EXPORTS = {
     "config.ramp": ("RampConfig",),
     "config.run": ("LongContextConfig",),
     "config.sources": ("SourcesConfig",),
+    "config.test_time": ("TTTConfig",),
     "config.texts": ("TextsConfig",),
     "data.blend.blended_rows": ("BlendedRows",),
     "data.packing.collator": ("PackingCollator",),
@@ -101,7 +106,10 @@ _EXPORTS = {
     "trainer.adaptation": ("adapt",),
     "trainer.causal_lm": ("LongContextTrainer",),
     "trainer.ending": ("end_training",),
+    "trainer.inner_steps": ("InnerLearningRateWarmup",),
     "trainer.sft": ("LongContextSFTTrainer",),
+    "ttt.fast_cache": ("TTTCache",),
+    "ttt.fast_model": ("TTTForCausalLM",),
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)
 

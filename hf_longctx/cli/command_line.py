@@ -1,6 +1,6 @@
 """`hf-longctx`: look before a run, and run. `env` prints what is installed, `check` says whether and how a model is
-sharded, `pack` what packing would do to a data set, `plan` what fits on which GPUs, `verify` proves that sharding is
-exact; `sft`, `pretrain` and `embed` train."""
+sharded, `pack` what packing would do to a data set, `plan` what fits on which GPUs, `ttt` adds fast weights to a
+model, `verify` proves that sharding is exact; `sft`, `pretrain` and `embed` train."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import difflib
 import sys
 from typing import Any
 
-from . import check, env, pack, plan, verify
+from . import check, env, pack, plan, ttt, verify
 from .train import TASKS, TrainingCommand
 
 
 # A command has `add_parser(commands)`, which must import nothing that takes time, and `run(options)`.
-COMMANDS: tuple[Any, ...] = (env, check, pack, plan, verify, *map(TrainingCommand, TASKS))
+COMMANDS: tuple[Any, ...] = (env, check, pack, plan, ttt, verify, *map(TrainingCommand, TASKS))
 
 
 def main(arguments: list[str] | None = None) -> int:

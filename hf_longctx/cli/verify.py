@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -34,6 +35,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--dtype", default="float32", help="float32 (doubts are settled in float64) or float64")
     parser.add_argument("--task", help="causal-lm, masked-lm or encoder, for a type that is several; or embedding")
     parser.add_argument("--bidirectional", action="store_true", help="with --task embedding: no causal mask")
+    parser.add_argument("--ttt", action="store_true", help="the type with fast weights (TTT-E2E), in one process")
     parser.add_argument("--full", action="store_true", help="the model's own size and weights, not a tiny random one")
     parser.add_argument("--json", help="file to write the result to")
     return parser
@@ -60,6 +62,8 @@ def run(options: argparse.Namespace) -> int:
         _validate_writable(options.json)
     except (ValueError, ImportError) as error:
         return _end(console, REFUSED, str(error))
+    if options.ttt:
+        return _verify_fast_weights(console, options)
     cores = os.cpu_count() or 1
     if setting.world_size > cores:
         console.print(f"warning: {setting.world_size} processes on {cores} cores take turns: right, but slow")
@@ -75,6 +79,27 @@ def run(options: argparse.Namespace) -> int:
         Path(options.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n")
         console.print(f"wrote {options.json}", markup=False)
     return result.exit_code
+
+
+def _verify_fast_weights(console: Console, options: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from ..proof.fast_weights import verify_fast_weights
+
+    try:
+        with console.status(f"fast weights in {options.model}"):
+            result = verify_fast_weights(options.model)
+    except ValueError as error:
+        return _end(console, UNBUILDABLE, str(error))
+    table = Table("fast weights", "worst error", "allowed (float64)", box=None)
+    for check in result.checks:
+        table.add_row(check.name, f"{check.error:.1e}", f"{check.allowed:.0e}")
+    console.print(f"{result.model} (tiny random weights), one process", markup=False)
+    if result.checks:
+        console.print(table)
+    if options.json:
+        Path(options.json).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
+    return _end(console, result.outcome, result.message or f"{len(result.checks)} rows in {result.seconds:.1f} s")
 
 
 def _end(console: Console, outcome: str, message: str) -> int:

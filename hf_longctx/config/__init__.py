@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .ramp import RampConfig as RampConfig
     from .run import LongContextConfig as LongContextConfig
     from .sources import SourcesConfig as SourcesConfig
+    from .test_time import TTTConfig as TTTConfig
     from .texts import TextsConfig as TextsConfig
     from .watches import WatchConfig as WatchConfig
 
@@ -24,6 +25,7 @@ _EXPORTS = {
     "ramp": ("RampConfig",),
     "run": ("LongContextConfig",),
     "sources": ("SourcesConfig",),
+    "test_time": ("TTTConfig",),
     "texts": ("TextsConfig",),
     "watches": ("WatchConfig",),
 }

@@ -23,6 +23,18 @@ TAGS = ("hf_longctx", "long-context", "sequence-parallel")
 _TRAINER_TAGS = {*TAGS, "generated_from_trainer", "trl", "sft"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
+_FAST_WEIGHTS = (
+    "Attention sees a window only. The last layers carry fast weights that take a gradient step of next-token loss "
+    "after every chunk that is read (TTT-E2E, arXiv 2512.23675), so that memory and time a token do not grow with "
+    "length. What left the window is not recalled word for word: for that use full attention."
+)
+_LOADING = """\
+from hf_longctx import TTTForCausalLM
+
+model = TTTForCausalLM.from_pretrained(folder)  # for an adapter: of the base, then PeftModel.from_pretrained
+memory = model.read(input_ids)  # of one size
+model.generate(question_ids, cache=memory.copy(), learn=False)"""
+
 
 def is_hub_name(name: object) -> bool:
     """Whether `name` reads as `owner/name` on the Hub and is not a folder here."""
@@ -87,10 +99,12 @@ def _body(folder: Path, metrics: dict, picture: str | None) -> str:
     if size > 1:
         length += f", each shared by {size} processes (Ulysses sequence parallelism)"
     source = f" on {_link(metrics['dataset'], 'datasets/')}" if metrics["dataset"] else ""
+    fast = metrics.get("fast_weights")
+    needs = "`hf_longctx`" if fast else "only `transformers`"
     parts = [
         f"# {metrics['name']}",
-        f"{base} trained{source} with `hf_longctx`: {length}. To run, the saved model needs only "
-        f"`transformers`{' and `peft`' if (folder / 'adapter_config.json').is_file() else ''}.",
+        f"{base} trained{source} with `hf_longctx`: {length}. To run, the saved model needs {needs}"
+        f"{' and `peft`' if (folder / 'adapter_config.json').is_file() else ''}.",
     ]
     if picture is not None:
         parts.append(f"![Loss and throughput]({picture})")
@@ -98,6 +112,9 @@ def _body(folder: Path, metrics: dict, picture: str | None) -> str:
     if metrics.get("sources"):
         parts += ["## Data", sources_table(metrics["sources"])]
     parts += ["## Training", markdown_table("Setting", "Value", run_settings(metrics))]
+    if fast:
+        parts += ["## Learning while reading", _FAST_WEIGHTS, code_block(_LOADING, "python")]
+        parts.append(markdown_table("Setting", "Value", {_in_words(name): str(fast[name]) for name in fast}))
     parts += ["Command, from the folder with the recipes:", code_block(metrics["command"])]
     parts += [
         "## Versions",
@@ -145,7 +162,7 @@ def run_settings(metrics: dict, length: str = "Context length, tokens per row") 
         "Sequence-parallel size": str(metrics["sequence_parallel_size"]),
         "Data-parallel size": str(metrics["data_parallel_size"]),
     }
-    return {**rows, **{name.replace("_", " ").capitalize(): str(value) for name, value in metrics["settings"].items()}}
+    return {**rows, **{_in_words(name): str(value) for name, value in metrics["settings"].items()}}
 
 
 def sources_table(sources: dict[str, dict[str, float]]) -> str:
@@ -158,10 +175,14 @@ def sources_table(sources: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def code_block(command: str) -> str:
-    """A shell command as a block of Markdown, in a fence longer than any run of back-ticks in it."""
+def _in_words(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+def code_block(command: str, language: str = "bash") -> str:
+    """A shell command, or other code, as a block of Markdown, in a fence longer than any run of back-ticks in it."""
     fence = "`" * (max([2, *map(len, re.findall("`+", command))]) + 1)
-    return f"{fence}bash\n{command}\n{fence}"
+    return f"{fence}{language}\n{command}\n{fence}"
 
 
 def markdown_table(name: str, value: str, rows: dict[str, str]) -> str:

@@ -141,6 +141,7 @@ class RunReport(TrainerCallback):
             "eval_history": [{"step": entry["step"], "eval_loss": entry["eval_loss"]} for entry in evaluations],
             "train": {key: value for key, value in summary.items() if isinstance(value, (int, float))},
             "peak_memory": sorted(peaks, key=lambda peak: peak["rank"]),
+            "fast_weights": getattr(getattr(model, "config", None), "ttt", None),
         }
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
+from ..adapters.wrapped import unwrap
+
 
 _TRL_COUNTERS = ("_metrics", "_total_train_tokens")  # filled by its loss, and not to be filled twice
 _SHOWN_TOKENS = 8
@@ -138,6 +140,8 @@ def _run_again(trainer, model: torch.nn.Module, batch: dict, count) -> str | Non
     try:
         with trainer.compute_loss_context_manager():
             loss = trainer.compute_loss(model, inputs, num_items_in_batch=count)
+        # What a model knows of steps that it took itself comes before the layers that ran on their results.
+        watch.place = getattr(unwrap(model), "explain_nonfinite", lambda: None)() or watch.place
         if watch.place is None and not _is_finite(loss):
             trains_nothing = count is not None and float(count) == 0
             why = "every label of the step is -100" if trains_nothing else "every layer's output is finite"

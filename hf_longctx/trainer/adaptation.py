@@ -31,6 +31,7 @@ from ..families import expects_unshifted_labels, first_position, position_axes, 
 from ..parallel.adapted import Adapted
 from ..parallel.mesh import SequenceMesh
 from ..tiny_check import random_tokens
+from ..ttt.fast_model import TTTForCausalLM
 from .checks import check_model
 from .random_draws import warn_about_draws
 from .sanity_check import SanityResult, run_sanity_check
@@ -64,6 +65,11 @@ def adapt(model: torch.nn.Module, mesh: SequenceMesh, *, inner_attention: str = 
     config = LongContextConfig(
         sequence_parallel_size=mesh.sequence_parallel_size, inner_attention=inner_attention, check_packing=True
     )
+    if isinstance(unwrap(model), TTTForCausalLM):
+        raise NotImplementedError(
+            f"`{type(unwrap(model)).__name__}` reads whole rows chunk by chunk, so there is nothing to adapt: "
+            "train it with `sequence_parallel_size` 1, under DDP or as it is."
+        )
     check_model(model, config)
     _validate_here(unwrap(model))
     follow_lsh(model, inner_attention)
@@ -171,6 +177,8 @@ def adapt_model(trainer) -> bool:
     Returns:
         `bool`: whether the model runs an attention of ours; of any other nothing is changed.
     """
+    if isinstance(unwrap(trainer.model), TTTForCausalLM):
+        return False  # rows stay whole, and each forward of it tells its attention so
     follow_axial_positions(trainer.model)
     follow_reversible(trainer.model)
     if not runs_our_attention(trainer.model):

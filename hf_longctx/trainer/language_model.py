@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from .blend_mixin import BlendMixin
 from .indexer_mixin import IndexerMixin
+from .inner_steps import InnerStepMixin
 from .ramp_mixin import RampMixin
 
 
-class LanguageModelMixin(RampMixin, BlendMixin, IndexerMixin):
+class LanguageModelMixin(InnerStepMixin, RampMixin, BlendMixin, IndexerMixin):
     """In front of a library's trainer class; see the mixins for their keyword arguments."""

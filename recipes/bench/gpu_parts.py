@@ -35,6 +35,7 @@ _TINY_STEP = "--layers 1 --hidden 64 --intermediate 64 --vocab 128 --head_size 3
 _TINY_LADDER = f"{_TINY_STEP} --one_process --ranks 1 --plan --tokens 64 128"
 _OURS = 'ours, "packed"'
 _CHECKPOINTED, _REVERSIBLE = "one stream, checkpointing", "reversible"
+_FULL = "full attention"
 _EAGER = {"label": "transformers, eager"}
 
 
@@ -245,6 +246,23 @@ PARTS = (
                 "attention alone, 1M tokens: seconds of causal LSH, 4 rounds",
                 number("lsh", "seconds", tokens=2**20, label="causal LSH, 4 rounds"),
             )
+        ],
+    ),
+    Part(
+        "ttt",
+        "125M that learns while it reads, 8K tokens: step time and memory against full attention",
+        "ttt",
+        seconds=15,
+        arguments="--tokens 8192 32768 --chunks 1024 --window 8192 --read 8192 65536 --layers 12 --hidden 768 "
+        "--intermediate 2048 --vocab 128256 --repeats 2",
+        tiny="--tokens 32 --chunks 8 --window 8 --read 16 32 --layers 4 --hidden 64 --intermediate 64 --vocab 64 "
+        "--repeats 1",
+        figures=[
+            Figure(
+                f"E2E, {tokens // 1024}K tokens: seconds over full attention",
+                ratio("ttt", "seconds", {"tokens": tokens, "label": "E2E"}, {"tokens": tokens, "label": _FULL}),
+            )
+            for tokens in (8192, 32768)
         ],
     ),
     Part(

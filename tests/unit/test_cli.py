@@ -188,7 +188,7 @@ print(sorted(loaded & {"torch", "transformers", "numpy", "rich", "datasets"}))
 
 def test_help_of_every_command_imports_no_library():
     names = [getattr(command, "task", "") or command.__name__.rpartition(".")[2] for command in COMMANDS]
-    assert names == ["env", "check", "pack", "plan", "verify", "sft", "pretrain", "embed"]
+    assert names == ["env", "check", "pack", "plan", "ttt", "verify", "sft", "pretrain", "embed"]
     helped = subprocess.run([sys.executable, "-c", HELP, *names], capture_output=True, text=True)
     assert helped.returncode == 0, helped.stderr
     assert helped.stdout.splitlines()[-1] == "[]"

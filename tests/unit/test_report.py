@@ -167,3 +167,30 @@ def test_the_command_is_the_one_that_was_typed():
     fsdp = {**many, "WORLD_SIZE": "8", "ACCELERATE_DYNAMO_USE_FULLGRAPH": "False", "ACCELERATE_USE_FSDP": "true"}
     launcher = "accelerate launch --num_processes 8 --num_machines 4 --use_fsdp --fsdp_version 2"
     assert launch_command(arguments, {**fsdp, "FSDP_VERSION": "2"}) == f"{launcher} {typed}"
+
+
+def test_a_card_of_fast_weights_says_how_to_load_them(tmp_path):
+    metrics = {
+        "name": "x",
+        "base_model": None,
+        "dataset": None,
+        "row_tokens": 8,
+        "sequence_parallel_size": 1,
+        "data_parallel_size": 1,
+        "num_steps": 1,
+        "history": [],
+        "eval_history": [],
+        "train": {},
+        "peak_memory": [],
+        "settings": {},
+        "versions": {},
+        "command": "python x.py",
+        "fast_weights": {"window": 8, "chunk_tokens": 4},
+    }
+    from hf_longctx.reporting.model_card import write_model_card
+
+    card = write_model_card(tmp_path, metrics, None).read_text()
+    assert "To run, the saved model needs `hf_longctx`." in card and "TTTForCausalLM.from_pretrained" in card
+    assert "| Chunk tokens | 4 |" in card and "for that use full attention" in card
+    plain = write_model_card(tmp_path, {**metrics, "fast_weights": None}, None).read_text()
+    assert "needs only `transformers`." in plain and "TTTForCausalLM" not in plain

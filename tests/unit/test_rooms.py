@@ -35,6 +35,7 @@ ROOMS = (
     "planner",
     "reporting",
     "resilience",
+    "ttt",
     "trainer",
     "embedding",
     "proof",

@@ -1,0 +1,136 @@
+"""Train a model to learn from what it reads (TTT-E2E), on documents or on the Markov toy.
+
+    python recipes/ttt.py --config recipes/ttt_markov_toy.yaml
+    torchrun --standalone --nproc_per_node 2 recipes/ttt.py --config recipes/ttt_smollm2_stdlib.yaml
+
+Every row is a part of one document. Arguments are those of `TrainingArguments`, TRL's `ModelConfig` and `TTTConfig`,
+and the few below; the command line overrides the YAML file. After training, held-out documents are read with inner
+steps and without, and the losses by chunk are printed and written.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from torch.distributed.elastic.multiprocessing.errors import record
+from transformers import TrainingArguments, default_data_collator
+
+from ..config.run import LongContextConfig
+from ..config.test_time import TTTConfig
+from ..data.files import read_text
+from ..trainer.causal_lm import LongContextTrainer
+from ..trainer.inner_steps import InnerLearningRateWarmup
+from ..ttt.fast_model import TTTForCausalLM
+from . import ttt_toy
+from .recipe_file import check_recipe_file, parse_recipe
+from .ttt_eval import TTT, WINDOW, losses_by_position
+
+
+try:
+    import datasets  # noqa: F401  without it, trl raises a RuntimeError
+    from trl import ModelConfig, get_peft_config
+except ImportError as error:
+    raise ImportError("The recipe `ttt` needs trl and datasets: `pip install hf-longctx[trl]`.") from error
+
+from ..data.documents import split_into_rows
+from .inputs import RecipeArguments, check_output_dir, load_model, make_report, read_documents, train_and_save
+
+
+CHUNKS_FILE = "ttt_chunks.json"
+
+
+@dataclass
+class TTTArguments(RecipeArguments):
+    row_tokens: int = field(default=4096, metadata={"help": "Tokens of a row, all of one document."})
+    text_field: str = field(default="text", metadata={"help": "Column that holds the text."})
+    from_scratch: bool = field(default=False, metadata={"help": "Start from random weights of the model's config."})
+    window_only: bool = field(default=False, metadata={"help": "The control: the same model without inner steps."})
+    warmup_start: float = field(default=1.0, metadata={"help": "Inner learning rate of the first step, of the whole."})
+    warmup_ratio_inner: float = field(default=0.0, metadata={"help": "Part of the steps in which it is raised."})
+    num_eval_rows: int = field(default=4, metadata={"help": "Held-out rows that are read after training."})
+    dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize."})
+
+
+ARGUMENTS = (TTTArguments, TrainingArguments, ModelConfig, LongContextConfig, TTTConfig)
+
+
+@record
+def main() -> None:
+    check_recipe_file(sys.argv[1:])
+    if _is_toy(sys.argv[1:]):
+        (toy,) = parse_recipe((ttt_toy.ToyArguments,))
+        ttt_toy.main(toy)
+        return
+    recipe, args, model_args, long_context, settings = parse_recipe(ARGUMENTS)
+    check_output_dir(recipe, args)
+    base, tokenizer = load_model(recipe, args, model_args, long_context, recipe.from_scratch)
+    if recipe.window_only:
+        settings = replace(settings, inner_learning_rate=0.0)
+    model: Any = TTTForCausalLM.from_base(base, settings)
+    peft_config = get_peft_config(model_args)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)
+    with args.main_process_first(desc="reading documents"):
+        options = {"text_field": recipe.text_field, "num_proc": recipe.dataset_num_proc}
+        rows, eval_rows = (
+            part and split_into_rows(part, tokenizer, recipe.row_tokens, **options).filter(_is_full(recipe.row_tokens))
+            for part in read_documents(recipe, args, recipe.text_field)
+        )
+    trainer = LongContextTrainer(
+        model=model,
+        args=args,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
+        data_collator=default_data_collator,
+        processing_class=tokenizer,
+        long_context=long_context,
+        callbacks=[InnerLearningRateWarmup(recipe.warmup_start, recipe.warmup_ratio_inner)],
+    )
+    held_out = [] if eval_rows is None else [eval_rows[i] for i in range(min(len(eval_rows), recipe.num_eval_rows))]
+    chunks = {"before": measure(trainer.model, held_out)}
+    train_and_save(trainer, make_report(recipe, long_context, recipe.row_tokens), args)
+    chunks["after"] = measure(trainer.model, held_out)
+    if args.process_index == 0 and held_out:
+        write_chunks(chunks, Path(args.output_dir))
+
+
+def _is_toy(words: list[str]) -> bool:
+    if "--config" not in words:
+        return False
+    return "toy" in (yaml.safe_load(read_text(words[words.index("--config") + 1])) or {})
+
+
+def _is_full(tokens: int) -> Any:
+    return lambda row: len(row["input_ids"]) == tokens
+
+
+def measure(model: Any, rows: list[dict]) -> dict[str, list[float]]:
+    """Loss by chunk of held-out rows, with inner steps and without; nothing without rows."""
+    if not rows:
+        return {}
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    was_training = inner.training
+    inner.eval()
+    ids = [torch.tensor(row["input_ids"], device=inner.device)[None] for row in rows]
+    arms = {WINDOW: lambda row: inner.read_logits(row, learn=False), TTT: lambda row: inner.read_logits(row)}
+    found = losses_by_position(arms, ids, inner.settings.chunk_tokens)
+    inner.train(was_training)
+    return found
+
+
+def write_chunks(chunks: dict[str, dict[str, list[float]]], folder: Path) -> None:
+    """Print the losses by chunk, and write them next to the model."""
+    console = Console()
+    for when, found in chunks.items():
+        for name, losses in found.items():
+            console.print(f"{when} training, {name}: {' '.join(f'{loss:.4f}' for loss in losses)}", soft_wrap=True)
+    (folder / CHUNKS_FILE).write_text(json.dumps(chunks, indent=1) + "\n")

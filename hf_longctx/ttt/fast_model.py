@@ -1,0 +1,290 @@
+"""`TTTForCausalLM`: a causal language model that learns from what it reads (TTT-E2E).
+
+It holds the base model and runs its parts; the base stays transformers' own. All arithmetic is in `forward`, so every
+trainer of transformers, TRL's SFT and a loop of one's own train it. Nothing is registered with transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..attention.cache_names import OUTPUT_NAME
+from ..config.test_time import TTTConfig
+from .base_parts import BaseParts, compare_parts, find_decoder, find_parts, validate_suffix
+from .base_settings import complete_settings
+from .chunked_rows import RowPlan, RowsOutput, Tokens, recomputation_levels, run_rows
+from .fast_cache import TTTCache
+from .fast_config import TTTModelConfig
+from .forward_checks import validate_batch, validate_lengths, validate_model
+from .generating import GeneratingMixin
+from .inner import Step, Suffix
+from .prime import PrimeMLP, PrimeMLPs
+from .prime_blocks import set_kernel
+from .reading import Reader, first_bad_step, next_tokens, read_tokens
+from .step_record import StepRecord
+
+
+@dataclass
+class TTTOutput(CausalLMOutputWithPast):
+    """transformers' output, and hidden states after the final norm, which TRL's SFT scores."""
+
+    last_hidden_state: torch.Tensor | None = None
+
+
+class TTTForCausalLM(GeneratingMixin, PreTrainedModel, GenerationMixin):
+    """A causal language model with fast weights: an extra MLP in its last layers takes a gradient step of the
+    next-token loss after every chunk that is read, and training differentiates through these steps.
+
+    Args:
+        config ([`TTTModelConfig`]).
+        base (*optional*): the base model; built from the configuration if it is not given.
+
+    Build it with [`TTTForCausalLM.from_base`], and load what `save_pretrained` wrote with `from_pretrained`.
+
+    Example:
+    ```python
+    model = TTTForCausalLM.from_base("HuggingFaceTB/SmolLM2-135M", TTTConfig(window=2048, chunk_tokens=1024))
+    memory = model.read(book_ids)
+    model.generate(question_ids, cache=memory.copy(), learn=False)
+    ```
+    """
+
+    config_class = TTTModelConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
+    _no_split_modules: list[str] = []
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: TTTModelConfig, base: Any = None) -> None:
+        super().__init__(config)
+        self.settings = config.settings
+        if base is None:
+            name = config._attn_implementation or "packed"
+            # `from_pretrained` makes what it is asked for the default while a model is built.
+            made = {"dtype": torch.get_default_dtype(), "attn_implementation": name}
+            base = AutoModelForCausalLM.from_config(config.build_base(), **made)
+        self.base = base
+        parts = find_parts(base, self.settings)
+        validate_suffix(parts)
+        for layer in parts.suffix:
+            set_kernel(layer, self.settings.suffix_attention)
+        self.primes = self._make_primes(parts)
+        self.gradient_checkpointing = False
+        self.inner_learning_rate = self.settings.inner_learning_rate
+        self.measures_gain = False
+        self.last_rows: RowsOutput | None = None
+        self.step_record = StepRecord()
+        is_meta = any(parameter.is_meta for parameter in self.parameters())
+        if not is_meta:
+            for module in self.modules():  # weights are there, and are not to be drawn again
+                module._is_hf_initialized = True
+        self.post_init()
+        if not is_meta:
+            compare_parts(base, self.parts)
+
+    def _make_primes(self, parts: BaseParts) -> PrimeMLPs:
+        width = self.settings.fast_intermediate_size
+        assert width is not None and self.settings.window is not None
+        mlps = []
+        for layer in parts.suffix:
+            norm, weight = layer.post_attention_layernorm, next(layer.mlp.parameters())
+            dtype = weight.dtype if weight.is_floating_point() else torch.float32
+            mlps.append(PrimeMLP(norm, parts.config.hidden_size, width, dtype, weight.device))
+        return PrimeMLPs(mlps, (self.settings.window, self.settings.chunk_tokens))
+
+    @classmethod
+    def from_base(cls, base: Any, settings: TTTConfig | None = None, **kwargs: Any) -> TTTForCausalLM:
+        """Add fast weights to a model that has none. Before training it is that model with a sliding window.
+
+        Args:
+            base (`str` or `PreTrainedModel`): hub id, folder, or a causal language model, which is held, not copied.
+            settings ([`TTTConfig`], *optional*).
+            kwargs: for `AutoModelForCausalLM.from_pretrained`. `attn_implementation` is that of the layers before the
+                suffix, by default `"packed"`, which makes no `T x T` mask.
+
+        Raises:
+            ValueError: settings that the base model does not allow.
+            NotImplementedError: a base model that is not laid out as Llama is.
+        """
+        if isinstance(base, str):
+            kwargs.setdefault("attn_implementation", "packed")
+            base = AutoModelForCausalLM.from_pretrained(base, **kwargs)
+        find_decoder(base)
+        settings = complete_settings(settings or TTTConfig(), base.config)
+        if getattr(base.config, "sliding_window", None) is not None:
+            base.config.sliding_window = settings.window
+        config = TTTModelConfig.of(base.config, settings)
+        config._attn_implementation_internal = base.config._attn_implementation
+        return cls(config, base)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Load what `save_pretrained` wrote; arguments are transformers'."""
+        kwargs.setdefault("attn_implementation", "packed")
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        compare_parts(model.base, model.parts)
+        return loaded
+
+    def _init_weights(self, module: torch.nn.Module) -> None:
+        if isinstance(module, PrimeMLP):
+            module.reset_parameters()
+
+    @property
+    def parts(self) -> BaseParts:
+        return find_parts(self.base, self.settings)
+
+    def get_input_embeddings(self) -> Any:
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        return self.base.get_output_embeddings()
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Choose the kernel of the layers before the suffix; that of the suffix is `suffix_attention`."""
+        self.base.set_attn_implementation(attn_implementation, *args, **kwargs)
+        self.config._attn_implementation_internal = self.base.config._attn_implementation
+
+    @torch.compiler.disable  # torch.compile traces no gradient of a gradient
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: TTTCache | None = None,
+        past_key_values: TTTCache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        learn: bool | None = None,
+        logits_to_keep: int = 0,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> TTTOutput:
+        """Read rows, each of one document, and learn from them chunk by chunk.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`).
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): padding on the right.
+            position_ids (`torch.Tensor`, *optional*): from 0 up, if given.
+            cache ([`TTTCache`], *optional*): what was read before; `past_key_values` is its older name.
+            labels (`torch.Tensor` of shape `(B, T)`, *optional*): of the outer loss; the inner one needs none.
+            use_cache (`bool`, *optional*): only `generate()` and `read()` make a cache.
+            learn (`bool`, *optional*): whether steps are taken; `True` unless given.
+            logits_to_keep (`int`): 0 for all; with a cache, logits of the last tokens only.
+            num_items_in_batch (`int`, *optional*): what the sum over labels is divided by; else their number.
+            kwargs: `shift_labels`, which are already shifted; all else is refused unless it changes nothing.
+
+        Returns:
+            [`TTTOutput`]: in training with labels no logits, so that they are not kept.
+        """
+        cache = cache if cache is not None else past_key_values
+        # No argument by name: trainers take each with `label` in its name for one that every batch has.
+        shift_labels = kwargs.pop("shift_labels", None)
+        validate_model(self, self.parts, self.primes)
+        if cache is not None:
+            return self._forward_with_cache(input_ids, cache, labels, learn is not False, logits_to_keep)
+        validate_batch(kwargs, input_ids, attention_mask, position_ids)
+        assert input_ids is not None
+        if labels is not None or shift_labels is not None:
+            validate_lengths(input_ids, attention_mask)
+            if shift_labels is None and labels is not None:
+                shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        if learn is not False and torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "reading takes gradient steps, and `torch.inference_mode()` forbids gradients for good: use "
+                "`torch.no_grad()`, or pass `learn=False`."
+            )
+        output = self._read_rows(input_ids, attention_mask, shift_labels, learn is not False)
+        loss = None
+        if shift_labels is not None:
+            count = (shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
+            loss = output.loss / (count.to(output.loss.device) if isinstance(count, torch.Tensor) else count)
+        if shift_labels is not None and self.training:
+            return TTTOutput(loss=loss)
+        return TTTOutput(loss=loss, logits=output.logits, last_hidden_state=output.hidden_states)
+
+    def _read_rows(
+        self, input_ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None, learn: bool
+    ) -> RowsOutput:
+        parts, settings = self.parts, self.settings
+        tokens = Tokens(*next_tokens(input_ids, mask, self._ignored()), labels)
+        hidden_states = parts.run_prefix(input_ids, None)
+        assert settings.window is not None
+        chunks = -(-input_ids.shape[1] // settings.chunk_tokens)
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        plan = RowPlan(
+            settings.chunk_tokens,
+            settings.window,
+            self._step() if learn and self.inner_learning_rate > 0 else None,
+            recomputation_levels(chunks) if recomputes else 0,
+            returns_tokens=labels is None or not self.training,
+            measures_gain=self.measures_gain,
+        )
+        rotary, positions = parts.rotation(hidden_states, 0)
+        output = run_rows(self._suffix(parts), hidden_states, rotary, positions, tokens, plan)
+        self.last_rows = RowsOutput(
+            output.loss.detach(), *(output.squares.new_zeros(0),) * 2, output.squares.detach(), output.gains
+        )
+        if self.training and torch.is_grad_enabled():
+            self.step_record.add(output, self.inner_learning_rate, settings.inner_max_grad_norm)
+        return output
+
+    def _forward_with_cache(
+        self, input_ids: Any, cache: TTTCache, labels: Any, learn: bool, logits_to_keep: int
+    ) -> TTTOutput:
+        if not isinstance(cache, TTTCache):
+            raise ValueError(
+                f"`cache` is a `{type(cache).__name__}`, which has no place for fast weights: pass a `TTTCache`, as "
+                "`model.read(...)` returns, or none."
+            )
+        if labels is not None or (self.training and torch.is_grad_enabled()):
+            raise ValueError(
+                "a cache holds what was read without a graph, so no loss can be trained through it: pass whole rows "
+                "without `cache` to train."
+            )
+        pieces = list(self.read_pieces(input_ids, cache, learn))
+        hidden = torch.cat(pieces, 1)
+        hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
+        with torch.no_grad():
+            logits = self.get_output_embeddings()(hidden)
+        return TTTOutput(logits=logits, last_hidden_state=hidden, **{OUTPUT_NAME: cache})
+
+    def read_pieces(self, input_ids: torch.Tensor, cache: TTTCache, learn: bool) -> Any:
+        """Read tokens into a cache; hidden states after the final norm, a piece at a time."""
+        parts, settings = self.parts, self.settings
+        cache.validate_facts(self.cache_facts())
+        assert settings.window is not None
+        reader = Reader(
+            parts.run_prefix,
+            parts.rotation,
+            self._suffix(parts),
+            self._step(),
+            settings.window,
+            settings.chunk_tokens,
+            self._ignored(),
+        )
+        return read_tokens(reader, cache, input_ids, learn)
+
+    def explain_nonfinite(self) -> str | None:
+        """Where the last forward's inner steps first were not finite, in words."""
+        if self.last_rows is None:
+            return None
+        first = len(self.parts.prefix)
+        place = first_bad_step(self.last_rows.squares, 0, first)
+        return None if place is None else f"in the inner step of {place}"
+
+    def _suffix(self, parts: BaseParts) -> Suffix:
+        return Suffix(parts.suffix, self.primes, parts.norm, parts.head)
+
+    def _step(self) -> Step:
+        exact = self.settings.meta_gradient == "exact"
+        return Step(self.inner_learning_rate, self.settings.inner_max_grad_norm, exact)
+
+    def _ignored(self) -> int | None:
+        return self.config.bos_token_id

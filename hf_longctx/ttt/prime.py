@@ -1,0 +1,100 @@
+"""The prime MLPs: an extra SwiGLU MLP a suffix layer, whose matrices are the fast weights.
+
+The parameters are what every row starts from. A row's own fast weights are explicit tensors with a leading batch axis,
+passed from chunk to chunk; no module is ever changed by reading, and `B` rows learn `B` different things.
+Price: `3 M D` numbers a row and layer, in float32.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+Fast = list[torch.Tensor]  # gate, up and down of each suffix layer in order, with rows first
+MATRICES = ("prime_gate", "prime_up", "prime_down")
+
+
+class PrimeMLP(nn.Module):
+    """What one layer's fast weights start from, and the norm before them.
+
+    Args:
+        norm (`nn.Module`): copied, with weights of 1: that of the layer's own MLP.
+        hidden_size, intermediate_size (`int`): `D` and `M`.
+        dtype, device: of the matrices.
+
+    `prime_down` starts at zero, so that the layer is at first the layer without it. Only `prime_down` moves in the
+    first step then, which is enough; with all three at zero nothing would ever learn.
+    """
+
+    def __init__(self, norm: nn.Module, hidden_size: int, intermediate_size: int, dtype, device) -> None:
+        super().__init__()
+        self.prime_norm = copy.deepcopy(norm)
+        make = {"dtype": dtype, "device": device}
+        self.prime_gate = nn.Parameter(torch.empty(intermediate_size, hidden_size, **make))
+        self.prime_up = nn.Parameter(torch.empty(intermediate_size, hidden_size, **make))
+        self.prime_down = nn.Parameter(torch.empty(hidden_size, intermediate_size, **make))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Normal gate and up with variance `1 / D` behind a norm of ones, and zero down."""
+        if getattr(self.prime_norm, "weight", None) is not None:
+            self.prime_norm.weight.fill_(1)
+        for matrix in (self.prime_gate, self.prime_up):
+            matrix.normal_(std=1 / math.sqrt(matrix.shape[1]))
+        self.prime_down.zero_()
+
+
+class PrimeMLPs(nn.Module):
+    """The prime MLPs of all suffix layers, from the first of them to the last.
+
+    Args:
+        mlps (`list` of [`PrimeMLP`]).
+        facts (`tuple` of `int`): settings that its weights belong to, saved and compared with them.
+    """
+
+    NAMES = ("window", "chunk_tokens")
+
+    def __init__(self, mlps: list[PrimeMLP], facts: tuple[int, ...]) -> None:
+        super().__init__()
+        self.prime_layers = nn.ModuleList(mlps)
+        self.facts = tuple(facts)
+        self.register_buffer("prime_facts", torch.tensor(facts, dtype=torch.int64))
+
+    def start(self, rows: int) -> Fast:
+        """Fast weights of rows that have read nothing: float32 or wider, each `(rows, M, D)` or `(rows, D, M)`."""
+        return [_widened(getattr(mlp, name)).expand(rows, -1, -1) for mlp in self.prime_layers for name in MATRICES]
+
+    def matrices(self) -> list[nn.Parameter]:
+        """The parameters that fast weights start from."""
+        return [getattr(mlp, name) for mlp in self.prime_layers for name in MATRICES]
+
+    def run(self, index: int, hidden_states: torch.Tensor, fast: Fast) -> torch.Tensor:
+        """What the prime MLP of suffix layer `index` adds to `(B, t, D)`, row by row with its own weights."""
+        return apply_prime(self.prime_layers[index].prime_norm(hidden_states), *fast)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        saved = state_dict.get(prefix + "prime_facts")
+        if saved is not None and tuple(saved.tolist()) != self.facts:
+            there = ", ".join(f"`{name}` {value}" for name, value in zip(self.NAMES, saved.tolist()))
+            here = ", ".join(f"`{name}` {value}" for name, value in zip(self.NAMES, self.facts))
+            raise ValueError(
+                f"the checkpoint was trained with {there}, but this model has {here}: fast weights start from what "
+                "suits one chunk length; build the model with the checkpoint's settings, or start from its base."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def apply_prime(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+    """`down (silu(gate x) * up x)` with a matrix a row: `(B, t, D)` to `(B, t, D)`, in the precision of `x`."""
+    gate, up, down = (weight.to(x.dtype).transpose(1, 2) for weight in (gate, up, down))
+    return torch.bmm(F.silu(torch.bmm(x, gate)) * torch.bmm(x, up), down)
+
+
+def _widened(parameter: torch.Tensor) -> torch.Tensor:
+    return parameter if parameter.dtype == torch.float64 else parameter.float()

@@ -1,0 +1,182 @@
+"""The toy that only learning while reading can solve, the recipe on documents, and the commands."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_longctx import TTTForCausalLM
+from hf_longctx.cli.command_line import main
+from hf_longctx.tasks import ttt_eval, ttt_toy
+from tests.fast_weights import tiny_base, tiny_ttt, tokens
+from tests.tokenizer import tiny_tokenizer
+
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_rows_follow_their_own_table():
+    toy = ttt_toy.ToyArguments(row_tokens=2000, symbols=8)
+    rows = ttt_toy.MarkovRows(toy, 3, seed=1)
+    assert torch.equal(rows.input_ids, ttt_toy.MarkovRows(toy, 3, seed=1).input_ids)
+    for table, row in zip(rows.tables, rows.input_ids):
+        followed = (table[row[:-1]] == row[1:]).float().mean()
+        assert abs(followed - (0.9 + 0.1 / 8)) < 0.03
+    assert ttt_toy.ToyArguments().floor == pytest.approx(0.65, abs=0.02)
+
+
+def test_the_toy_reports_nowhere():
+    with pytest.raises(ValueError, match=r"`report_to` \('wandb'\) must be none"):
+        ttt_toy.ToyArguments(report_to="wandb")
+
+
+def test_the_toy_separates_learning_while_reading_from_a_window(tmp_path):
+    """One seed, 100 steps: losses fall along the row with inner steps, and are flat without."""
+    toy = ttt_toy.ToyArguments(output_dir=str(tmp_path), steps=100, num_eval_rows=32, window=16, chunk_tokens=16)
+    rows = ttt_toy.MarkovRows(toy, toy.num_eval_rows, seed=0)
+    learns = ttt_toy.losses_by_part(ttt_toy.train(toy, 0, 1.0), rows, 1.0)
+    window = ttt_toy.losses_by_part(ttt_toy.train(toy, 0, 0.0), rows, 0.0)
+    assert ttt_toy.last_quarter(window) - ttt_toy.last_quarter(learns) >= 1.2
+    assert learns[0] - learns[-1] >= 1.0 and max(window[1:]) - min(window[1:]) < 0.3
+
+
+def test_the_recipe_of_the_toy_writes_every_arm(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    from hf_longctx.tasks import ttt
+
+    for name in ("ttt_markov_toy.yaml", "ttt_figure2_toy.yaml"):
+        changes = "--row_tokens 24 --window 4 --chunk_tokens 4 --steps 1 --batch_size 2 --num_eval_rows 2 --seeds 1"
+        config = str(ROOT / "recipes" / name)
+        monkeypatch.setattr(sys, "argv", f"x --config {config} {changes} --output_dir {tmp_path / name}".split())
+        ttt.main()
+        found = json.loads((tmp_path / name / ttt_toy.NUMBERS_FILE).read_text())
+        (seed,) = found["results"]
+        assert {len(seed[arm]) for arm in (ttt_toy.E2E, ttt_toy.WINDOW, ttt_toy.NAIVE)} == {8}
+        assert len(seed["naive by rate"]) == 5
+        assert ttt_toy.last_quarter(seed["naive"]) == min(map(ttt_toy.last_quarter, seed["naive by rate"].values()))
+
+
+def test_without_attention_no_token_sees_another():
+    toy = ttt_toy.ToyArguments(attention=False, row_tokens=20)
+    model = ttt_toy.tiny_model(toy, 0, 0.0).eval()
+    ids = tokens(1, 20) % 32
+    changed = ids.clone()
+    changed[:, :-1] = (changed[:, :-1] + 1) % 32
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits[:, -1], model(changed).logits[:, -1])
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = tiny_tokenizer()
+    base = tiny_base(dtype=torch.float32, vocab_size=max(97, len(tokenizer)))
+    base.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory):
+    from tests.tokenizer import words
+
+    folder = tmp_path_factory.mktemp("documents")
+    for index in range(4):
+        (folder / f"{index}.txt").write_text(words(120, seed=index))
+    return folder
+
+
+def test_the_recipe_on_documents_measures_before_and_after(base_folder, documents, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    from hf_longctx.tasks import ttt
+
+    words = f"--config {ROOT / 'recipes' / 'ttt_smollm2_stdlib.yaml'} --model_name_or_path {base_folder} "
+    words += f"--dataset_name {documents} --num_eval_documents 1 --row_tokens 24 --window 8 --chunk_tokens 8 "
+    words += "--suffix_layers 1 --fast_intermediate_size 8 --max_steps 1 --num_eval_rows 2 --gradient_checkpointing "
+    folder = tmp_path / "out"
+    monkeypatch.setattr(sys, "argv", ["x", *words.split(), "true", "--output_dir", str(folder)])
+    config = tmp_path / "without_gguf.yaml"
+    lines = Path(words.split()[1]).read_text().splitlines()
+    config.write_text("\n".join(line for line in lines if not line.startswith(("gguf", "base_model"))))
+    sys.argv[2] = str(config)
+    ttt.main()
+    found = json.loads((folder / ttt.CHUNKS_FILE).read_text())
+    assert {when: sorted(arms) for when, arms in found.items()} == dict.fromkeys(
+        ("before", "after"), ["TTT", "window only"]
+    )
+    before = found["before"]
+    assert len(before["TTT"]) == 3 and before["TTT"][0] == pytest.approx(before["window only"][0], abs=1e-6)
+    assert before["TTT"][1] != before["window only"][1]
+    assert (folder / "adapter_model.safetensors").is_file()
+
+
+def test_convert_and_eval(base_folder, documents, tmp_path, capsys):
+    pytest.importorskip("trl")
+    folder = str(tmp_path / "ttt")
+    sizes = "--window 8 --chunk_tokens 6 --suffix_layers 1 --fast_intermediate_size 8"
+    assert main(["ttt", "convert", str(base_folder), "--output", folder, *sizes.split()]) == 0
+    assert "window 8, chunks of 6, fast weights in the last 1 of 3 layers" in capsys.readouterr().out
+    model = TTTForCausalLM.from_pretrained(folder)
+    assert model.config.base_name == str(base_folder) and not model.primes.prime_layers[0].prime_down.any()
+    words = ["ttt", "eval", folder, "--dataset_name", str(documents), "--row_tokens", "60", "--num_rows", "2"]
+    assert main([*words, "--json", str(tmp_path / "numbers.json")]) == 0
+    found = json.loads((tmp_path / "numbers.json").read_text())
+    arms = {ttt_eval.FULL, ttt_eval.WINDOW, ttt_eval.TTT, ttt_eval.UNTRAINED}
+    assert set(found["position"]) == arms and set(found["needle"]) == arms | {"distances"}
+    # Not trained yet: the two arms with inner steps differ by their random weights, and start alike.
+    first = [found["position"][name][0] for name in arms]
+    assert max(first) - min(first) < 0.05 and len(found["position"][ttt_eval.TTT]) == 10
+    said = capsys.readouterr().out
+    assert "For verbatim recall beyond the window use full attention." in said and "full attention" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("convert BASE --output NEW", "`window` is unset and `llama` attends to all tokens"),
+        ("convert BASE --output BASE --window 8 --chunk_tokens 4", "is not empty: name a new folder"),
+        ("eval TTT --by place", "must name position or needle"),
+        ("eval TTT --row_tokens 8", "must be above the window (8)"),
+        ("eval TTT --row_tokens 90000 --dataset_name DOCS", "a row has 90000"),
+    ],
+)
+def test_commands_refuse_in_a_sentence(base_folder, documents, tmp_path, capsys, words, message):
+    pytest.importorskip("trl")
+    model = tiny_ttt(torch.float32)
+    model.save_pretrained(tmp_path / "ttt")
+    tiny_tokenizer().save_pretrained(tmp_path / "ttt")
+    places = {"BASE": base_folder, "NEW": tmp_path / "new", "TTT": tmp_path / "ttt", "DOCS": documents}
+    assert main(["ttt", *(str(places.get(word, word)) for word in words.split())]) == 2
+    assert message in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_needle_stands_as_far_back_as_it_says():
+    class Letters:
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [ord(letter) for letter in text]}
+
+    haystack = torch.full((500,), ord("."))
+    row, answer = ttt_eval.needle_row(Letters(), haystack, 300, 150, seed=3)
+    text = "".join(map(chr, row[0].tolist()))
+    key = text[-answer:].strip()
+    assert len(key) == ttt_eval.DIGITS and text.index(key) == 300 - 150 - len(f"{key}. Remember it.\n")
+    assert len(text) == 300 and math.isclose(len(text) - answer, text.rindex(" " + key), abs_tol=0)
+
+
+def test_recall_counts_whole_numbers():
+    def arm(ids):
+        logits = torch.nn.functional.one_hot(ids[:, 1:], 100).float()
+        yield logits, ids[:, 1:]
+
+    def nearly(ids):
+        logits = torch.nn.functional.one_hot(ids[:, 1:], 100).float()
+        logits[:, -1] = -logits[:, -1]
+        yield logits, ids[:, 1:]
+
+    row = tokens(1, 9)
+    assert ttt_eval._repeats(arm, row, 5) and not ttt_eval._repeats(nearly, row, 5)
