@@ -73,7 +73,7 @@ PARTS = (
         "gpu_tests",
         "the tests of `tests/gpu`: kernels, packed rows, two processes on one device",
         "gpu_tests",
-        seconds=70,
+        seconds=60,
         arguments="",
         tiny="--select 'documents_alone and llama and False or two_processes and True'",
         figures=[
@@ -85,7 +85,7 @@ PARTS = (
         "step",
         "one step of the 1B shape: sdpa, ulysses and packed, 8K to 128K tokens",
         "ulysses",
-        seconds=80,
+        seconds=70,
         arguments=f"{_LLAMA_1B} --heads 32 --kv_heads 8 --tokens 8192 32768 65536 131072 --checkpointing --tiled_loss "
         "--repeats 1 --minutes {minutes}",
         tiny=f"{_TINY_STEP} --heads 2 --kv_heads 1 --tokens 512 --checkpointing --tiled_loss --repeats 1 "
@@ -99,7 +99,7 @@ PARTS = (
         "packing",
         "ragged documents: padded, packed with a mask as by TRL, ours",
         "packing",
-        seconds=45,
+        seconds=40,
         arguments="--cases flan-1b orcamath-1b --layers 4 --row_tokens 4096 --rows 8 --repeats 3",
         tiny="--cases flan-tiny --row_tokens 512 --mask_row_tokens 512 --rows 1 --repeats 1 --one_process",
         figures=[*packing_figures("FLAN-like", 1.8), *packing_figures("OrcaMath-like", 1.3)],
@@ -108,7 +108,7 @@ PARTS = (
         "ladder_1b",
         "memory presets on the 1B shape, the planner's prediction next to each",
         "memory_presets",
-        seconds=50,
+        seconds=45,
         arguments=f"{_LLAMA_1B} --kv_heads 8 --ranks 1 --plan --budget 70 --tokens 4096 12288 --minutes {{minutes}}",
         tiny=f"{_TINY_LADDER} --presets off max",
         figures=[
@@ -134,7 +134,7 @@ PARTS = (
         "long_row",
         "one whole training step of the 1B shape on a row of 256K tokens",
         "memory_presets",
-        seconds=65,
+        seconds=60,
         arguments=f"{_LLAMA_1B} --kv_heads 8 --ranks 1 --plan --presets max --tokens 262144",
         tiny=f"{_TINY_STEP} --one_process --ranks 1 --plan --presets max --tokens 64",
         page="memory_presets_long_row",
@@ -210,7 +210,7 @@ PARTS = (
         "sparse_attention",
         seconds=20,
         arguments="--tokens 4096 16384 --eager_up_to 16384",
-        tiny="--tokens 64 --heads 2 --head_size 8 --topk 4 --one_process",
+        tiny="--tokens 64 256 --heads 2 --head_size 8 --topk 4 --one_process",
         figures=[
             Figure(
                 f"sparse attention, {tokens // 1024}K tokens: {what} of transformers' eager over ours",
