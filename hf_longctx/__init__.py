@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from .config.memory import MemoryConfig as MemoryConfig
     from .config.ramp import RampConfig as RampConfig
     from .config.run import LongContextConfig as LongContextConfig
+    from .config.sleep import SleepConfig as SleepConfig
+    from .config.sleep import SleepWarmup as SleepWarmup
     from .config.sources import SourcesConfig as SourcesConfig
     from .config.test_time import TTTConfig as TTTConfig
     from .config.texts import TextsConfig as TextsConfig
@@ -55,6 +57,9 @@ if TYPE_CHECKING:
     from .resilience.kill_switch import KillSwitch as KillSwitch
     from .resilience.slow_rank_watch import SlowRankWatch as SlowRankWatch
     from .resilience.spike_guard import LossSpikeGuard as LossSpikeGuard
+    from .sleep.generate import sleep_generate as sleep_generate
+    from .sleep.hybridize import hybridize as hybridize
+    from .sleep.loss import sleep_loss as sleep_loss
     from .trainer.adaptation import adapt as adapt
     from .trainer.causal_lm import LongContextTrainer as LongContextTrainer
     from .trainer.ending import end_training as end_training
@@ -78,6 +83,7 @@ _EXPORTS = {
     "config.memory": ("MemoryConfig",),
     "config.ramp": ("RampConfig",),
     "config.run": ("LongContextConfig",),
+    "config.sleep": ("SleepConfig", "SleepWarmup"),
     "config.sources": ("SourcesConfig",),
     "config.test_time": ("TTTConfig",),
     "config.texts": ("TextsConfig",),
@@ -103,6 +109,9 @@ _EXPORTS = {
     "resilience.kill_switch": ("KillSwitch",),
     "resilience.slow_rank_watch": ("SlowRankWatch",),
     "resilience.spike_guard": ("LossSpikeGuard",),
+    "sleep.generate": ("sleep_generate",),
+    "sleep.hybridize": ("hybridize",),
+    "sleep.loss": ("sleep_loss",),
     "trainer.adaptation": ("adapt",),
     "trainer.causal_lm": ("LongContextTrainer",),
     "trainer.ending": ("end_training",),

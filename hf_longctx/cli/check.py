@@ -14,6 +14,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("model", help="hub id, folder or model type; only its configuration is read")
     parser.add_argument("--sequence_parallel_size", type=int, default=2, help="processes that share one sequence")
     parser.add_argument("--inner_attention", default="auto", help="kernel that `ulysses` runs on its heads")
+    parser.add_argument("--sleep", action="store_true", help="say whether the model can sleep instead, and where")
+    parser.add_argument("--window", type=int, default=2048, help="with --sleep: tokens of a window")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code a hub model brings")
     return parser
 
@@ -23,6 +25,8 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     console = Console(soft_wrap=True)
+    if options.sleep:
+        return _check_sleep(console, options)
     try:
         split, gathering = _split_of(options)
     except KeyError as error:  # a model that looks its attention up in a list of its own
@@ -61,6 +65,37 @@ def _print_heads(console, split) -> None:
         table.add_row(str(rank), f"{query[0]}..{query[1] - 1}", f"{key_value[0]}..{key_value[1] - 1}")
     console.print(table)
     console.print(f"key/value heads are sent {split.replication():.2f} times each", highlight=False)
+
+
+def _check_sleep(console, options: argparse.Namespace) -> int:
+    """Say whether a model type, folder or hub id can sleep: its own configuration, and a tiny model of it."""
+    import torch
+    from rich.markup import escape
+    from transformers import AutoModelForCausalLM
+
+    from ..config.sleep import SleepConfig
+    from ..proof.model_under_test import read_config
+    from ..proof.sleeping import check_tiny
+    from ..sleep.sleepers import check_sleeper, state_layers
+
+    try:
+        config = read_config(options.model)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        wanted = SleepConfig(window=options.window)
+        check_sleeper(model, wanted)
+        check_tiny(config, wanted)
+    except (ValueError, NotImplementedError, ImportError, OSError) as error:
+        console.print(f"[bold red]refused[/]: {escape(str(error))}", highlight=False)
+        return 2
+    states = state_layers(model)
+    console.print(
+        f"[bold green]can sleep[/]: {len(states)} of {len(model.base_model.layers)} layers hold a recurrent state "
+        f"({', '.join(map(str, states))}).",
+        highlight=False,
+    )
+    console.print(f"`hf-longctx verify {options.model} --sleep` proves it on a tiny model.", highlight=False)
+    return 0
 
 
 def _split_of(options: argparse.Namespace):

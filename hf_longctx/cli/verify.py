@@ -37,6 +37,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--bidirectional", action="store_true", help="with --task embedding: no causal mask")
     parser.add_argument("--ttt", action="store_true", help="the type with fast weights (TTT-E2E), in one process")
     parser.add_argument("--full", action="store_true", help="the model's own size and weights, not a tiny random one")
+    parser.add_argument("--sleep", action="store_true", help="that it sleeps exactly instead: one process, tiny model")
     parser.add_argument("--json", help="file to write the result to")
     return parser
 
@@ -50,6 +51,8 @@ def run(options: argparse.Namespace) -> int:
 
     console = Console(soft_wrap=True, highlight=False)
     console.width = max(console.width, _TABLE_WIDTH)
+    if options.sleep:
+        return _run_sleep(console, options)
     try:
         setting = Setting(
             options.sequence_parallel_size,
@@ -100,6 +103,26 @@ def _verify_fast_weights(console: Console, options: argparse.Namespace) -> int:
     if options.json:
         Path(options.json).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
     return _end(console, result.outcome, result.message or f"{len(result.checks)} rows in {result.seconds:.1f} s")
+
+
+def _run_sleep(console: Console, options: argparse.Namespace) -> int:
+    """The proof of [`verify_sleep`][hf_longctx.proof.sleeping]: a line a property, and its exit code."""
+    from ..proof.sleeping import verify_sleep
+
+    try:
+        _validate_writable(options.json)
+    except ValueError as error:
+        return _end(console, REFUSED, str(error))
+    try:
+        result = verify_sleep(options.model)
+    except ValueError as error:
+        return _end(console, UNBUILDABLE, str(error))
+    for name, off in result.errors.items():
+        console.print(f"{name:20} off by {off:.1e}, allowed {result.allowed[name]:.1e}", markup=False)
+    if options.json:
+        Path(options.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n")
+        console.print(f"wrote {options.json}", markup=False)
+    return _end(console, result.outcome, result.message or "windows, states, gradients, rows and generation")
 
 
 def _end(console: Console, outcome: str, message: str) -> int:

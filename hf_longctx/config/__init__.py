@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from .memory import MemoryConfig as MemoryConfig
     from .ramp import RampConfig as RampConfig
     from .run import LongContextConfig as LongContextConfig
+    from .sleep import SleepConfig as SleepConfig
+    from .sleep import SleepWarmup as SleepWarmup
     from .sources import SourcesConfig as SourcesConfig
     from .test_time import TTTConfig as TTTConfig
     from .texts import TextsConfig as TextsConfig
@@ -24,6 +26,7 @@ _EXPORTS = {
     "memory": ("MemoryConfig",),
     "ramp": ("RampConfig",),
     "run": ("LongContextConfig",),
+    "sleep": ("SleepConfig", "SleepWarmup"),
     "sources": ("SourcesConfig",),
     "test_time": ("TTTConfig",),
     "texts": ("TextsConfig",),

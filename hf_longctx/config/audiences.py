@@ -11,6 +11,7 @@ from .indexer import IndexerConfig
 from .memory import MemoryConfig
 from .ramp import RampConfig
 from .run import LongContextConfig
+from .sleep import SleepConfig
 from .sources import SourcesConfig
 from .texts import TextsConfig
 
@@ -20,6 +21,7 @@ _LANGUAGE_MODELS = {
     "memory": MemoryConfig,
     "indexer": IndexerConfig,
     "ramp": RampConfig,
+    "sleep": SleepConfig,
 }
 TRAINERS: dict[str, dict[str, type]] = {
     "LongContextTrainer": _LANGUAGE_MODELS,

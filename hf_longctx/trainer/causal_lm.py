@@ -15,6 +15,7 @@ class LongContextTrainer(LanguageModelMixin, Trainer):
         memory ([`MemoryConfig`], *optional*): what is done so that a row fits.
         indexer ([`IndexerConfig`], *optional*): how the indexers of a sparse model are trained.
         ramp ([`RampConfig`], *optional*): a global batch that grows over the first rows.
+        sleep ([`SleepConfig`], *optional*): how a hybrid thinks over the windows that it forgets.
         args, kwargs: those of `transformers.Trainer`, unchanged.
 
     Losses, gradients, metrics and checkpoints equal those of the same run with `sequence_parallel_size` 1 and the same

@@ -9,7 +9,8 @@ from .blend_mixin import BlendMixin
 from .indexer_mixin import IndexerMixin
 from .inner_steps import InnerStepMixin
 from .ramp_mixin import RampMixin
+from .sleep_mixin import SleepMixin
 
 
-class LanguageModelMixin(InnerStepMixin, RampMixin, BlendMixin, IndexerMixin):
+class LanguageModelMixin(SleepMixin, InnerStepMixin, RampMixin, BlendMixin, IndexerMixin):
     """In front of a library's trainer class; see the mixins for their keyword arguments."""

@@ -144,3 +144,12 @@ def ladder_figures(part: str, words: str) -> list[Figure]:
         for preset in ("off", "loss", "mlp", "checkpoint", "max")
     ]
     return [*figures, Figure(f"{words}: worst error of the plan", *plan_error(part))]
+
+
+SLEEP_FIGURES = [
+    Figure(
+        f"sleep: seconds of a {what} with 4 passes over 1",
+        ratio("sleep", "seconds", {"kind": kind, "passes": 4}, {"kind": kind, "passes": 1}),
+    )
+    for what, kind in (("training step", "step"), ("prompt", "prompt"), ("token", "token"))
+]

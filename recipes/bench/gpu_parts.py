@@ -6,13 +6,11 @@ its result is a figure. `tiny` are the arguments with which the same code runs i
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-
 from gpu_figures import (
     LAYERS_8B,
     LONG_8B,
     SHORT_8B,
+    SLEEP_FIGURES,
     Figure,
     extrapolated,
     ladder_figures,
@@ -27,6 +25,7 @@ from gpu_figures import (
     total,
     worst,
 )
+from gpu_part import Part
 
 
 _LLAMA_1B = "--layers 16 --hidden 2048 --intermediate 8192 --vocab 128256 --head_size 64"
@@ -37,35 +36,6 @@ _OURS = 'ours, "packed"'
 _CHECKPOINTED, _REVERSIBLE = "one stream, checkpointing", "reversible"
 _FULL = "full attention"
 _EAGER = {"label": "transformers, eager"}
-
-
-@dataclass(frozen=True)
-class Part:
-    """One row of the run.
-
-    Args:
-        name (`str`): of the part.
-        what (`str`): in words.
-        script (`str`): of this folder.
-        page (`str`, *optional*): how its page is called, before `_cuda.md`; as the script unless given.
-        seconds (`float`): its share of the time; what earlier parts leave is shared out again.
-        arguments, tiny (`str`): of the script, without `--device` and `--output`; `{minutes}` is the time it has.
-        figures (`Sequence[Figure]`): what of its result is shown.
-        needs (`Mapping[str, str]`): packages beyond torch, transformers and accelerate, each with its least version.
-    """
-
-    name: str
-    what: str
-    script: str
-    seconds: float
-    arguments: str
-    tiny: str
-    figures: Sequence[Figure] = ()
-    needs: Mapping[str, str] = field(default_factory=dict)
-    page: str = ""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "page", self.page or self.script)
 
 
 PARTS = (
@@ -264,6 +234,15 @@ PARTS = (
             )
             for tokens in (8192, 32768)
         ],
+    ),
+    Part(
+        "sleep",
+        "a hybrid that sleeps 1, 2 and 4 passes: steps, prompts, tokens",
+        "sleep",
+        seconds=20,
+        arguments="--window 512 --hidden 1024 --layers 8",
+        tiny="--window 16 --windows 2 --hidden 64 --layers 2 --tokens 2 --repeats 1 --passes 1 4",
+        figures=SLEEP_FIGURES,
     ),
     Part(
         "contrastive_loss",

@@ -326,6 +326,7 @@ def model_types_in(source: str) -> set[str]:
 
 
 ELSEWHERE = {
+    "tasks/sleep.py",  # the type of a toy's model
     "proof/hints.py",  # how to make a configuration tiny; one line a type, proven by the sweep
     "proof/model_under_test.py",  # examples in a message
 }

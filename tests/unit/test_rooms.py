@@ -36,6 +36,7 @@ ROOMS = (
     "reporting",
     "resilience",
     "ttt",
+    "sleep",
     "trainer",
     "embedding",
     "proof",

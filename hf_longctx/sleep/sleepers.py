@@ -1,0 +1,250 @@
+"""Which models can sleep: a stack of layers with a recurrent state, whose output can be its input again.
+
+Nothing is looked up by model type. A model is asked for what sleep needs: transformers' cache with recurrent states in
+it, a final norm that is known from where it stands, inputs that reach the first layer as they are, and layers that
+take a state in. The last two are tried once a model: on two vectors and on two windows of a few tokens.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
+
+from ..adapters.wrapped import backbone_of, unwrap
+from ..attention.cache_names import CACHE_NAMES
+from ..config.sleep import SleepConfig
+from ..tiny_check import evaluation_mode, first_ordinary_token
+from .cache import SleepCache
+from .window_passes import Sleeper, plain_layers
+
+
+_TRIED = "_hf_longctx_sleeps"  # in `vars(model)`, once its inputs and states were tried
+_RECURRENT = ("linear_attention", "hybrid", "hybrid_sliding")
+
+
+class _Reached(Exception):
+    """The first layer was reached."""
+
+
+def check_sleeper(model, config: SleepConfig) -> Sleeper:
+    """Refuse a model that cannot sleep as `config` asks.
+
+    Args:
+        model (`torch.nn.Module`): a causal language model, wrapped or not.
+        config ([`SleepConfig`]): with a window.
+
+    Returns:
+        [`Sleeper`]: its parts.
+
+    Raises:
+        ValueError: the model has nothing to consolidate into, or `config` does not fit it.
+        NotImplementedError: it has, in a way that sleep does not know.
+    """
+    model = unwrap(model)
+    if config.window is None:
+        raise ValueError("`window` is unset, so nothing would sleep: pass `SleepConfig(window=..., passes=...)`.")
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
+        raise ValueError(f"`{name}` is no causal language model of transformers, and sleep needs its layers and head.")
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise NotImplementedError(
+            f"`{name}` is sharded by FSDP2, whose units have not been proven to gather and free their weights N times "
+            "a step: use DDP."
+        )
+    check_states(model.config, name)
+    sleeper = sleeper_of(model)
+    _check_layers(sleeper, config)
+    _check_routers(model)
+    if not vars(model).get(_TRIED) and model.get_input_embeddings().weight.device.type != "meta":
+        _try_inputs(sleeper)
+        _try_states(sleeper)
+        vars(model)[_TRIED] = True
+    return sleeper
+
+
+def check_states(config, name: str) -> None:
+    """Refuse a configuration whose layers hold no recurrent state in transformers' cache."""
+    text = config.get_text_config(decoder=True)
+    kinds = list(getattr(text, "layer_types", None) or [])
+    if any(kind in _RECURRENT for kind in kinds):
+        return
+    if "conv" in kinds:
+        raise ValueError(
+            f"`{name}` has short convolutions and no recurrent state: there is nothing to consolidate a window into."
+        )
+    raise ValueError(
+        f"`{name}` has no layer with a recurrent state, so there is nothing to consolidate a window into: take a "
+        "hybrid such as qwen3_next, or put recurrent layers in with `hybridize`."
+    )
+
+
+def sleeper_of(model: PreTrainedModel, forward: Callable | None = None) -> Sleeper:
+    """The parts of a model that a pass runs."""
+    name, backbone = type(model).__name__, backbone_of(model)
+    layers = getattr(backbone, "layers", None)
+    norms = [child for child in backbone.children() if "norm" in type(child).__name__.lower()]
+    if not isinstance(layers, torch.nn.ModuleList) or len(norms) != 1:
+        raise NotImplementedError(
+            f"`{name}` has no single stack `layers` with one norm behind it ({len(norms)} found): sleep does not know "
+            "where its hidden states come from."
+        )
+    names = []
+    for module in (model, backbone):
+        parameters = inspect.signature(type(module).forward).parameters
+        found = next((known for known in CACHE_NAMES if known in parameters), None)
+        if found is None or "inputs_embeds" not in parameters:
+            raise NotImplementedError(
+                f"`{type(module).__name__}.forward` takes no cache or no `inputs_embeds`: sleep needs both."
+            )
+        names.append(found)
+    own = model.forward if forward is None else forward
+    return Sleeper(model, own, backbone, layers, norms[0], (names[0], names[1]))
+
+
+def _check_layers(sleeper: Sleeper, config: SleepConfig) -> None:
+    cache = SleepCache(sleeper.model.config)
+    kernel = longest_kernel(sleeper.layers)
+    assert config.window is not None
+    if config.window < kernel:
+        raise ValueError(
+            f"`window` ({config.window}) is shorter than the kernel of the short convolutions ({kernel}): their left "
+            f"context would come from several windows; set it to {kernel} or more."
+        )
+    if not any(isinstance(layer, DynamicLayer) for layer in cache.layers):
+        raise ValueError(
+            f"`{type(sleeper.model).__name__}` has no attention, so it forgets no keys and has nothing to think over: "
+            "train it on whole rows."
+        )
+    states = [index for index, layer in enumerate(cache.layers) if isinstance(layer, LinearAttentionLayer)]
+    first, last = config.loop_layers or (0, len(sleeper.layers))
+    if last > len(sleeper.layers):
+        raise ValueError(
+            f"`loop_layers` ({config.loop_layers!r}) reaches past the {len(sleeper.layers)} layers of "
+            f"`{type(sleeper.model).__name__}`."
+        )
+    if not any(first <= index < last for index in states):
+        raise ValueError(
+            f"`loop_layers` ({config.loop_layers!r}) holds no recurrent layer, so its passes would consolidate "
+            f"nothing: take in one of {states}."
+        )
+    if config.eviction == "sliding" and any(cache.is_sliding):
+        raise NotImplementedError(
+            f"`{type(sleeper.model).__name__}` has attention layers with a window of their own, whose mask "
+            "`eviction='sliding'` would replace: use `eviction='hard'`."
+        )
+    attention = sleeper.model.config.get_text_config()._attn_implementation
+    if config.eviction == "sliding" and attention not in ("eager", "sdpa"):
+        raise NotImplementedError(
+            f"`eviction='sliding'` hands attention a mask, which attn_implementation={attention!r} does not take: "
+            "load the model with 'sdpa' or 'eager', or use `eviction='hard'`."
+        )
+
+
+def _check_routers(model) -> None:
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise NotImplementedError(
+            f"`{type(model).__name__}` adds a loss of its routers (`output_router_logits` is True), which N "
+            "passes would count N times: set `model.config.output_router_logits = False`."
+        )
+
+
+@torch.no_grad()
+def _try_inputs(sleeper: Sleeper) -> None:
+    """Send two vectors to the first layer: a model that scales them would scale each pass again."""
+    weight = sleeper.model.get_input_embeddings().weight
+    vectors = torch.ones(1, 2, sleeper.model.config.get_text_config().hidden_size).to(weight)
+    seen: list[torch.Tensor] = []
+
+    def stop(module, args, kwargs):
+        seen.extend(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        raise _Reached
+
+    handle = sleeper.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with plain_layers(sleeper.model):
+            sleeper.backbone(inputs_embeds=vectors, use_cache=False)
+    except _Reached:
+        pass
+    finally:
+        handle.remove()
+    like_inputs = [value for value in seen if value.shape == vectors.shape and torch.equal(value.to(vectors), vectors)]
+    if len(like_inputs) > 1:
+        raise NotImplementedError(
+            f"`{type(sleeper.model).__name__}` shows its layers the embeddings of the tokens beside the hidden "
+            "states, and a second pass would show them hidden states twice: sleep cannot loop it."
+        )
+    if not like_inputs:
+        raise NotImplementedError(
+            f"`{type(sleeper.model).__name__}` changes `inputs_embeds` in front of its first layer (it scales them, "
+            "or adds to them), so each pass would change hidden states again: sleep cannot loop it."
+        )
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
+def _try_states(sleeper: Sleeper) -> None:
+    """Read two short windows: layers, or their kernels, must take a state in and hand its gradient back."""
+    name, kernel = type(sleeper.model).__name__, max(longest_kernel(sleeper.layers), 2)
+    weight = sleeper.model.get_input_embeddings().weight
+    tokens = torch.full((1, kernel), first_ordinary_token(weight.shape[0]), device=weight.device)
+    cache = SleepCache(sleeper.model.config)
+    inputs = {"input_ids": tokens, "use_cache": True}
+    with evaluation_mode(sleeper.model), plain_layers(sleeper.model):
+        try:
+            with torch.no_grad():
+                sleeper.backbone(**inputs, **{sleeper.cache_names[1]: cache})
+        except (AttributeError, TypeError, ValueError) as error:
+            raise NotImplementedError(
+                f"`{name}` does not take transformers' `DynamicCache` ({str(error).splitlines()[0]}), so sleep cannot "
+                "carry its states."
+            ) from error
+        cache.drop_keys()
+        states = {}
+        for index in cache.state_layers:
+            layer = cache.layers[index]
+            for place, state in layer.recurrent_states.items():
+                if state is not None:
+                    states[index, place] = layer.recurrent_states[place] = state.detach().requires_grad_()
+        if not states:
+            raise ValueError(f"`{name}` leaves no recurrent state in its cache, so a window cannot be consolidated.")
+        positions = torch.arange(kernel, 2 * kernel, device=weight.device)[None]
+        sleeper.backbone(**inputs, position_ids=positions, **{sleeper.cache_names[1]: cache})
+    behind = [cache.layers[index].recurrent_states[place].sum() for index, place in states]
+    if not any(total.requires_grad for total in behind):
+        gradients = (None,) * len(states)
+    else:
+        total = torch.stack([total.float().to(weight.device) for total in behind]).sum()
+        gradients = torch.autograd.grad(total, list(states.values()), allow_unused=True)
+    lost = [index for (index, _), gradient in zip(states, gradients) if gradient is None]
+    if lost:
+        raise NotImplementedError(
+            f"layer {lost[0]} of `{name}` reads several tokens at once without the state that it left before, or its "
+            "kernel returns no gradient for it: windows would forget each other, so sleep cannot train it."
+        )
+
+
+def longest_kernel(layers: torch.nn.ModuleList) -> int:
+    """Of the short convolutions of a stack; 1 if there is none."""
+    kernels = [
+        module.kernel_size[0]
+        for module in layers.modules()
+        if isinstance(module, torch.nn.Conv1d) and module.groups > 1
+    ]
+    return max(kernels, default=1)
+
+
+def state_layers(model) -> list[int]:
+    """Which layers hold a recurrent state."""
+    layers = SleepCache(unwrap(model).config).layers
+    return [index for index, layer in enumerate(layers) if isinstance(layer, LinearAttentionLayer)]
+
+
+def recurrent_parameters(model) -> list[torch.nn.Parameter]:
+    """The parameters of the layers that hold a recurrent state."""
+    layers = sleeper_of(unwrap(model)).layers
+    return [parameter for index in state_layers(model) for parameter in layers[index].parameters()]
