@@ -326,7 +326,8 @@ def model_types_in(source: str) -> set[str]:
 
 
 ELSEWHERE = {
-    "tasks/sleep.py",  # the type of a toy's model
+    *(f"tasks/{name}.py" for name in ("indexer_warmup", "lsh_duplication", "recall_sparse", "sleep")),  # of toys
+    *("config/lsh_settings.py", "attention/lsh_layouts.py", "attention/explain.py"),  # a layout is called so
     "proof/hints.py",  # how to make a configuration tiny; one line a type, proven by the sweep
     "proof/model_under_test.py",  # examples in a message
 }
