@@ -211,7 +211,7 @@ def test_rows_in_which_everything_is_picked_are_warned_about_once(kind, caplog):
     model = build_sparse(kind, "ulysses", torch.float32)
     mesh = SequenceMesh.build()
     adapt(model, mesh)
-    assert not caplog.records  # not for the tiny rows of the checks
+    assert not any("so nothing is sparse" in record.getMessage() for record in caplog.records)  # on tiny rows
     for tokens, warnings in ((23, 0), (5, 1), (5, 1)):
         share = shard_batch({"input_ids": torch.arange(20, 20 + tokens)[None]}, mesh, model)
         model(**share, use_cache=False)
