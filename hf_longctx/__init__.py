@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .config.indexer import IndexerConfig as IndexerConfig
     from .config.lsh_settings import LSHConfig as LSHConfig
     from .config.memory import MemoryConfig as MemoryConfig
+    from .config.pair_rows import PreferenceConfig as PreferenceConfig
     from .config.ramp import RampConfig as RampConfig
     from .config.run import LongContextConfig as LongContextConfig
     from .config.sleep import SleepConfig as SleepConfig
@@ -64,6 +65,9 @@ if TYPE_CHECKING:
     from .trainer.causal_lm import LongContextTrainer as LongContextTrainer
     from .trainer.ending import end_training as end_training
     from .trainer.inner_steps import InnerLearningRateWarmup as InnerLearningRateWarmup
+    from .trainer.preference import LongContextDPOTrainer as LongContextDPOTrainer
+    from .trainer.preference import LongContextKTOTrainer as LongContextKTOTrainer
+    from .trainer.reward import LongContextRewardTrainer as LongContextRewardTrainer
     from .trainer.sft import LongContextSFTTrainer as LongContextSFTTrainer
     from .ttt.fast_cache import TTTCache as TTTCache
     from .ttt.fast_model import TTTForCausalLM as TTTForCausalLM
@@ -81,6 +85,7 @@ _EXPORTS = {
     "config.indexer": ("IndexerConfig",),
     "config.lsh_settings": ("LSHConfig",),
     "config.memory": ("MemoryConfig",),
+    "config.pair_rows": ("PreferenceConfig",),
     "config.ramp": ("RampConfig",),
     "config.run": ("LongContextConfig",),
     "config.sleep": ("SleepConfig", "SleepWarmup"),
@@ -116,6 +121,8 @@ _EXPORTS = {
     "trainer.causal_lm": ("LongContextTrainer",),
     "trainer.ending": ("end_training",),
     "trainer.inner_steps": ("InnerLearningRateWarmup",),
+    "trainer.preference": ("LongContextDPOTrainer", "LongContextKTOTrainer"),
+    "trainer.reward": ("LongContextRewardTrainer",),
     "trainer.sft": ("LongContextSFTTrainer",),
     "ttt.fast_cache": ("TTTCache",),
     "ttt.fast_model": ("TTTForCausalLM",),

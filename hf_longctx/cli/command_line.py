@@ -1,6 +1,6 @@
 """`hf-longctx`: look before a run, and run. `env` prints what is installed, `check` says whether and how a model is
 sharded, `pack` what packing would do to a data set, `plan` what fits on which GPUs, `ttt` adds fast weights to a
-model, `verify` proves that sharding is exact; `sft`, `pretrain` and `embed` train."""
+model, `verify` proves that sharding is exact; `sft`, `pretrain`, `dpo`, `reward` and `embed` train."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`hf-longctx sft | pretrain | embed`: train from an installed package, on one process or under a launcher.
+"""`hf-longctx sft | pretrain | dpo | reward | embed`: train from an installed package, on one process or many.
 
 The bodies are those of `recipes/*.py`, and so are the arguments: `--config run.yaml`, or any of them by name.
 """
@@ -15,6 +15,8 @@ from pathlib import Path
 TASKS = {
     "sft": "fine-tune on documents or conversations",
     "pretrain": "train on rows of an exact length",
+    "dpo": "train on preferred and rejected answers",
+    "reward": "train a model that scores answers",
     "embed": "train an embedding model on many sources",
 }
 # What a wrong file, setting or model raises. Others are faults, and are shown with where they come from.

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .indexer import IndexerConfig as IndexerConfig
     from .lsh_settings import LSHConfig as LSHConfig
     from .memory import MemoryConfig as MemoryConfig
+    from .pair_rows import PreferenceConfig as PreferenceConfig
     from .ramp import RampConfig as RampConfig
     from .run import LongContextConfig as LongContextConfig
     from .sleep import SleepConfig as SleepConfig
@@ -24,6 +25,7 @@ _EXPORTS = {
     "indexer": ("IndexerConfig",),
     "lsh_settings": ("LSHConfig",),
     "memory": ("MemoryConfig",),
+    "pair_rows": ("PreferenceConfig",),
     "ramp": ("RampConfig",),
     "run": ("LongContextConfig",),
     "sleep": ("SleepConfig", "SleepWarmup"),

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 from .indexer import IndexerConfig
 from .memory import MemoryConfig
+from .pair_rows import PreferenceConfig
 from .ramp import RampConfig
 from .run import LongContextConfig
 from .sleep import SleepConfig
@@ -23,9 +24,13 @@ _LANGUAGE_MODELS = {
     "ramp": RampConfig,
     "sleep": SleepConfig,
 }
+_PREFERENCES = {"long_context": LongContextConfig, "memory": MemoryConfig, "preference": PreferenceConfig}
 TRAINERS: dict[str, dict[str, type]] = {
     "LongContextTrainer": _LANGUAGE_MODELS,
     "LongContextSFTTrainer": _LANGUAGE_MODELS,
+    "LongContextDPOTrainer": _PREFERENCES,
+    "LongContextKTOTrainer": _PREFERENCES,
+    "LongContextRewardTrainer": {"long_context": LongContextConfig, "memory": MemoryConfig},
     "LongContextSentenceTransformerTrainer": {
         "long_context": LongContextConfig,
         "sources": SourcesConfig,

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from .collectives import gather_sequence
 from .imaginary import ImaginaryRanks, place_in
 from .shard import SequenceShard
 from .stopwatch import Stopwatch
@@ -35,6 +36,32 @@ def gather_shares(
     Memory: `P` times `S`.
     """
     return _GatherShares.apply(local, group, stopwatch)
+
+
+def gather_tokens(
+    local: torch.Tensor, group: dist.ProcessGroup | None, stopwatch: Stopwatch | None = None
+) -> torch.Tensor:
+    """Whole rows of what every rank computed for its tokens.
+
+    Args:
+        local (`torch.Tensor` of shape `(B, t, ...)`): mine; every rank passes the same shape and dtype.
+        group (`ProcessGroup`, *optional*): the `sp` axis; `None` returns `local` itself.
+        stopwatch ([`Stopwatch`], *optional*): times the collectives, forward and backward.
+
+    Returns:
+        `torch.Tensor` of shape `(B, P t, ...)`: tokens in rank order, the same on every rank.
+
+    Communication: one all-gather; one reduce-scatter in the backward.
+    Gradient: the sum of what all ranks computed for my tokens, no scaling. Every rank computes the same loss of whole
+        rows, and wrappers average over ranks, so the two factors of `P` cancel. Integers and booleans have none.
+    Memory: `P` times `local`.
+    """
+    if group is None:
+        return local
+    if not local.is_floating_point():
+        kind = torch.uint8 if local.dtype == torch.bool else local.dtype
+        return gather_sequence(local.to(kind), group).to(local.dtype)
+    return gather_shares(local, group, stopwatch).transpose(0, 1).flatten(1, 2)
 
 
 def joined(tensor: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:

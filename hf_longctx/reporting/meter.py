@@ -19,6 +19,7 @@ import torch
 from accelerate.utils import gather
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
+from ..adapters.instance_forward import patches_on
 from ..adapters.wrapped import unwrap
 from ..parallel.segments import DOCUMENT_BOUND_KEYS, segment_rows
 from ..parallel.shard import SequenceShard
@@ -181,6 +182,7 @@ class ThroughputMeter(TrainerCallback):
             return None  # evaluation, sanity checks and generation
         lengths, shard = document_lengths(batch), batch.get("sequence_shard")
         if lengths is not None:
+            lengths = lengths * (not _is_counted_elsewhere(model))
             pairs = self.flops.count_pairs(lengths) if self.flops is not None else []
             self._batches.append(torch.stack([lengths.sum(), *pairs]))
         if not isinstance(shard, SequenceShard) or shard.size == 1:
@@ -189,6 +191,12 @@ class ThroughputMeter(TrainerCallback):
         if shard.stopwatch is not None:  # another watch's, which goes on
             stopwatch = Stopwatch(also=(self._exchange, shard.stopwatch), is_on=False)
         return args, {**batch, "sequence_shard": dataclasses.replace(shard, stopwatch=stopwatch)}
+
+
+def _is_counted_elsewhere(model: torch.nn.Module) -> bool:
+    """Whether another rank counts these rows: a patch of the model cuts them inside, and all of a group pass them."""
+    sharings = [getattr(patch, "sharing", None) for patch in patches_on(unwrap(model))]
+    return any(sharing is not None and sharing.mesh.sequence_parallel_rank > 0 for sharing in sharings)
 
 
 def _transformer_inside(model: torch.nn.Module) -> torch.nn.Module | None:

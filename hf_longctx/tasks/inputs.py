@@ -102,8 +102,18 @@ def model_folder(name: str | None) -> str:
     return spec.submodule_search_locations[0]
 
 
-def load_model(recipe: RecipeArguments, args, model_args, long_context: LongContextConfig, from_scratch: bool = False):
+def load_model(
+    recipe: RecipeArguments,
+    args,
+    model_args,
+    long_context: LongContextConfig,
+    from_scratch: bool = False,
+    auto_class: Any = AutoModelForCausalLM,
+    **changes: Any,
+):
     """The model and its tokenizer; on `"ulysses"` if rows are shared, else on `"packed"`, unless told otherwise.
+
+    `auto_class` and `changes` are for models with another head.
 
     The seed is set first, so that weights made after it (LoRA, from scratch) are the same for any number of processes.
     """
@@ -128,7 +138,7 @@ def load_model(recipe: RecipeArguments, args, model_args, long_context: LongCont
             quantization = transformers.GgufConfig(dequantize=True)
         if quantization is not None:
             options["quantization_config"] = quantization
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        model = auto_class.from_pretrained(source, **options, **changes)
     if recipe.base_model:  # an adapter should point to the Hub, not to a folder of this machine
         model.config._name_or_path = model.name_or_path = recipe.base_model
     return model, tokenizer

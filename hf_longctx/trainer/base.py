@@ -30,6 +30,7 @@ from .checks import check_arguments, check_model, check_trainer
 from .loaders import build_loader, check_streams, never_ends
 from .packed_rows import check_packed_batch, pack_dataset
 from .random_draws import check_noise, check_noise_of_batch, warn_about_draws
+from .true_cause import refuse_sampling
 
 
 class TrainerBase(FaultToleranceMixin):
@@ -43,6 +44,7 @@ class TrainerBase(FaultToleranceMixin):
         configs (`dict[str, type]`): the configs that the trainer understands, by keyword; a row of `TRAINERS`.
         mesh ([`SequenceMesh`]): the axes of the run.
         shards_batches (`bool`): whether loaders cut rows into the shares of a group.
+        gives_whole_rows (`bool`): whether the ranks of a group get the same whole rows, which their models cut.
         flattens_rows (`bool`): whether the trainer itself makes packed rows of whatever its collator gives.
         reads_own_shards (`bool`): whether every group reads its own shards of a training stream; see [`split_stream`].
     """
@@ -51,6 +53,7 @@ class TrainerBase(FaultToleranceMixin):
     long_context: LongContextConfig
     configs: Mapping[str, type] = {"long_context": LongContextConfig}
     shards_batches = False
+    gives_whole_rows: Any = False
     flattens_rows = False
     reads_own_shards = True
     _has_same_settings = False
@@ -58,6 +61,7 @@ class TrainerBase(FaultToleranceMixin):
     def __init__(self, *args, **kwargs) -> None:
         for name, config in take_configs(type(self).__name__, self.configs, kwargs).items():
             setattr(self, name, config)
+        refuse_sampling(type(self), self.long_context.sequence_parallel_size)
         given = _by_name(type(self), args, kwargs)
         self._compare_settings(given.get("args"))
         check_arguments(given.get("args"), self.long_context)
@@ -70,9 +74,7 @@ class TrainerBase(FaultToleranceMixin):
         self.check_model()
         self._noise = check_noise(self)
         warn_about_draws(self.model, self.long_context.sequence_parallel_size)
-        self.mesh = SequenceMesh.build(
-            self.long_context.sequence_parallel_size, timedelta(seconds=self.args.ddp_timeout)
-        )
+        self.build_mesh()
         self._checks_packing = self.long_context.check_packing
         self._attach_guards()
         self.prepare_model()
@@ -84,6 +86,12 @@ class TrainerBase(FaultToleranceMixin):
         configs = {name: getattr(self, name) for name in self.configs}
         shares_rows = self.long_context.sequence_parallel_size > 1
         self._has_same_settings = validate_same_settings(configs, args, shares_rows)
+
+    def build_mesh(self) -> None:
+        """Lay the processes out, once; a library that computes while it is built needs that before it has ended."""
+        if "mesh" not in vars(self):
+            timeout = timedelta(seconds=self.args.ddp_timeout)
+            self.mesh = SequenceMesh.build(self.long_context.sequence_parallel_size, timeout)
 
     # Hooks
 
@@ -126,7 +134,7 @@ class TrainerBase(FaultToleranceMixin):
     def _get_dataloader(
         self, dataset, description, batch_size, sampler_fn=None, is_training=False, dataloader_key=None
     ):
-        if self.shards_batches or (is_training and never_ends(self, dataset)):
+        if self.shards_batches or (is_training and (self.gives_whole_rows or never_ends(self, dataset))):
             return build_loader(self, dataset, description, batch_size, sampler_fn, is_training)
         if fills_rows(self.data_collator):
             group_size = batch_size * self.mesh.data_parallel_size

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from transformers import Trainer
 
-from .language_model import LanguageModelMixin
+from .row_classifiers import RowClassifierMixin
 
 
-class LongContextTrainer(LanguageModelMixin, Trainer):
+class LongContextTrainer(RowClassifierMixin, Trainer):
     """`transformers.Trainer` on shared or packed rows.
 
     Args:

@@ -63,9 +63,11 @@ def prepare_memory(memory: MemoryConfig, long_context: LongContextConfig, args, 
     return preset
 
 
-def apply_memory(trainer, preset: Preset) -> None:
+def apply_memory(trainer, preset: Preset, compares_plan: bool = True) -> None:
     """Make the layers of the trainer's model reversible and tile its MLPs where that is asked for; compare plan and
     run later.
+
+    `compares_plan` is false where a step is not one that the planner knows: several models, or a head over rows.
 
     Raises:
         ValueError: `reversible_layers` is set and the model was trained in one stream.
@@ -74,7 +76,7 @@ def apply_memory(trainer, preset: Preset) -> None:
     if trainer.memory.reversible_layers:
         make_reversible(trainer.model)
     watches = any(isinstance(callback, PlannedMemory) for callback in trainer.callback_handler.callbacks)
-    if trainer.memory.memory != "off" and not watches:
+    if trainer.memory.memory != "off" and compares_plan and not watches:
         watch = PlannedMemory(trainer.long_context, tiles_own_loss=not trainer.uses_model_loss)
         trainer.callback_handler.callbacks.insert(0, watch)  # before loggers and reports, which show what it adds
     size = trainer.memory.mlp_tile_size
@@ -118,7 +120,11 @@ def _validate_own_loss(trainer) -> None:
     """Raise `NotImplementedError` unless the trainer takes its loss, and nothing else, from the model."""
     size, reason = trainer.memory.loss_tile_size, None
     if not trainer.uses_model_loss:
-        reason = "`SFTTrainer` computes it in tiles of its own already: leave `loss_tile_size` unset"
+        bases = {base.__name__ for base in type(trainer).__mro__}
+        tiled = next((name for name in ("SFTTrainer", "DPOTrainer", "KTOTrainer") if name in bases), None)
+        reason = "a head that pools a row has none over a vocabulary: leave `loss_tile_size` unset"
+        if tiled is not None:
+            reason = f"`{tiled}` computes it in tiles of its own already: leave `loss_tile_size` unset"
     elif trainer.compute_loss_func is not None or trainer.label_smoother is not None:
         reason = "`compute_loss_func` and `label_smoothing_factor` need the logits: leave them out, or the tiles"
     elif trainer.compute_metrics is not None or trainer.preprocess_logits_for_metrics is not None:

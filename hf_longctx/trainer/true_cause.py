@@ -15,6 +15,10 @@ from ..adapters.wrapped import runs_our_attention
 from ..losses.token_mean import token_mean
 
 
+# TRL's trainers that have one of ours, whose losses get whole rows.
+WHOLE_ROW_TRAINERS = ("DPOTrainer", "KTOTrainer", "RewardTrainer")
+
+
 def refuse_nonfinite_outputs(model: torch.nn.Module, name: str, outputs: torch.Tensor) -> None:
     """Refuse a model whose outputs are not finite in one process.
 
@@ -82,10 +86,35 @@ def check_loss_of_trainer(trainer: type, size: int, model: Any) -> None:
         library = base.__module__.partition(".")[0]
         is_trainer = base.__name__.endswith("Trainer") and not base.__name__.startswith(("_", "Base"))
         if library in ("trl", "sentence_transformers") and is_trainer and base.__name__ != "SFTTrainer":
+            if base.__name__ in WHOLE_ROW_TRAINERS:
+                raise NotImplementedError(
+                    f"`{base.__name__}` does not train on rows of tokens that have a label each: its loss looks at "
+                    f"whole rows; use `LongContext{base.__name__}`, which gives them to it."
+                )
             raise NotImplementedError(
                 f"`{base.__name__}` does not train on rows of tokens that have a label each (its loss compares whole "
                 "rows, or scores them), so shares of rows cannot add up to it: put `SequenceParallelMixin` in front "
                 "of `Trainer` or `SFTTrainer`, or use this one without it."
+            )
+
+
+def refuse_sampling(trainer: type, size: int) -> None:
+    """Refuse a TRL trainer that samples its completions (GRPO, RLOO, distillation, ...) under sharding.
+
+    Args:
+        trainer (`type`): the class that is being built; TRL's are read from its bases.
+        size (`int`): processes that share a row; with 1 nothing is refused.
+
+    Raises:
+        NotImplementedError: it is one.
+    """
+    for base in trainer.__mro__ if size > 1 else ():
+        samples = any(name.startswith(("_generate", "generate_on_policy")) for name in vars(base))
+        if samples and base.__module__.partition(".")[0] == "trl":
+            raise NotImplementedError(
+                f"`{base.__name__}` samples completions while it trains, and `sequence_parallel_size` ({size}) "
+                "processes can score the rows that they share, but not generate them yet: set it to 1, or sample "
+                "first and train on pairs with `LongContextDPOTrainer`."
             )
 
 

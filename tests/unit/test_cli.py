@@ -109,7 +109,9 @@ def test_the_version_is_printed():
     assert done.returncode == 0 and done.stdout.strip() == f"hf-longctx {hf_longctx.__version__}"
 
 
-@pytest.mark.parametrize("command", [None, "env", "check", "pack", "plan", "verify", "sft", "pretrain", "embed"])
+@pytest.mark.parametrize(
+    "command", [None, "env", "check", "pack", "plan", "verify", "sft", "pretrain", "dpo", "reward", "embed"]
+)
 def test_help_fits_eighty_columns_and_has_defaults(command, capsys):
     with pytest.raises(SystemExit):
         main([*([command] if command else []), "--help"])
@@ -188,7 +190,7 @@ print(sorted(loaded & {"torch", "transformers", "numpy", "rich", "datasets"}))
 
 def test_help_of_every_command_imports_no_library():
     names = [getattr(command, "task", "") or command.__name__.rpartition(".")[2] for command in COMMANDS]
-    assert names == ["env", "check", "pack", "plan", "ttt", "verify", "sft", "pretrain", "embed"]
+    assert names == ["env", "check", "pack", "plan", "ttt", "verify", "sft", "pretrain", "dpo", "reward", "embed"]
     helped = subprocess.run([sys.executable, "-c", HELP, *names], capture_output=True, text=True)
     assert helped.returncode == 0, helped.stderr
     assert helped.stdout.splitlines()[-1] == "[]"

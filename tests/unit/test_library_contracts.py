@@ -177,6 +177,24 @@ def test_trl_scores_shifted_labels_without_shifting_them_again():
     assert "shift_labels is None" in source and "labels = shift_labels" in source
 
 
+def test_trl_preference_losses_ask_for_numbers_of_whole_rows():
+    from trl import DPOTrainer, KTOTrainer, RewardTrainer
+    from trl.trainer.utils import FusedCausalLMOutput
+
+    from hf_longctx.trainer.scored_rows import FIELDS
+
+    assert {*FIELDS, "loss", "aux_loss"} == set(FusedCausalLMOutput.__dataclass_fields__), (
+        "TRL's head has other fields"
+    )
+    for trainer in (DPOTrainer, KTOTrainer):
+        assert "fused_lm_head=True" in inspect.getsource(trainer._compute_loss)
+        assert parameters(trainer._precompute_ref_logps)[1:] == ["dataset", "name", "batch_size"]
+        ahead = inspect.getsource(trainer._precompute_ref_logps)
+        assert "self.accelerator.prepare(" in ahead and "self.accelerator.gather_for_metrics(" in ahead
+    for trainer in (DPOTrainer, KTOTrainer, RewardTrainer):
+        assert "// self._tp_size" in inspect.getsource(trainer), "TRL counts tokens in another way"
+
+
 def test_trl_trainer_seams():
     from trl import SFTTrainer
 

@@ -41,7 +41,10 @@ def test_every_config_has_one_keyword_and_is_public():
     known = {(name, kind) for row in TRAINERS.values() for name, kind in row.items()}
     assert len(known) == len(dict(known)) == len({kind for _, kind in known})
     public = {name for name in hf_longctx.__all__ if name.endswith("Config")}
-    assert {kind.__name__ for _, kind in known} == public - {"TTTConfig", "LSHConfig"}  # which are of a model, and not of a run
+    assert {kind.__name__ for _, kind in known} == public - {
+        "TTTConfig",
+        "LSHConfig",
+    }  # which are of a model, and not of a run
 
 
 def test_configs_are_attributes_at_their_defaults_or_as_given(given):
@@ -82,8 +85,9 @@ def test_the_embedding_trainer_refuses_what_is_for_language_models():
     from hf_longctx import LongContextSentenceTransformerTrainer
 
     message = (
-        "is for `LongContextTrainer` and `LongContextSFTTrainer`, and `LongContextSentenceTransformerTrainer` takes "
-        "`long_context`, `sources` and `texts`: leave it out"
+        "is for `LongContextTrainer`, `LongContextSFTTrainer`, `LongContextDPOTrainer`, `LongContextKTOTrainer` and "
+        "`LongContextRewardTrainer`, and `LongContextSentenceTransformerTrainer` takes `long_context`, `sources` and "
+        "`texts`: leave it out"
     )
     with pytest.raises(ValueError, match=message):
         LongContextSentenceTransformerTrainer(memory=MemoryConfig(memory="checkpoint"))

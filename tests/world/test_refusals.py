@@ -196,15 +196,17 @@ def test_a_masked_language_models_loss_is_proven_too(world2):
         world2.run(train_modernbert)
 
 
-def train_a_row_classifier():
-    config = build("llama", "ulysses").config
-    model = transformers.LlamaForSequenceClassification._from_config(config, attn_implementation="ulysses")
-    train(2, model=model)
+def train_a_pair_classifier(size):
+    config = build("bert", "ulysses").config
+    model = transformers.BertForNextSentencePrediction._from_config(config, attn_implementation="ulysses")
+    train(size, model=model)
 
 
-def test_a_head_that_pools_rows_is_refused(world2):
+def test_a_head_that_pools_rows_and_is_no_row_classifier_is_refused(world2):
     with pytest.raises(RanksError, match="not one vector a token: a head that pools a row cannot be sharded"):
-        world2.run(train_a_row_classifier)
+        world2.run(train_a_pair_classifier, 2)
+    with pytest.raises(NotImplementedError, match="a head that pools a row would pool the documents.*'sdpa'"):
+        train_a_pair_classifier(1)
 
 
 def positions_from_the_ids(with_positions):
