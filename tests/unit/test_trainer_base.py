@@ -60,7 +60,7 @@ def test_configs_are_attributes_at_their_defaults_or_as_given(given):
         (
             {"sources": SourcesConfig(deduplicate=True)},
             r"`sources` \(SourcesConfig\(.*\)\) is for `LongContextSentenceTransformerTrainer`, and "
-            "`LongContextTrainer` takes `long_context`, `memory`, `indexer` and `ramp`: leave it out",
+            "`LongContextTrainer` takes `long_context`, `memory`, `indexer`, `ramp` and `sleep`: leave it out",
         ),
         ({"texts": TextsConfig()}, "`texts` .* is for `LongContextSentenceTransformerTrainer`, and"),
         (
