@@ -73,10 +73,13 @@ $(VENV)-floor/.ready: setup.py Makefile $(TESTED)
 	touch $@
 
 # The newest release of everything, looked up on every call, so that a release that breaks us fails here and not in a
-# fresh clone. torch alone follows the rule above: `make newest TORCH=torch` takes its newest release.
+# fresh clone. torch alone follows the rule above: `make newest TORCH=torch` takes its newest release. Where they are the
+# tested ones, few tests run, since `make test` runs all on them: `make newest NEWEST="tests/unit tests/world"` does too.
 newest: $(VENV)-newest/.ready
 	$(VENV)-newest/bin/pip install --quiet --upgrade --upgrade-strategy eager "$(TORCH)" --editable ".[dev]"
-	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -p no:cacheprovider $(WORKERS) tests/unit tests/world
+	$(VENV)-newest/bin/pip freeze | $(PYTHON) .ci/choose_tests.py $(TESTED) > $(VENV)-newest/tests.txt
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -p no:cacheprovider $(WORKERS) \
+		$(or $(NEWEST),$$(cat $(VENV)-newest/tests.txt))
 
 $(VENV)-newest/.ready: setup.py Makefile
 	$(PYTHON) -m venv $(VENV)-newest
@@ -84,7 +87,8 @@ $(VENV)-newest/.ready: setup.py Makefile
 	$(VENV)-newest/bin/pip install --quiet "$(TORCH)"
 	touch $@
 
-# The versions that `make newest` has just passed with become the tested ones; look at the difference and commit it.
+# The versions that `make newest` has just passed with, in all tests, become the tested ones; look at the difference and commit it.
+constraints: NEWEST := tests/unit tests/world
 constraints: newest
 	$(VENV)-newest/bin/pip freeze > $(VENV)-newest/frozen.txt
 	$(PYTHON) .ci/write_tested_versions.py < $(VENV)-newest/frozen.txt > $(TESTED)

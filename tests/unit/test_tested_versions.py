@@ -21,13 +21,17 @@ SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 REQUIREMENTS = [Requirement(text) for text in re.findall(r'"((?!mkdocs)[\w-]+>=[\w.]+)"', SETUP)]
 
 
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / ".ci" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def write():
     """The function by which `make constraints` writes the file."""
-    spec = importlib.util.spec_from_file_location("writer", ROOT / ".ci" / "write_tested_versions.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.constraints
+    return load("write_tested_versions").constraints
 
 
 FROZEN = """\
@@ -84,3 +88,23 @@ def test_the_floor_is_what_setup_allows_at_least():
         assert re.fullmatch(re.escape(floors[name]) + r"(\.0)*", pins[name])
     file = FILE.read_text(encoding="utf-8").splitlines()
     assert all(any(text.startswith(f"{name}==") for text in file) for name in pins)
+
+
+@pytest.mark.parametrize(
+    ("changes", "other"),
+    [
+        ({}, []),
+        ({"tqdm": "99.0"}, []),
+        ({"transformers": "99.0"}, ["transformers 99.0"]),
+        ({"torch": "99.0+cpu"}, ["torch 99.0"]),
+        ({"trl": None}, ["trl None"]),
+    ],
+)
+def test_the_newest_libraries_run_all_tests_unless_they_are_the_tested_ones(changes, other):
+    module, tested = load("choose_tests"), FILE.read_text(encoding="utf-8")
+    installed = {**read_tested_versions(), **changes}
+    frozen = "\n".join(f"{name.replace('-', '_')}=={version}" for name, version in installed.items() if version)
+    tests, found = module.choose(frozen, tested)
+    assert found == other and tests == (module.EVERY if other else module.FEW)
+    assert all((ROOT / path).exists() for path in (*module.EVERY, *module.FEW))
+    assert set(module.LIBRARIES) <= set(read_tested_versions())
