@@ -55,13 +55,14 @@ class IndexerConfig:
             )
         for name in ("indexer_learning_rate", "indexer_coefficient"):
             value = getattr(self, name)
-            if value is not None and not (is_number(value) and value > 0):
+            unset = value is None and name == "indexer_learning_rate"
+            if not unset and not (is_number(value) and value > 0):
                 raise ValueError(f"`{name}` ({value!r}) must be a number above 0, or left out.")
-        if self.indexer_learning_rate is not None and self.loss is None:
-            raise ValueError(
-                f"`indexer_learning_rate` ({self.indexer_learning_rate}) is set, but without `loss` indexers get no "
-                "gradient: set `loss='dense'` or `loss='sparse'`, or leave it out."
-            )
+            if self.loss is None and value is not None and value != type(self).__dataclass_fields__[name].default:
+                raise ValueError(
+                    f"`{name}` ({value}) is set, but without `loss` indexers get no gradient: set `loss='dense'` or "
+                    "`loss='sparse'`, or leave it out."
+                )
 
     def is_dense_at(self, step: int) -> bool:
         """Whether the optimizer step after `step` finished ones is a dense one."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..adapters.sparse.sparse_rows import warn_nothing_sparse
 from ..config.indexer import IndexerConfig
-from .indexer_checks import refuse_indexer_settings
+from .indexer_checks import refuse_indexer_settings, refuse_own_scheduler
 from .indexer_training import IndexerTraining
 from .mixin import SequenceParallelMixin
 
@@ -50,6 +50,7 @@ class IndexerMixin(SequenceParallelMixin):
                 self._indexers.end_run()
 
     def create_optimizer(self, *args, **kwargs):
+        refuse_own_scheduler(self)
         library: Any = super()
         optimizer = library.create_optimizer(*args, **kwargs)
         if self._indexers is not None:

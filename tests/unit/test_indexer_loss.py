@@ -166,6 +166,8 @@ def test_checkpointed_layers_give_the_same(name, reentrant):
         ({"loss": "sparse", "indexer_learning_rate": 0.0}, "a number above 0"),
         ({"indexer_learning_rate": 1e-3}, "without `loss` indexers get no gradient"),
         ({"indexer_coefficient": float("nan")}, "a number above 0"),
+        ({"loss": "sparse", "indexer_coefficient": None}, "`indexer_coefficient` .None. must be a number above 0"),
+        ({"indexer_coefficient": 0.1}, "`indexer_coefficient` .0.1. is set, but without `loss`"),
     ],
 )
 def test_values_that_no_run_could_use(values, message):

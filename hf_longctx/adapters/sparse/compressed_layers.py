@@ -29,7 +29,7 @@ from ..instance_forward import InstancePatch, PatchHandle, named_arguments, patc
 from .compressed_mask import CompressedMask
 from .compressors import COMPRESSOR, CompressorPatch, compresses
 from .indexer_objective import IndexerObjective
-from .sparse_rows import SparseLayerPatch, documents_from_start, shard_of_layer
+from .sparse_rows import SparseLayerPatch, documents_from_start, refuse_wrapped_parts, shard_of_layer
 
 
 LAYER, HASH = "compressed layer", "routing by hash"
@@ -43,8 +43,14 @@ def follow_compressors(model: torch.nn.Module) -> PatchHandle:
 
     Returns:
         [`PatchHandle`]: `remove()` takes the patches off. Patching twice is patching once.
+
+    Raises:
+        NotImplementedError: PEFT keeps a copy of a layer or of a part of it to train.
     """
-    for module in list(model.modules()):
+    modules = list(model.modules())
+    for module in filter(is_compressed_layer, modules):
+        refuse_wrapped_parts(module, module.compressor, getattr(module.compressor, "indexer", None))
+    for module in modules:
         if is_compressed_layer(module):
             put_on(module, _LayerPatch())
             if module.compressor is not None:

@@ -41,7 +41,13 @@ from .pooled_indexer import (
     picks_to_mask,
     without_padding,
 )
-from .sparse_rows import SparseLayerPatch, documents_from_start, refuse_left_padding, shard_of_layer
+from .sparse_rows import (
+    SparseLayerPatch,
+    documents_from_start,
+    refuse_left_padding,
+    refuse_wrapped_parts,
+    shard_of_layer,
+)
 
 
 LAYER = "sparse layer"
@@ -55,12 +61,16 @@ def follow_indexers(model: torch.nn.Module) -> PatchHandle:
 
     Returns:
         [`PatchHandle`]: `remove()` takes the patches off. Patching twice is patching once.
+
+    Raises:
+        NotImplementedError: PEFT keeps a copy of a layer or of its indexer to train.
     """
-    for module in list(model.modules()):
-        if is_sparse_layer(module):
-            put_on(module, _LayerPatch())
-            if module.indexer is not None:
-                put_on(module.indexer, _patch_of(module.indexer))
+    layers = [module for module in model.modules() if is_sparse_layer(module)]
+    refuse_wrapped_parts(*layers, *(module.indexer for module in layers))
+    for module in layers:
+        put_on(module, _LayerPatch())
+        if module.indexer is not None:
+            put_on(module.indexer, _patch_of(module.indexer))
     return PatchHandle(model, LAYER, INDEXER)
 
 
@@ -142,9 +152,8 @@ class _LayerPatch(SparseLayerPatch):
             if picks_blocks(module.indexer):
                 documents_from_start(module, shard, given)
             taken = set(CACHE_NAMES) & inspect.signature(type(module).forward).parameters.keys()
-            mask = given["attention_mask"] = self._mask(
-                RowVisibility.of_shard(shard, given["hidden_states"].device), shard
-            )
+            visibility = RowVisibility.of_shard(shard, given["hidden_states"].device)
+            mask = given["attention_mask"] = self._mask(visibility, shard)
             given |= dict.fromkeys(taken, WholeRow(shard, mask) if shard.size > 1 else None)
         given["sequence_shard"] = mask.shard
         if pools:

@@ -33,6 +33,18 @@ def indexers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [indexer for indexer in found if indexer is not None]
 
 
+def untrained_indexers(model: torch.nn.Module, loss: str | None) -> list[str]:
+    """The trainable parameters of indexers that get no gradient with this `loss` of an [`IndexerConfig`]."""
+    trained = [] if loss is None else indexers_of(model)
+    known = {id(parameter) for indexer in trained for parameter in indexer.parameters()}
+    layers = [module for module in model.modules() if is_sparse_layer(module) or is_compressed_layer(module)]
+    indexers = [
+        getattr(part, "indexer", None) for layer in layers for part in (layer, getattr(layer, "compressor", None))
+    ]
+    mine = {id(p) for indexer in indexers if indexer is not None for p in indexer.parameters() if p.requires_grad}
+    return [name for name, parameter in model.named_parameters() if id(parameter) in mine - known]
+
+
 def first_queries(model: torch.nn.Module) -> list[int]:
     """By kind of layer, the first position in a document at which a query has something to pick from."""
     widths = {

@@ -124,6 +124,22 @@ def documents_from_start(module: torch.nn.Module, shard: SequenceShard, given: d
     return rows
 
 
+def refuse_wrapped_parts(*parts: torch.nn.Module | None) -> None:
+    """Raise `NotImplementedError` for a part of a sparse layer of which PEFT keeps a copy to train.
+
+    Args:
+        parts (`torch.nn.Module`, *optional*): layers, their indexers and compressors.
+    """
+    for part in parts:
+        original = None if part is None else part._modules.get("original_module")
+        if original is not None:
+            raise NotImplementedError(
+                f"`modules_to_save` wraps `{type(original).__name__}` in a `{type(part).__name__}`, through which no "
+                "adapter of sparse layers reaches it: name its linear layers in `target_modules` instead, or train it "
+                "without PEFT."
+            )
+
+
 class SparseLayerPatch(ShardReader):
     """What the patches of sparse layers have in common.
 
