@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..attention.cache_names import CACHE_NAMES
+
 
 _TAKEN = ("input_ids", "labels", "attention_mask", "position_ids", "sleep_windows", "num_items_in_batch")
 # Without a meaning here: what transformers' trainers and collators pass beside, and what asks for an ordinary output.
@@ -32,13 +34,16 @@ def check_batch(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, d
         ValueError: rows start late, are packed, or have no label; a name is not known.
         NotImplementedError: a loss of routers is asked for.
     """
+    if not isinstance(batch, Mapping):
+        raise ValueError(f"`batch` (a `{type(batch).__name__}`) must map names to tensors, such as `input_ids`.")
     tokens, labels = batch.get("input_ids"), batch.get("labels")
     if tokens is None:
         raise ValueError("a batch that sleeps needs `input_ids`: its first pass looks them up, later ones do not.")
     if batch.get("use_cache") is False:
         raise ValueError("`use_cache` (False) leaves nowhere to put the states of a window: leave it out.")
     check_rows(tokens, batch)
-    assert labels is not None
+    if labels is None:
+        raise ValueError("a batch without `labels` has no loss: add them, with -100 where there is none.")
     if labels.shape != tokens.shape:
         raise ValueError(f"`labels` {tuple(labels.shape)} must have the shape of `input_ids` {tuple(tokens.shape)}.")
     empty = (labels[:, 1:] == -100).all(dim=1).nonzero()[:, 0].tolist()
@@ -52,6 +57,12 @@ def check_batch(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, d
 
 def check_rows(tokens: torch.Tensor, batch: Mapping[str, Any]) -> None:
     """Refuse rows that are padded on the left, packed, or begun elsewhere."""
+    for name in ("input_ids", "labels", "attention_mask", "position_ids"):
+        value = tokens if name == "input_ids" else batch.get(name)
+        if value is not None and not isinstance(value, torch.Tensor):
+            raise ValueError(f"`{name}` (a `{type(value).__name__}`) must be a tensor: sleep cuts it into windows.")
+    if tokens.dim() != 2 or not tokens.numel():
+        raise ValueError(f"`input_ids` {tuple(tokens.shape)} must be of shape (rows, tokens), with a token or more.")
     for name in _PACKED:
         if batch.get(name) is not None:
             raise ValueError(
@@ -62,6 +73,10 @@ def check_rows(tokens: torch.Tensor, batch: Mapping[str, Any]) -> None:
     if mask is not None:
         if mask.dim() != 2:
             raise ValueError(f"`attention_mask` has {mask.dim()} dimensions: sleep takes one of shape (rows, tokens).")
+        if mask.shape != tokens.shape:
+            raise ValueError(
+                f"`attention_mask` {tuple(mask.shape)} must have the shape of `input_ids` {tuple(tokens.shape)}."
+            )
         if bool((mask[:, 1:] > mask[:, :-1]).any()):
             row = int((mask[:, 1:] > mask[:, :-1]).any(dim=1).nonzero()[0])
             raise ValueError(
@@ -92,6 +107,11 @@ def _arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
             "`output_router_logits` (True) adds a loss of the routers that N passes would count N times: leave it out."
         )
     others.pop("output_router_logits", None)
+    for name in ("logits_to_keep", *CACHE_NAMES):
+        if name in others:
+            raise ValueError(
+                f"the batch has `{name}`, which a row that sleeps chooses itself, window by window: leave it out."
+            )
     for name, value in others.items():
         if isinstance(value, torch.Tensor) and value.dim() > 0:
             raise ValueError(

@@ -14,12 +14,13 @@ import torch
 from transformers.cache_utils import DynamicLayer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from ..adapters.peft_kinds import check_peft
 from ..attention.cache_names import CACHE_NAMES, OUTPUT_NAME
 from ..config.sleep import SleepConfig
 from .batch_checks import check_rows
 from .cache import SleepCache
 from .loss import warn_other_passes
-from .sleepers import check_sleeper
+from .sleepers import PEFT_WAY, check_sleeper
 from .window_passes import Sleeper, Window, forget, read_window, sleep_window
 
 
@@ -122,6 +123,8 @@ def sleep_generate(
     """
     _check_mode(sleep, generation_config, synced_gpus, streamer, model_kwargs)
     assert sleep is not None
+    # PEFT's `generate` puts its own preparation of inputs on the model, and only there is its adapter seen.
+    check_peft(getattr(vars(model).get("prepare_inputs_for_generation"), "__self__", None), *PEFT_WAY)
     sleeper = check_sleeper(model, sleep)
     check_rows(input_ids, model_kwargs)
     mask = model_kwargs.get("attention_mask")
@@ -185,6 +188,15 @@ def _check_mode(sleep, generation_config, synced_gpus, streamer, model_kwargs) -
             "assisted decoding takes tokens back, and a window that slept cannot be: leave `assistant_model` and "
             "`prompt_lookup_num_tokens` out."
         )
+    for name, off in (("guidance_scale", (None, 1)), ("penalty_alpha", (None, 0)), ("dola_layers", (None,))):
+        value = getattr(generation_config, name, None)
+        if value not in off:
+            raise NotImplementedError(
+                f"`{name}` ({value!r}) reads a row in another way than window by window, and would do so "
+                "without sleep or not at all: leave it out."
+            )
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError("`generate` was given `inputs_embeds`, and windows are cut from tokens: pass `input_ids`.")
     if streamer is not None or called.get("streamer") is not None:
         raise NotImplementedError(
             "transformers does not hand `streamer` to a `custom_generate`, so it would never end: leave it out."

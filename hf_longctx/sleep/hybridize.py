@@ -73,9 +73,13 @@ def hybridize(model: PreTrainedModel, every: int = 2, head_size: int = _HEAD_SIZ
         `PreTrainedModel`: the same model, whose logits are what they were, to the bit.
 
     Raises:
-        ValueError: `every` is no number of layers of it.
+        ValueError: `every` is no number of layers of it, or `head_size` none of keys.
         NotImplementedError: its layers cannot be taken apart; it is as it was then.
     """
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"`{type(model).__name__}` is no model of transformers: hybridize it before it is wrapped.")
+    if not isinstance(head_size, int) or isinstance(head_size, bool) or head_size < 1:
+        raise ValueError(f"`head_size` ({head_size!r}) must be a number of keys of a state, 1 or more.")
     backbone = backbone_of(model)
     name, layers, config = type(model).__name__, getattr(backbone, "layers", None), model.config
     if not isinstance(every, int) or isinstance(every, bool) or not 1 <= every <= config.num_hidden_layers:

@@ -78,13 +78,12 @@ def sleep_loss(
     windows, it is that of the model with its own cache, whose keys and values are dropped at each border.
     Gradient: through all passes and windows.
     """
-    config = config.at(0) if config.warmup is None else replace(config, warmup=None)
+    sleeper = check_sleeper(model, config)
+    config = replace(config, warmup=None)
+    check_batch(batch)
     arguments = dict(batch)
     if num_items_in_batch is not None:
         arguments["num_items_in_batch"] = num_items_in_batch
-    sleeper = check_sleeper(model, config)
-    if arguments.get("labels") is None:
-        raise ValueError("a batch without `labels` has no loss: add them, with -100 where there is none.")
     if isinstance(model, DistributedDataParallel):  # its backward must know of the forward
         put_on(sleeper.model, SleepingForward(config))
         try:

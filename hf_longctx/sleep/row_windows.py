@@ -54,7 +54,7 @@ def windows_asleep(labels: torch.Tensor, config: SleepConfig, asked: torch.Tenso
     asleep[:, num_full:] = False
     if asked is None:
         return asleep
-    asked = asked.to(device=labels.device, dtype=torch.bool)
+    asked = torch.as_tensor(asked, device=labels.device).bool()
     if asked.shape != asleep.shape:
         raise ValueError(
             f"`sleep_windows` {tuple(asked.shape)} must have one entry for each window of each row, "

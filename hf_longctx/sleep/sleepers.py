@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
+from ..adapters.peft_kinds import check_peft
 from ..adapters.wrapped import backbone_of, unwrap
 from ..attention.cache_names import CACHE_NAMES
 from ..config.sleep import SleepConfig
@@ -23,7 +24,8 @@ from .cache import SleepCache
 from .window_passes import Sleeper, plain_layers
 
 
-_TRIED = "_hf_longctx_sleeps"  # in `vars(model)`, once its inputs and states were tried
+_TRIED = "_hf_longctx_sleeps"  # in `vars(model)`: the kind of device on which its inputs and states were tried
+PEFT_WAY = "window by window", "train it without sleep"  # for the message of `check_peft`
 _RECURRENT = ("linear_attention", "hybrid", "hybrid_sliding")
 
 
@@ -45,6 +47,11 @@ def check_sleeper(model, config: SleepConfig) -> Sleeper:
         ValueError: the model has nothing to consolidate into, or `config` does not fit it.
         NotImplementedError: it has, in a way that sleep does not know.
     """
+    if not isinstance(config, SleepConfig):
+        raise ValueError(
+            f"`sleep` ({config!r}) must be given as a `SleepConfig`: `SleepConfig(window=..., passes=...)`."
+        )
+    check_peft(model, *PEFT_WAY)
     model = unwrap(model)
     if config.window is None:
         raise ValueError("`window` is unset, so nothing would sleep: pass `SleepConfig(window=..., passes=...)`.")
@@ -60,10 +67,11 @@ def check_sleeper(model, config: SleepConfig) -> Sleeper:
     sleeper = sleeper_of(model)
     _check_layers(sleeper, config)
     _check_routers(model)
-    if not vars(model).get(_TRIED) and model.get_input_embeddings().weight.device.type != "meta":
+    device = model.get_input_embeddings().weight.device.type  # another one may run other kernels
+    if device not in (vars(model).get(_TRIED), "meta"):
         _try_inputs(sleeper)
         _try_states(sleeper)
-        vars(model)[_TRIED] = True
+        vars(model)[_TRIED] = device
     return sleeper
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class SleepMixin(SequenceParallelMixin):
 
     sleep: SleepConfig
     state: Any
+    _signature_columns: list[str]
     _sleeping: SleepingForward | None = None
     _frozen: dict[int, torch.nn.Parameter] | None = None
 
@@ -40,9 +42,15 @@ class SleepMixin(SequenceParallelMixin):
             check_sleeper(self.model, self.sleep)
         super().prepare_model()
 
+    def _set_signature_columns_if_needed(self) -> None:
+        library: Any = super()
+        library._set_signature_columns_if_needed()
+        if self.sleep.window is not None and "sleep_windows" not in self._signature_columns:
+            self._signature_columns += ["sleep_windows"]  # else the library drops it without a word
+
     def _inner_training_loop(self, *args, **kwargs):
         library: Any = super()
-        with self._asleep():
+        with self._asleep(trains=True):
             return library._inner_training_loop(*args, **kwargs)
 
     def evaluation_loop(self, *args, **kwargs):
@@ -59,6 +67,11 @@ class SleepMixin(SequenceParallelMixin):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         if self._sleeping is not None:
             self._sleeping.keeps_logits = not prediction_loss_only
+            if inputs.get("labels") is None:  # the forward of the model would answer, wide awake
+                raise ValueError(
+                    "rows without `labels` do not say which of their windows are answers, so they cannot be read with "
+                    "`sleep`: label them, or use `generate` with `custom_generate=sleep_generate`."
+                )
         library: Any = super()
         return library.prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
 
@@ -76,13 +89,15 @@ class SleepMixin(SequenceParallelMixin):
         return library.log(logs, *args, **kwargs)
 
     @contextlib.contextmanager
-    def _asleep(self) -> Iterator[None]:
+    def _asleep(self, trains: bool = False) -> Iterator[None]:
         """A block in which the model's forward reads windows; one inside another changes nothing."""
         if self.sleep.window is None or self._sleeping is not None:
             yield
             return
         model = unwrap(self.model)
-        self._sleeping = SleepingForward(self.sleep.at(self.state.global_step))
+        # A trainer that has not trained evaluates what it was given, behind any warm-up.
+        now = self.sleep.at(self.state.global_step) if trains or self.state.global_step else None
+        self._sleeping = SleepingForward(now or replace(self.sleep, warmup=None))
         put_on(model, self._sleeping)
         try:
             yield

@@ -40,7 +40,7 @@ def test_step_0_is_the_decoder_to_the_bit(every):
 def test_thirty_steps_of_what_was_forgotten_lower_its_loss():
     torch.manual_seed(0)
     model = hybridize(build("llama", "sdpa"), every=1, head_size=16).train()
-    rows = Rule110Rows(64, 8, 0, 0)  # the bits of a window that was forgotten, as they were
+    rows = Rule110Rows(24, 8, 0, 0)  # the bits of a window that was forgotten, as they were
     batch = {"input_ids": rows.input_ids, "labels": rows.labels, "chunk_size": 8}
     trained = recurrent_parameters(model)
     optimizer, losses = torch.optim.Adam(model.parameters(), lr=1e-2), []
@@ -64,3 +64,8 @@ def test_decoders_that_cannot_be_taken_apart_are_left_as_they_were():
     for every in (0, 9, True, "all"):
         with pytest.raises(ValueError, match="`every` .* must be 1 up to the"):
             hybridize(build("llama", "sdpa"), every=every)
+    for size in (0, "16", True):
+        with pytest.raises(ValueError, match="`head_size` .* must be a number of keys of a state"):
+            hybridize(build("llama", "sdpa"), head_size=size)
+    with pytest.raises(ValueError, match="`Linear` is no model of transformers"):
+        hybridize(torch.nn.Linear(2, 2))

@@ -58,7 +58,7 @@ def test_assigned_states_are_those_of_the_cache_that_copies(name):
     assert states >= 2
 
 
-@pytest.mark.parametrize("changes", [{}, {"loop_layers": (1, 2)}, {"eviction": "sliding", "answers_sleep": True}])
+@pytest.mark.parametrize("changes", [{}, {"loop_layers": (1, 2), "eviction": "sliding", "answers_sleep": True}])
 def test_gradients_through_passes_and_windows_are_finite_differences(changes):
     model = build_sleeper("qwen3_5_text", dtype=torch.float64, layer_types=["full_attention", "linear_attention"])
     randomize(model)
@@ -120,8 +120,23 @@ def test_rows_do_not_know_of_each_other_and_some_sleep_while_others_are_awake():
     asked = torch.tensor([[True, True, False, False], [False, True, False, False], [True, False, False, False]])
     batch["sleep_windows"] = asked
     assert torch.equal(logits_of(model, batch, config), together)
+    batch["sleep_windows"] = asked.tolist()
+    assert torch.equal(logits_of(model, batch, config), together)
     batch["sleep_windows"] = torch.zeros_like(asked)
     assert not torch.allclose(logits_of(model, batch, config), together)
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_sliding_is_attention_to_a_band_of_the_whole_row(name):
+    model, batch = build_sleeper(name), tokens_of()
+    randomize(model)
+    ago = torch.arange(26)[:, None] - torch.arange(26)
+    band = ((ago >= 0) & (ago < 8))[None, None].expand(2, 1, -1, -1)
+    expected = model(input_ids=batch["input_ids"], attention_mask=band, use_cache=False).logits[:, 16:]
+    found = logits_of(model, batch, SleepConfig(window=8, eviction="sliding"))[:, 16:]
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, model(batch["input_ids"]).logits[:, 16:], atol=1e-3)
 
 
 def test_padding_on_the_right_changes_nothing():
@@ -250,6 +265,33 @@ def test_every_pass_sees_the_left_context_that_the_first_saw():
     handle.remove()
     assert seen[0] is None and not seen[1].any()
     assert torch.equal(seen[2], first.layers[0].conv_states[0]) and torch.equal(seen[3], seen[2]) and seen[2].any()
+
+
+def test_a_pass_begins_with_what_the_last_layer_left_and_not_with_its_norm():
+    model = build_sleeper("qwen3_5_text")
+    sleeper, ids = check_sleeper(model, SleepConfig(window=8)), tokens_of(tokens=8)["input_ids"]
+    randomize(model)
+    entered, left = [], []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    model.model.layers[-1].register_forward_hook(lambda module, args, output: left.append(output))
+    with torch.no_grad():
+        sleep_window(sleeper, SleepCache(model.config), Window(ids, 0, {}), SleepConfig(window=8, passes=3))
+    assert len(entered) == len(left) == 3
+    assert torch.equal(entered[1], left[0]) and torch.equal(entered[2], left[1])
+
+
+@torch.no_grad()
+def test_a_layer_before_the_loop_leaves_its_keys_where_they_slide():
+    model, ids = (
+        build_sleeper("qwen3_5_text", layer_types=["full_attention", "linear_attention"]),
+        tokens_of(tokens=8)["input_ids"],
+    )
+    sleeper, kept = check_sleeper(model, SleepConfig(window=8)), []
+    for passes in (1, 3):
+        config = SleepConfig(window=8, passes=passes, eviction="sliding", loop_layers=(1, 2))
+        _, cache = sleep_window(sleeper, SleepCache(model.config), Window(ids, 0, {}), config)
+        kept.append(cache.layers[0].keys)
+    assert kept[0].shape[-2] == 8 and torch.equal(*kept)
 
 
 def test_a_layer_outside_the_loop_runs_once():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
+import peft
 import pytest
 import torch
 from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache, TextStreamer, cache_utils
@@ -23,7 +25,7 @@ from hf_longctx.cli.command_line import main
 from hf_longctx.proof import sleeping
 from hf_longctx.proof.model_under_test import default_config
 from hf_longctx.proof.sleeping import check_tiny, verify_sleep
-from hf_longctx.sleep import row_windows
+from hf_longctx.sleep import row_windows, sleepers
 from hf_longctx.sleep.cache import SleepCache
 from hf_longctx.sleep.generate import _arguments as other_arguments
 from hf_longctx.sleep.sleepers import check_sleeper
@@ -163,6 +165,12 @@ def test_a_kernel_that_returns_no_gradient_for_its_state(monkeypatch):
     )
     with pytest.raises(NotImplementedError, match="its kernel returns no gradient for it: windows would forget"):
         sleep_loss(model, tokens_of(), CONFIG)
+    monkeypatch.undo()
+    sleep_loss(model, tokens_of(), CONFIG)
+    vars(model)["_hf_longctx_sleeps"] = "cuda"  # another device may run another kernel: it is tried there, too
+    monkeypatch.setattr(sleepers, "_try_states", Mock(side_effect=NotImplementedError("tried")))
+    with pytest.raises(NotImplementedError, match="tried"):
+        sleep_loss(model, tokens_of(), CONFIG)
 
 
 # Batches
@@ -185,6 +193,13 @@ NO_LABEL[0, -1] = 5
     [
         ({"input_ids": None}, "a batch that sleeps needs `input_ids`"),
         ({"labels": None}, "a batch without `labels` has no loss"),
+        ({"input_ids": [[5] * 26] * 2}, "`input_ids` .a `list`. must be a tensor"),
+        ({"labels": [[5] * 26] * 2}, "`labels` .a `list`. must be a tensor"),
+        ({"input_ids": torch.ones(26, dtype=torch.long)}, r"`input_ids` \(26,\) must be of shape .rows, tokens."),
+        ({"attention_mask": torch.ones(2, 25)}, r"`attention_mask` \(2, 25\) must have the shape of `input_ids`"),
+        ({"attention_mask": {"full_attention": None}}, "`attention_mask` .a `dict`. must be a tensor"),
+        ({"logits_to_keep": 3}, "the batch has `logits_to_keep`, which a row that sleeps chooses itself"),
+        ({OUTPUT_NAME: DynamicCache()}, f"the batch has `{OUTPUT_NAME}`, which a row that sleeps chooses itself"),
         ({"labels": torch.ones(2, 25, dtype=torch.long)}, "must have the shape of `input_ids`"),
         ({"labels": NO_LABEL}, "row 1 has no label behind its first token, so no window of it is awake"),
         ({"attention_mask": LEFT}, "row 1 is padded on the left or in between"),
@@ -209,6 +224,11 @@ def test_batches_that_do_not_sleep(changes, message):
 
 def test_other_batches():
     model = build_sleeper("qwen3_5_text")
+    with pytest.raises(ValueError, match="`batch` .a `list`. must map names to tensors"):
+        sleep_loss(model, [1, 2], CONFIG)
+    for config in (None, {"window": 8}):
+        with pytest.raises(ValueError, match="`sleep` .* must be given as a `SleepConfig`"):
+            sleep_loss(model, tokens_of(), config)
     with pytest.raises(NotImplementedError, match="`output_router_logits` .True. adds a loss of the routers"):
         sleep_loss(model, changed(output_router_logits=True), CONFIG)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="`torch.inference_mode` records nothing"):
@@ -231,6 +251,20 @@ def test_other_passes_than_the_trained_ones_are_warned_of_once(caplog):
         "`passes` is 4, and `Qwen3_5ForCausalLM` was trained with 2: its layers have not seen hidden states of other "
         "passes."
     ]
+
+
+def test_adapters_that_put_tokens_in_front_of_rows(tmp_path):
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(build_sleeper("qwen3_5_text"), config)
+    ids = tokens_of(tokens=9)["input_ids"]
+    for run in (
+        lambda: sleep_loss(model, tokens_of(), CONFIG),
+        lambda: model.generate(input_ids=ids, custom_generate=sleep_generate, sleep=CONFIG, max_new_tokens=2),
+        lambda: trainer(tmp_path, model),
+    ):
+        with pytest.raises(NotImplementedError, match="puts virtual tokens in front .* others window by window"):
+            run()
+    reset_state()
 
 
 # Generation
@@ -258,6 +292,11 @@ def test_ways_to_generate_that_do_not_go_with_sleep():
         ({"num_beams": 2}, NotImplementedError, r"`num_beams` \(2\) reorders states between beams"),
         ({"assistant_model": model}, NotImplementedError, "assisted decoding takes tokens back"),
         ({"prompt_lookup_num_tokens": 2}, NotImplementedError, "assisted decoding takes tokens back"),
+        ({"guidance_scale": 2.0}, NotImplementedError, r"`guidance_scale` \(2.0\) reads a row in another way"),
+        ({"penalty_alpha": 0.6, "top_k": 4}, NotImplementedError, r"`penalty_alpha` \(0.6\) reads a row in another"),
+        ({"dola_layers": "high"}, NotImplementedError, r"`dola_layers` \('high'\) reads a row in another way"),
+        ({"inputs": torch.empty(1, 0, dtype=torch.long)}, ValueError, r"`input_ids` \(1, 0\) must be of shape"),
+        ({"inputs": None, "inputs_embeds": torch.zeros(1, 9, 32)}, ValueError, "was given `inputs_embeds`"),
         ({"streamer": Silent()}, NotImplementedError, "does not hand `streamer` to a `custom_generate`"),
         ({"use_cache": False}, ValueError, r"`use_cache` \(False\) leaves nowhere"),
         ({"output_attentions": True, "return_dict_in_generate": True}, NotImplementedError, "are those of one pass"),

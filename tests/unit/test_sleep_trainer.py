@@ -67,6 +67,35 @@ def test_a_step_has_the_gradient_of_sleep_loss_and_the_checkpoint_is_vanilla(tmp
         expected = sleep_loss(again.eval(), pad_right(rows_of(4)), CONFIG)
     assert metrics["eval_loss"] == pytest.approx(float(expected), abs=1e-5)
     assert made.predict(rows_of(4)).predictions.shape == (4, 26, 97)
+    made.data_collator = lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])}
+    with pytest.raises(ValueError, match="rows without `labels` do not say which of their windows are answers"):
+        made.predict(rows_of(4))
+
+
+def stack_columns(rows: list[dict]) -> dict:
+    return {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+
+
+def test_what_rows_say_of_their_windows_reaches_the_model(tmp_path):
+    losses = []
+    for asleep in (None, [1, 1, 0, 0], [0, 0, 0, 0]):
+        made = trainer(tmp_path)
+        rows = [row if asleep is None else {**row, "sleep_windows": asleep} for row in rows_of(4)]
+        made.data_collator = stack_columns
+        losses.append(made.evaluate(rows)["eval_loss"])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_fresh_trainer_evaluates_behind_the_warmup(tmp_path):
+    warmup = SleepWarmup(pass_steps=(2, 3), recurrent_steps=1)
+    config, model = SleepConfig(window=8, passes=3, eviction="sliding", warmup=warmup), build_sleeper("qwen3_5_text")
+    randomize(model)
+    found = trainer(tmp_path, model, config).evaluate()["eval_loss"]
+    with torch.no_grad():
+        expected, once = (
+            float(sleep_loss(model, pad_right(rows_of(4)), of)) for of in (config, SleepConfig(window=8))
+        )
+    assert found == pytest.approx(expected, abs=1e-5) and abs(found - once) > 1e-2
 
 
 def test_a_warmup_raises_passes_at_its_steps_trains_the_state_first_and_resumes_there(tmp_path):
