@@ -255,8 +255,11 @@ def draw(found: dict[str, Any], toy: SleepArguments, path: Path) -> None:
     pyplot.close(figure)
 
 
+ARGUMENTS = (SleepArguments, TrainingArguments)
+
+
 def main() -> None:
-    toy, args = parse_recipe((SleepArguments, TrainingArguments))
+    toy, args = parse_recipe(ARGUMENTS)
     found = compare(toy, args)
     path, console, table = write(found, toy, args), Console(), Table("curve", "step", "CPU s", "exact", "answers")
     if importlib.util.find_spec("matplotlib") is not None:

@@ -62,13 +62,19 @@ ARGUMENTS = (TTTArguments, TrainingArguments, ModelConfig, LongContextConfig, TT
 
 
 @record
+def arguments_of(words: list[str]) -> tuple[type, ...]:
+    """The dataclasses of a run on documents, or of a toy."""
+    check_recipe_file(words)
+    return (ttt_toy.ToyArguments,) if _is_toy(words) else ARGUMENTS
+
+
 def main() -> None:
-    check_recipe_file(sys.argv[1:])
-    if _is_toy(sys.argv[1:]):
-        (toy,) = parse_recipe((ttt_toy.ToyArguments,))
+    arguments = arguments_of(sys.argv[1:])
+    if arguments != ARGUMENTS:
+        (toy,) = parse_recipe(arguments)
         ttt_toy.main(toy)
         return
-    recipe, args, model_args, long_context, settings = parse_recipe(ARGUMENTS)
+    recipe, args, model_args, long_context, settings = parse_recipe(arguments)
     check_output_dir(recipe, args)
     base, tokenizer = load_model(recipe, args, model_args, long_context, recipe.from_scratch)
     if recipe.window_only:

@@ -43,7 +43,7 @@ PARTS = (
         "gpu_tests",
         "the tests of `tests/gpu`: kernels, packed rows, two processes on one device",
         "gpu_tests",
-        seconds=60,
+        seconds=55,
         arguments="",
         tiny="--select 'documents_alone and llama and False or two_processes and True'",
         figures=[
@@ -55,7 +55,7 @@ PARTS = (
         "step",
         "one step of the 1B shape: sdpa, ulysses and packed, 8K to 128K tokens",
         "ulysses",
-        seconds=70,
+        seconds=65,
         arguments=f"{_LLAMA_1B} --heads 32 --kv_heads 8 --tokens 8192 32768 65536 131072 --checkpointing --tiled_loss "
         "--repeats 1 --minutes {minutes}",
         tiny=f"{_TINY_STEP} --heads 2 --kv_heads 1 --tokens 512 --checkpointing --tiled_loss --repeats 1 "
@@ -104,7 +104,7 @@ PARTS = (
         "long_row",
         "one whole training step of the 1B shape on a row of 256K tokens",
         "memory_presets",
-        seconds=60,
+        seconds=55,
         arguments=f"{_LLAMA_1B} --kv_heads 8 --ranks 1 --plan --presets max --tokens 262144",
         tiny=f"{_TINY_STEP} --one_process --ranks 1 --plan --presets max --tokens 64",
         page="memory_presets_long_row",

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -259,11 +260,13 @@ def test_functions_are_cut_behind_their_docstring():
 @pytest.mark.parametrize("file", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_is_understood_by_its_script(file, tmp_path):
     (script,) = set(re.findall(r"(?:recipes/(?=\w+\.py)|hf-longctx )(\w+)", file.read_text()))
-    here = ["--output_dir", str(tmp_path), "--use_cpu", "true", "--bf16", "false"]
-    parsed = TrlParser(importlib.import_module(f"hf_longctx.tasks.{script}").ARGUMENTS).parse_args_and_config(
-        ["--config", str(file), *here]
-    )
-    assert any(isinstance(part, LongContextConfig) for part in parsed)
+    task, words = importlib.import_module(f"hf_longctx.tasks.{script}"), ["--config", str(file)]
+    arguments = task.arguments_of(words) if hasattr(task, "arguments_of") else task.ARGUMENTS
+    known = {field.name for kind in arguments for field in fields(kind)}
+    here = {"output_dir": str(tmp_path), "use_cpu": "true", "bf16": "false"}
+    words += [word for name, value in here.items() if name in known for word in (f"--{name}", value)]
+    parsed = TrlParser(arguments).parse_args_and_config(words)
+    assert any(isinstance(part, LongContextConfig) for part in parsed) or LongContextConfig not in arguments
 
 
 @pytest.fixture
