@@ -96,6 +96,9 @@ def use_axial_positions(
     table = _find_table(inner)
     width = table.weight.shape[1]
     if dims is None:
+        _validate_axes("shape", shape)
+        if len(shape) > width:
+            raise ValueError(f"`shape` {tuple(shape)} has more axes than a token has numbers ({width}): give fewer.")
         dims = [width // len(shape)] * (len(shape) - 1)
         dims = [*dims, width - sum(dims)]
     shape, dims = _validate_grid(shape, dims)
@@ -157,15 +160,19 @@ def _indices(positions: torch.Tensor, shape: Sequence[int]) -> list[torch.Tensor
 
 
 def _validate_grid(shape: Sequence[int], dims: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    for name, values in (("shape", shape), ("dims", dims)):
-        numbers = isinstance(values, Sequence) and not isinstance(values, str) and len(values)
-        if not numbers or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
-            raise ValueError(f"`{name}` ({values!r}) must be positive integers, one an axis, such as (1024, 1024).")
+    _validate_axes("shape", shape)
+    _validate_axes("dims", dims)
     if len(shape) != len(dims):
         raise ValueError(
             f"`shape` {tuple(shape)} has {len(shape)} axes and `dims` {tuple(dims)} has {len(dims)}: give one each."
         )
     return tuple(shape), tuple(dims)
+
+
+def _validate_axes(name: str, values: object) -> None:
+    numbers = isinstance(values, Sequence) and not isinstance(values, str) and len(values)
+    if not numbers or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
+        raise ValueError(f"`{name}` ({values!r}) must be positive integers, one an axis, such as (1024, 1024).")
 
 
 def _validate_length(tokens: int, shape: tuple[int, ...]) -> None:

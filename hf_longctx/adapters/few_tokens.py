@@ -48,6 +48,8 @@ def loss_batch(model: torch.nn.Module, convert: bool | Mapping[str, Any]) -> dic
             "head (`AutoModelForCausalLM`)."
         )
     if isinstance(convert, Mapping):
+        if convert.get("labels") is None:
+            raise ValueError("`convert` is a batch without `labels`, so its loss cannot be told: add them.")
         return dict(convert)
     ids = random_ids(model, 2, 64)
     return {"input_ids": ids, "labels": ids}

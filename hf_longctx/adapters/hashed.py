@@ -71,7 +71,7 @@ def use_lsh(model: torch.nn.Module, lsh: LSHConfig | None = None) -> LSHHandle:
     if find_attention(text._attn_implementation) is None:
         raise ValueError(
             f"`{name}` runs attn_implementation={text._attn_implementation!r}, which knows nothing of LSH: load it "
-            f"with attn_implementation={LSH!r}, or call `model.set_attn_implementation({LSH!r})`."
+            f"with attn_implementation='{LSH}', or call `model.set_attn_implementation('{LSH}')`."
         )
     refuse_unhashable(inner)
     before = getattr(text, LSH_KEY, None)
@@ -150,8 +150,8 @@ def refuse_lost_lsh(model: torch.nn.Module, inner_attention: str) -> None:
     if wants_lsh(model, inner_attention) and find_attention(attention) is None:
         raise ValueError(
             f"`{type(inner).__name__}` is to run LSH attention (`config.{LSH_KEY}` or `inner_attention`), which "
-            f"attn_implementation={attention!r} does not compute: load it with attn_implementation={LSH!r}, or call "
-            f"`model.set_attn_implementation({LSH!r})`; 'ulysses' if ranks share rows."
+            f"attn_implementation={attention!r} does not compute: load it with attn_implementation='{LSH}', or call "
+            f"`model.set_attn_implementation('{LSH}')`; 'ulysses' if ranks share rows."
         )
 
 

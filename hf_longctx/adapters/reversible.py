@@ -82,6 +82,8 @@ def make_reversible(model: torch.nn.Module, convert: bool | Mapping[str, Any] = 
     Memory: between forward and backward `2 x B x t x D` in float64; in backward two more for gradients.
     Source: RevNet, https://huggingface.co/papers/1707.04585; Reformer, https://huggingface.co/papers/2001.04451.
     """
+    if not isinstance(convert, (bool, Mapping)):
+        raise ValueError(f"`convert` ({convert!r}) must be true, false or a batch of the model's arguments.")
     inner = unwrap(model)
     owner, name = find_layers(inner)
     layers = getattr(owner, name)

@@ -79,6 +79,8 @@ def lsh_attention(
     Communication: none. Gradient: exact, of query and value.
     """
     config = LSHConfig(num_hashes=num_hashes, window=window, num_buckets=num_buckets, hash_seed=seed, layout=layout)
+    if query.dim() != 4:
+        raise ValueError(f"`query` {tuple(query.shape)} must have the shape (rows, heads, tokens, size of a head).")
     rows, heads, tokens, size = query.shape
     if value.shape[:3] != query.shape[:3] or (segments is not None and segments.shape != (rows, tokens)):
         raise ValueError(

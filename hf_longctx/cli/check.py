@@ -153,5 +153,5 @@ def _built(name: str, build, config, kind: str, size: int):
             ) from error
     tested = ModelUnderTest.of(config, kind, size)
     if tested.config is None:
-        raise ValueError(tested.problem)
+        raise ValueError(f"the defaults of type `{name}` build no model to look at, and {tested.problem}")
     return build(tested.config)

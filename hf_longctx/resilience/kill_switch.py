@@ -60,17 +60,19 @@ class KillSwitch(Watch):
         fault = [self._fault() if trainer.args.process_index == 0 else None]
         if trainer.args.world_size > 1:
             dist.broadcast_object_list(fault, src=0)
+        if fault[0] == "there":
+            raise ValueError(
+                f"the file of `KillSwitch` ('{self.file}') is there, so the run does not start: remove it to train."
+            )
         if fault[0] is not None:
-            raise ValueError(fault[0])
+            raise ValueError(
+                f"the file of `KillSwitch` ('{self.file}') is in a folder that does not exist: make the folder first."
+            )
 
     def _fault(self) -> str | None:
         if self.is_thrown():
-            return f"the file of `KillSwitch` ('{self.file}') is there, so the run does not start: remove it to train."
-        if not self.file.absolute().parent.is_dir():
-            return (
-                f"the file of `KillSwitch` ('{self.file}') is in a folder that does not exist: make the folder first."
-            )
-        return None
+            return "there"
+        return None if self.file.absolute().parent.is_dir() else "no folder"
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         if not self.is_attached:

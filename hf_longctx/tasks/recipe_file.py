@@ -32,7 +32,7 @@ def parse_recipe(arguments: Sequence[type]) -> tuple[Any, ...]:
     try:
         return TrlParser(arguments).parse_args_and_config()
     except ValueError as error:  # of a dataclass that looks at its values
-        raise ValueError(str(error)) from error
+        raise ValueError(f"the arguments do not go together: {error}") from error
 
 
 def _names_in(words: Sequence[str]) -> list[str]:

@@ -273,14 +273,15 @@ for name in sys.argv[1:]:
 
 def test_missing_host_is_told_with_the_extra():
     names = ("pack_embeddings", "SpanRankingLoss", "LongContextSentenceTransformerTrainer")
-    names = (*names, "TiledMultipleNegativesRankingLoss", "LongContextSFTTrainer")
+    trl = ("LongContextSFTTrainer", "LongContextDPOTrainer", "LongContextRewardTrainer")
+    names = (*names, "TiledMultipleNegativesRankingLoss", *trl)
     command = [sys.executable, "-c", LACKING, *names]
     printed = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT.parent).stdout
     assert "`pack_embeddings` needs sentence-transformers: `pip install hf-longctx[embedding]`" in printed
     assert "`SpanRankingLoss` needs sentence-transformers: `pip install hf-longctx[embedding]`" in printed
     assert "`LongContextSentenceTransformerTrainer` needs sentence-transformers: `pip install hf-lon" in printed
     assert "`TiledMultipleNegativesRankingLoss` needs sentence-transformers: `pip install hf-longctx" in printed
-    assert "`LongContextSFTTrainer` needs trl: `pip install hf-longctx[trl]`" in printed
+    assert all(f"`{name}` needs trl: `pip install hf-longctx[trl]`" in printed for name in trl)
 
 
 LACKING_IN_A_RECIPE = """
@@ -299,7 +300,10 @@ for name in sys.argv[2:]:
 @pytest.mark.parametrize(
     ("library", "told"),
     [
-        ("trl", {"sft": "trl", "pretrain": "trl", "embed": "embedding,trl", "inputs": "trl"}),
+        (
+            "trl",
+            {"embed": "embedding,trl", **dict.fromkeys(("sft", "pretrain", "dpo", "reward", "ttt", "inputs"), "trl")},
+        ),
         ("datasets", {"sft": "trl", "pretrain": "trl", "embed": "embedding,trl", "embed_sources": "embedding"}),
         ("sentence_transformers", {"embed": "embedding,trl", "embed_model": "embedding"}),
     ],
