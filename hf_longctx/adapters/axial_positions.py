@@ -169,7 +169,7 @@ def _validate_grid(shape: Sequence[int], dims: Sequence[int]) -> tuple[tuple[int
     return tuple(shape), tuple(dims)
 
 
-def _validate_axes(name: str, values: object) -> None:
+def _validate_axes(name: str, values: Sequence[int]) -> None:
     numbers = isinstance(values, Sequence) and not isinstance(values, str) and len(values)
     if not numbers or any(not isinstance(v, int) or isinstance(v, bool) or v < 1 for v in values):
         raise ValueError(f"`{name}` ({values!r}) must be positive integers, one an axis, such as (1024, 1024).")
