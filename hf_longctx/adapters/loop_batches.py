@@ -22,7 +22,7 @@ from ..parallel.adapted import Adapted
 from ..parallel.segments import DOCUMENT_BOUND_KEYS, positions_of
 from ..parallel.shard import SequenceShard
 from .instance_forward import InstancePatch, named_arguments
-from .sparse.sparse_rows import warn_nothing_sparse
+from .sparse.sparse_rows import SparseRowsWatch
 
 
 LOOP_BATCHES = "batches of a loop"
@@ -35,12 +35,13 @@ class LoopBatches(InstancePatch):
         adapted ([`Adapted`]): how the model trains.
         needs ([`SanityResult`][hf_longctx.trainer.sanity_check.SanityResult]): what it needs in a batch.
         leaks (`Mapping[str, str]`): by the way in which a batch tells its documents, why the model mixes them.
+        sparse ([`SparseRowsWatch`]): of the model.
     """
 
     name = LOOP_BATCHES
 
-    def __init__(self, adapted: Adapted, needs, leaks: Mapping[str, str]) -> None:
-        self.adapted, self.needs, self.leaks = adapted, needs, dict(leaks)
+    def __init__(self, adapted: Adapted, needs, leaks: Mapping[str, str], sparse: SparseRowsWatch) -> None:
+        self.adapted, self.needs, self.leaks, self.sparse = adapted, needs, dict(leaks), sparse
 
     def call(self, module: torch.nn.Module, own: Callable, *args, **kwargs):
         given: dict[str, Any] = named_arguments(module, args, kwargs)
@@ -94,7 +95,7 @@ class LoopBatches(InstancePatch):
             )
         if packs_documents(shard):
             self._validate_documents(module, "shard")
-        warn_nothing_sparse(module, shard.num_tokens)
+        self.sparse.see(shard.num_tokens)
         self.needs.validate_batch(module, shard, given)
         if given.get("labels") is not None:
             self._validate_labels(name, shard, given)

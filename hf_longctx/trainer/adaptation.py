@@ -21,6 +21,7 @@ from ..adapters.loop_batches import LoopBatches
 from ..adapters.no_rotation import refuse_lost_alibi
 from ..adapters.peft_kinds import PACKED_ROWS, check_peft
 from ..adapters.reversible import follow_reversible
+from ..adapters.sparse.sparse_rows import SparseRowsWatch
 from ..adapters.tiled_loss import TILED_LOSS, TiledLossHandle
 from ..adapters.wrapped import runs_our_attention, unwrap
 from ..attention.contamination import assert_no_cross_document
@@ -86,7 +87,7 @@ def adapt(model: torch.nn.Module, mesh: SequenceMesh, *, inner_attention: str = 
             with TiledLossHandle(inner).paused() if tiled else contextlib.nullcontext():
                 needs = run_sanity_check(inner, mesh, inner_attention, shifts, check_loss=has_loss)
                 leaks = _known_across_documents(model) or _find_leaks(inner, mesh, inner_attention, needs)
-            put_on(inner, LoopBatches(adapted, needs, leaks))
+            put_on(inner, LoopBatches(adapted, needs, leaks, SparseRowsWatch(inner)))
     except Exception:
         handle.remove()
         raise

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
-from ..adapters.sparse.sparse_rows import warn_nothing_sparse
+from ..adapters.sparse.sparse_rows import SparseRowsWatch
 from ..config.indexer import IndexerConfig
 from .indexer_checks import refuse_indexer_settings, refuse_own_scheduler
 from .indexer_training import IndexerTraining
@@ -24,9 +24,11 @@ class IndexerMixin(SequenceParallelMixin):
     optimizer: Any  # this and the next of the library's trainer
     state: Any
     _indexers: IndexerTraining | None = None
+    _sparse_rows: SparseRowsWatch
 
     def prepare_model(self) -> None:
         super().prepare_model()
+        self._sparse_rows = SparseRowsWatch(self.model)
         refuse_indexer_settings(self)
         if self.indexer.loss is None:
             return
@@ -39,7 +41,7 @@ class IndexerMixin(SequenceParallelMixin):
         # The checks look at the gradient of the model's own loss.
         with contextlib.nullcontext() if self._indexers is None else self._indexers.paused():
             super().check_share(inputs)
-        warn_nothing_sparse(self.model, inputs["sequence_shard"].num_tokens)
+        self._sparse_rows.see(inputs["sequence_shard"].num_tokens)
 
     def _inner_training_loop(self, *args, **kwargs):
         library: Any = super()

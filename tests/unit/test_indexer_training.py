@@ -14,6 +14,7 @@ from hf_longctx.adapters.instance_forward import patches_on
 from hf_longctx.adapters.sparse.sparse_layers import first_queries
 from hf_longctx.trainer.indexer_checks import refuse_indexer_settings
 from hf_longctx.trainer.indexer_training import IndexerTraining
+from hf_longctx.trainer.mixin import SequenceParallelMixin
 
 from ..models import build
 from ..sparse import KINDS, build_sparse, build_trained, packed_rows
@@ -155,3 +156,28 @@ def test_weights_of_a_step_and_whose_they_are():
         model.zero_grad()
         model(**rows, use_cache=False).loss.backward()
         assert all(bool(parameter.grad.any()) == has_gradient for parameter in training.parameters())
+
+
+def test_checks_look_at_the_models_own_gradient(tmp_path, monkeypatch):
+    """While a batch is checked, layers add nothing to it and count nothing for the log."""
+    run = trainer(tmp_path, build_trained("deepseek_v32", "packed"), IndexerConfig(loss="sparse"))
+    seen = []
+
+    def look(self, inputs):
+        self.model(**{name: value for name, value in inputs.items() if name != "sequence_shard"}, use_cache=False)
+        seen.append((run._indexers.objective.weights, run._indexers.objective.take_found().tolist()))
+
+    monkeypatch.setattr(SequenceParallelMixin, "check_share", look)
+    run._indexers.begin_step(0, [packed_rows()], run.mesh, torch.device("cpu"))
+    weights = run._indexers.objective.weights
+    run.check_share({**packed_rows(), "sequence_shard": SimpleNamespace(num_tokens=23)})
+    assert seen == [({}, [0.0] * 4)] and weights and run._indexers.objective.weights == weights
+    reset_state()
+
+
+def test_the_trainer_warns_of_rows_in_which_nothing_is_sparse(tmp_path, caplog):
+    run = trainer(tmp_path, build_trained("deepseek_v32", "packed"), IndexerConfig())
+    for tokens, warnings in ((24, 0), (5, 1), (5, 1)):
+        run._sparse_rows.see(tokens)
+        assert sum("so nothing is sparse" in record.getMessage() for record in caplog.records) == warnings
+    reset_state()

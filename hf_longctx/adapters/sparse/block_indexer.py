@@ -22,6 +22,7 @@ from ...attention.indexed import RowMask, queries_at_once
 from ...parallel.collectives import gather_sequence
 from ...parallel.segments import PAD_SEGMENT
 from ..instance_forward import InstancePatch, named_arguments
+from .known_keys import KnownKeys, made_keys
 
 
 INDEXER = "indexer"
@@ -30,29 +31,6 @@ INDEXER = "indexer"
 def picks_blocks(indexer: torch.nn.Module | None) -> bool:
     """Whether an indexer picks blocks of keys for each key/value head."""
     return all(hasattr(indexer, name) for name in ("block_size", "topk_blocks", "build_block_mask"))
-
-
-class _Keys(Exception):
-    """The keys of an indexer, on their way out of its forward."""
-
-
-class _OneLayer:
-    """A cache whose only layer returns known keys, or stops the indexer once it has made its own."""
-
-    def __init__(self, keys: torch.Tensor | None = None) -> None:
-        self.keys = keys
-
-    @property
-    def layers(self) -> _OneLayer:
-        return self
-
-    def __getitem__(self, _: int) -> _OneLayer:
-        return self
-
-    def update_index(self, keys: torch.Tensor) -> torch.Tensor:
-        if self.keys is None:
-            raise _Keys(keys)
-        return self.keys
 
 
 class BlockIndexerPatch(InstancePatch):
@@ -73,10 +51,7 @@ class BlockIndexerPatch(InstancePatch):
         follows = cache is not None and mask.shard.size == 1  # generation
         if follows and mask.visibility.start:
             return _tokens_of(own(*args, **kwargs), module.block_size, mask.visibility.num_tokens)
-        try:
-            own(**{**given, name: _OneLayer()})
-        except _Keys as made:
-            keys = made.args[0]
+        keys = made_keys(own, given, name)
         if follows:
             cache.layers[module.layer_idx].update_index(keys)
         shard, tokens = mask.shard, given["hidden_states"].shape[1]
@@ -125,7 +100,7 @@ def _pick(
     part = {
         "hidden_states": given["hidden_states"][here, queries],
         "position_embeddings": tuple(x[here if len(x) > 1 else slice(None), queries] for x in (cosines, sines)),
-        cache_argument(type(module).forward): _OneLayer(keys),
+        cache_argument(type(module).forward): KnownKeys(keys),
         "position_ids": positions,
     }
     return _tokens_of(own(**part), module.block_size, keys.shape[2])

@@ -25,6 +25,7 @@ from ...parallel.collectives import gather_sequence
 from ..instance_forward import InstancePatch, named_arguments
 from ..pass_shard import ForwardRows
 from .block_indexer import INDEXER, queries_of_documents
+from .known_keys import KnownKeys, made_keys
 
 
 # The method of a layer that makes a mask of picks.
@@ -73,34 +74,6 @@ def mask_behind_cache(module: torch.nn.Module, given: dict[str, Any]) -> RowMask
     return RowMask(RowVisibility(start + tokens, start, None), shard_of_rows({}, count, tokens, device))
 
 
-class _States(Exception):
-    """The states of an indexer, on their way out of its forward."""
-
-
-class _DocumentSoFar:
-    """A cache whose only layer has the states of one document up to a query, or stops the indexer at its own."""
-
-    def __init__(self, states: torch.Tensor | None = None) -> None:
-        self.keys = states
-
-    @property
-    def layers(self) -> _DocumentSoFar:
-        return self
-
-    def __getitem__(self, _: int) -> _DocumentSoFar:
-        return self
-
-    def get_seq_length(self) -> int:
-        """Of the document so far."""
-        return 0 if self.keys is None else self.keys.shape[1]
-
-    def update_indexer(self, states: torch.Tensor, *_: object) -> torch.Tensor:
-        """The states of the document."""
-        if self.keys is None:
-            raise _States(states)
-        return self.keys
-
-
 class PooledIndexerPatch(InstancePatch):
     """Picks pools of the documents of whole rows."""
 
@@ -116,10 +89,7 @@ class PooledIndexerPatch(InstancePatch):
             return own(*args, **kwargs)
         name, hidden_states = cache_argument(type(module).forward), given["hidden_states"]
         real = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
-        try:
-            own(**{**given, "attention_mask": real, name: _DocumentSoFar()})
-        except _States as made:
-            states = made.args[0]
+        states = made_keys(own, {**given, "attention_mask": real}, name)
         shard = mask.shard
         mask.numbers += states.shape[-1] if shard.size > 1 else 0
         states = gather_sequence(states, shard.group if shard.size > 1 else None)[:, : shard.num_tokens]
@@ -132,7 +102,7 @@ class PooledIndexerPatch(InstancePatch):
                 "hidden_states": hidden_states[here, queries],
                 "q_resid": given["q_resid"][here, queries],
                 "attention_mask": real[here, queries],
-                name: _DocumentSoFar(states[here, begin:end]),
+                name: KnownKeys(states[here, begin:end]),
             }
             found = own(**part).long()
             picks[row, queries, : found.shape[-1]] = torch.where(found >= 0, found + begin, -1)[0]

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from ..instance_forward import InstancePatch, PatchHandle, named_arguments, patc
 from ..pass_shard import ForwardRows
 from .block_indexer import INDEXER, BlockIndexerPatch, picks_blocks
 from .indexer_objective import IndexerObjective, TrainedRowMask
+from .known_keys import KnownKeys, made_keys
 from .pooled_indexer import (
     PooledIndexerPatch,
     mask_behind_cache,
@@ -198,27 +200,6 @@ def _mask_over_cache(given: dict[str, Any], rows: ForwardRows) -> RowMask:
     return RowMask(RowVisibility(num_keys, start, shard.segment_ids), shard)
 
 
-class _Keys(Exception):
-    """The keys of an indexer, on their way out of its forward."""
-
-
-class _KeysOnly:
-    """A cache that stops an indexer once it has made its keys."""
-
-    def update_indexer(self, keys: torch.Tensor, *_: object) -> torch.Tensor:
-        raise _Keys(keys)
-
-
-class _KnownKeys:
-    """A cache that has the keys of the whole row."""
-
-    def __init__(self, keys: torch.Tensor) -> None:
-        self.keys = keys
-
-    def update_indexer(self, *_: object) -> torch.Tensor:
-        return self.keys
-
-
 class _IndexerPatch(InstancePatch):
     """Picks for a block of queries at a time, among the keys of the whole row."""
 
@@ -232,10 +213,7 @@ class _IndexerPatch(InstancePatch):
             return own(*args, **kwargs)
         cache = cache_argument(type(module).forward)
         hidden_states, row = given["hidden_states"], given.get(cache)
-        try:
-            own(**{**given, cache: _KeysOnly()})
-        except _Keys as found:
-            keys = found.args[0]
+        keys = made_keys(own, given, cache)
         if isinstance(row, WholeRow):
             mask.numbers += keys.shape[-1]
             keys = gather_sequence(keys, row.shard.group)[:, : row.shard.num_tokens]
@@ -247,7 +225,7 @@ class _IndexerPatch(InstancePatch):
             queries = slice(start, min(start + block, tokens))
             part = {name: _of_queries(value, queries, tokens) for name, value in given.items()}
             seen = mask.visibility.dense(queries, hidden_states.device)
-            picks.append(own(**{**part, "attention_mask": seen, cache: _KnownKeys(keys)}))
+            picks.append(own(**{**part, "attention_mask": seen, cache: KnownKeys(keys)}))
         if isinstance(mask, TrainedRowMask) and mask.trains:
             mask.scores = _scores(module, given, mask, cache)
         return torch.cat(picks, dim=1)
@@ -259,10 +237,7 @@ def _scores(module: torch.nn.Module, given: dict[str, Any], mask: RowMask, cache
     given = {name: _detached(value) for name, value in given.items()}
     row, tokens = given.get(cache), given["hidden_states"].shape[1]
     with torch.enable_grad():
-        try:
-            forward(module, **{**given, cache: _KeysOnly()})
-        except _Keys as found:
-            keys = found.args[0]
+        keys = made_keys(partial(forward, module), given, cache)
         if isinstance(row, WholeRow):
             keys = row.gathered(keys)
 
@@ -270,7 +245,7 @@ def _scores(module: torch.nn.Module, given: dict[str, Any], mask: RowMask, cache
         part = {name: _of_queries(value, queries, tokens) for name, value in given.items()}
         seen = mask.visibility.dense(queries, keys.device)
         with torch.enable_grad(), _TopkInput() as watch:
-            forward(module, **{**part, "attention_mask": seen, cache: _KnownKeys(keys)})
+            forward(module, **{**part, "attention_mask": seen, cache: KnownKeys(keys)})
         return watch.scores
 
     return scores

@@ -8,6 +8,7 @@ in front of windows) is refused here, on all ranks alike.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -141,35 +142,40 @@ def refuse_wrapped_parts(*parts: torch.nn.Module | None) -> None:
 
 
 class SparseLayerPatch(ShardReader):
-    """What the patches of sparse layers have in common.
-
-    Attributes:
-        warned (`bool`): that nothing is sparse on rows this short.
-    """
-
-    warned = False
+    """What the patches of sparse layers have in common."""
 
     def picks_all_below(self, module: torch.nn.Module) -> int:
         """Tokens of a row up to which a query of `module` picks all that it may see; 0 if it picks nothing."""
         raise NotImplementedError
 
 
-def warn_nothing_sparse(model: torch.nn.Module, num_tokens: int) -> None:
-    """Log once that the indexers of a model pick everything, since its rows are that short."""
+class SparseRowsWatch:
+    """Logs once that the indexers of a model pick everything, since its rows are that short.
+
+    Args:
+        model (`torch.nn.Module`): with its adapters; searched here, once, and not at every batch.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        found = ((patch.picks_all_below(module), type(module).__name__) for module, patch in _sparse_patches(model))
+        self._most, self._layer = next((each for each in found if each[0]), (0, ""))
+
+    def see(self, num_tokens: int) -> None:
+        """Rows of so many tokens."""
+        if num_tokens > self._most:
+            return
+        logger.warning(
+            "rows have %d tokens, and `%s` picks everything before a query in rows of up to %d, so nothing is sparse "
+            "and its indexer decides nothing: train on longer rows, or set a smaller `index_topk`.",
+            num_tokens,
+            self._layer,
+            self._most,
+        )
+        self._most = 0
+
+
+def _sparse_patches(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, SparseLayerPatch]]:
     for module in model.modules():
         for patch in patches_on(module):
-            if not isinstance(patch, SparseLayerPatch):
-                continue
-            most = patch.picks_all_below(module)
-            if not most:
-                continue
-            if num_tokens <= most and not patch.warned:
-                patch.warned = True
-                logger.warning(
-                    "rows have %d tokens, and `%s` picks everything before a query in rows of up to %d, so nothing is "
-                    "sparse and its indexer decides nothing: train on longer rows, or set a smaller `index_topk`.",
-                    num_tokens,
-                    type(module).__name__,
-                    most,
-                )
-            return
+            if isinstance(patch, SparseLayerPatch):
+                yield module, patch
