@@ -51,7 +51,7 @@ class AxialPositionEmbedding(torch.nn.Module):
 
     def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
         """Vectors of the tokens at `position_ids`, of any shape; `(*position_ids.shape, sum(dims))`."""
-        _validate_length(int(position_ids.max()) + 1 if position_ids.numel() else 0, self.shape)
+        _validate_positions(position_ids, self.shape)
         indices = _indices(position_ids, self.shape)
         return torch.cat([torch.nn.functional.embedding(i, w) for i, w in zip(indices, self.weights)], dim=-1)
 
@@ -142,7 +142,7 @@ class _TablePatch(ShardReader):
         shard = None if self.rows is None else self.rows.shard
         if shard is not None:  # on every rank of a row, where only some see its end
             _validate_length(longest_document(shard), self.shape)
-        _validate_length(int(position_ids.max()) + 1 if position_ids.numel() else 0, self.shape)
+        _validate_positions(position_ids, self.shape)
         parts, row, column = [], 0, 0
         for index, size, dim in zip(_indices(position_ids, self.shape), self.shape, self.dims):
             parts.append(own(index + row)[..., column : column + dim])
@@ -181,6 +181,15 @@ def _validate_length(tokens: int, shape: tuple[int, ...]) -> None:
             f"a row has {tokens:,} positions, but the axial grid {shape} has {math.prod(shape):,}: shorten rows, or "
             "build the model with a larger `shape`."
         )
+
+
+def _validate_positions(positions: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if not positions.numel():
+        return
+    least, most = torch.stack(positions.aminmax()).tolist()
+    if least < 0:  # division would take it for an entry of the grid's end
+        raise ValueError(f"`position_ids` hold {least}, and the positions of a grid begin at 0: count from there.")
+    _validate_length(most + 1, shape)
 
 
 def _find_table(model: torch.nn.Module) -> torch.nn.Embedding:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from .values import validate_choice, validate_count, validate_positive
 
 
 SPIKE_ACTIONS = ("warn", "skip", "rollback", "stop")
+_OF_SPIKES = ("spike_window", "spike_deviations", "spike_limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +53,22 @@ class WatchConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.kill_switch is not None and not self.kill_switch:
-            raise ValueError("`kill_switch` ('') must name a file, or be left out.")
+        if self.kill_switch is not None and not (isinstance(self.kill_switch, str) and self.kill_switch):
+            raise ValueError(f"`kill_switch` ({self.kill_switch!r}) must name a file, or be left out.")
+        if not isinstance(self.advise_checkpoints, bool):
+            raise ValueError(f"`advise_checkpoints` ({self.advise_checkpoints!r}) must be true or false.")
         if self.spike_action is not None:
             validate_choice("spike_action", self.spike_action, SPIKE_ACTIONS)
         validate_count("spike_window", self.spike_window, "steps", least=2)
         validate_positive("spike_deviations", self.spike_deviations, "median deviations over the median")
         validate_count("spike_limit", self.spike_limit, "spikes")
+        for each in fields(self) if self.spike_action is None else ():
+            value = getattr(self, each.name)
+            if each.name in _OF_SPIKES and value != each.default:
+                raise ValueError(
+                    f"`{each.name}` ({value!r}) is of the guard of spikes, which is off: set `spike_action`, or leave "
+                    "it out."
+                )
         if self.slow_rank_every is not None:
             validate_count("slow_rank_every", self.slow_rank_every, "steps")
         if self.hours_between_failures is not None:

@@ -112,6 +112,8 @@ def _arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"the batch has `{name}`, which a row that sleeps chooses itself, window by window: leave it out."
             )
+    if others.get("is_causal") is False:
+        raise ValueError("the batch has `is_causal` (False), and a row that sleeps is read in order: leave it out.")
     for name, value in others.items():
         if isinstance(value, torch.Tensor) and value.dim() > 0:
             raise ValueError(

@@ -82,6 +82,14 @@ class InnerStepMixin(SequenceParallelMixin):
             _refuse_built(self)
         super().check_model()
 
+    def _inner_training_loop(self, *args, **kwargs):
+        library: Any = super()
+        try:
+            return library._inner_training_loop(*args, **kwargs)
+        finally:  # a run that is interrupted leaves no rate of its warm-up behind
+            if has_fast_weights(self.model):
+                unwrap(self.model).inner_learning_rate = unwrap(self.model).settings.inner_learning_rate
+
     def _prepare_inputs(self, inputs):
         library: Any = super()
         inputs = library._prepare_inputs(inputs)

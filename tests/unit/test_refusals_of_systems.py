@@ -10,11 +10,13 @@ import torch
 import transformers
 
 from hf_longctx import (
+    AxialPositionEmbedding,
     LSHConfig,
     PreferenceConfig,
     SleepConfig,
     lsh_attention,
     make_reversible,
+    sleep_loss,
     tie_query_key,
     use_axial_positions,
     use_lsh,
@@ -23,6 +25,8 @@ from hf_longctx.adapters import reversible_rules
 from hf_longctx.adapters.hashed import refuse_lost_lsh
 from hf_longctx.cli import main
 from hf_longctx.config.ramp import RampConfig
+from hf_longctx.config.watches import WatchConfig
+from hf_longctx.data.blend.blend_settings import read_blends
 from hf_longctx.planner.memory_plan import Planner
 from hf_longctx.planner.settings import Settings
 from hf_longctx.proof import model_under_test
@@ -191,3 +195,51 @@ def test_models_that_answer_otherwise_on_shares_train_no_preferences(monkeypatch
 def test_rows_have_tokens():
     with pytest.raises(ValueError, match="got neither `input_ids` nor `inputs_embeds` of whole rows"):
         whole_rows.WholeRows(llama(), {}, SimpleNamespace(sharing=object()))
+
+
+@pytest.mark.parametrize("positions", [[[0, -1]], [[-5]]])
+def test_positions_of_a_grid_begin_at_zero(positions):
+    """Division would take -1 for the last entry of the grid."""
+    with pytest.raises(ValueError, match="the positions of a grid begin at 0"):
+        AxialPositionEmbedding((4, 4), (8, 8))(torch.tensor(positions))
+    model = gpt2()
+    use_axial_positions(model, (4, 8))
+    ids = torch.ones_like(torch.tensor(positions))
+    with pytest.raises(ValueError, match="the positions of a grid begin at 0"):
+        model(input_ids=ids, position_ids=torch.tensor(positions))
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"kill_switch": True}, r"`kill_switch` \(True\) must name a file"),
+        ({"kill_switch": ""}, r"`kill_switch` \(''\) must name a file"),
+        ({"advise_checkpoints": "no"}, r"`advise_checkpoints` \('no'\) must be true or false"),
+        ({"spike_window": 50}, r"`spike_window` \(50\) is of the guard of spikes, which is off"),
+    ],
+)
+def test_watches_that_would_be_ignored_or_misread(values, said):
+    with pytest.raises(ValueError, match=said):
+        WatchConfig(**values)
+    assert WatchConfig(spike_action="skip", spike_window=50).spike_window == 50
+
+
+@pytest.mark.parametrize(
+    ("sources", "said"),
+    [
+        ({"a": ([1], 1e308), "b": ([2], 1e308)}, "are too large to be added up"),
+        ({"a": ([1], 1.0), "b": ([2], 1e-320)}, "or too far apart"),
+        ({1: ([1], 0.5), "1": ([2], 0.5)}, "the source 1 of blend 0 is no text"),
+    ],
+)
+def test_blends_whose_shares_are_no_numbers(sources, said):
+    with pytest.raises(ValueError, match=said):
+        read_blends(sources)
+
+
+def test_rows_that_sleep_are_read_in_order():
+    model = transformers.AutoModelForCausalLM.from_config(shrink(default_config("qwen3_next")))
+    ids = torch.ones(1, 16, dtype=torch.long)
+    labels = torch.where(torch.arange(16)[None] < 8, -100, ids)
+    with pytest.raises(ValueError, match=r"the batch has `is_causal` \(False\)"):
+        sleep_loss(model, {"input_ids": ids, "labels": labels, "is_causal": False}, SleepConfig(window=8))

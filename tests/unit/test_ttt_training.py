@@ -6,7 +6,13 @@ import math
 
 import pytest
 import torch
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_longctx import InnerLearningRateWarmup, LongContextConfig, LongContextTrainer, TTTConfig, TTTForCausalLM
 from tests.fast_weights import loss_and_gradients, tiny_base, tiny_ttt, tokens, worst
@@ -105,6 +111,17 @@ def test_the_inner_learning_rate_warms_up_and_a_resumed_run_goes_on(tmp_path):
     other = tiny_ttt(torch.float32, chunk_tokens=4)
     with pytest.raises(ValueError, match="trained with `window` 8, `chunk_tokens` 6, but this model has .* 4"):
         trained(Trainer, tmp_path, other, resume=str(tmp_path / "checkpoint-2"))
+
+
+def test_an_interrupted_run_leaves_no_rate_of_its_warmup(tmp_path):
+    class Interrupts(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model = tiny_ttt(torch.float32)
+    with pytest.raises(KeyboardInterrupt):
+        trained(LongContextTrainer, tmp_path, model, callbacks=[InnerLearningRateWarmup(start=0.2), Interrupts()])
+    assert model.inner_learning_rate == model.settings.inner_learning_rate == 1.0
 
 
 @pytest.mark.parametrize("changes", [{"start": -0.1}, {"start": math.nan}, {"ratio": 2}, {"ratio": "x"}])

@@ -34,7 +34,9 @@ def read_blends(blends: object) -> tuple[dict[str, Any], np.ndarray]:
         if not isinstance(stage, Mapping) or not stage:
             raise ValueError(f"blend {number} of `sources` has no source: map names to `(data set, weight)`.")
         for name, given in stage.items():
-            _read_source(datasets, str(name), given)
+            if not isinstance(name, str):
+                raise ValueError(f"the source {name!r} of blend {number} is no text: names are, as in logs and files.")
+            _read_source(datasets, name, given)
     if len(datasets) > MOST_SOURCES:
         raise ValueError(
             f"`sources` has {len(datasets):,} sources, but an index counts them with 16 bits, up to {MOST_SOURCES:,}: "
@@ -44,7 +46,8 @@ def read_blends(blends: object) -> tuple[dict[str, Any], np.ndarray]:
     places = {name: place for place, name in enumerate(datasets)}
     for number, stage in enumerate(stages):
         for name, given in stage.items():
-            weights[number, places[str(name)]] = _weight_of(given)
+            weights[number, places[name]] = _weight_of(given)
+        _check_weights(number, weights[number])
     for name, dataset in datasets.items():
         _check_dataset(name, dataset)
     return datasets, weights
@@ -76,6 +79,18 @@ def _weight_of(given: object) -> Any:
     if isinstance(given, Sequence) and not isinstance(given, str) and len(given) == 2:
         given = given[1]
     return given.item() if isinstance(given, np.generic) else given
+
+
+def _check_weights(number: int, weights: np.ndarray) -> None:
+    """Raise `ValueError` if numbers of this size have no sum, or no part of it, in double precision."""
+    given = weights[weights > 0]
+    with np.errstate(over="ignore"):
+        parts = given.sum() / given
+    if not np.isfinite(parts).all():
+        raise ValueError(
+            f"the weights of blend {number}, {given.min():g} to {given.max():g}, are too large to be added up, or too "
+            "far apart: give shares, such as 0.3."
+        )
 
 
 def _check_dataset(name: str, dataset: Any) -> None:
