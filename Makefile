@@ -13,8 +13,8 @@ TORCH  := $(shell command -v nvidia-smi >/dev/null 2>&1 && echo "torch>=2.11" ||
 # The oldest libraries that setup.py allows, and the newest `huggingface_hub` that they allow.
 FLOOR  := transformers==5.17.0 accelerate==1.12.0 huggingface_hub==1.33.0
 
-# One worker runs the tests of several processes, which wait for each other; the other one those of one process.
-WORKERS := -n 2 --dist loadgroup
+# Two workers; `tests/scheduling.py` says which tests stay together.
+WORKERS := -n 2
 # Where the tests record which refusals they provoke.
 RAISES := build/raises
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
@@ -26,18 +27,29 @@ def world_of(size: int) -> World:
     return _WORLDS.setdefault(size, World(size))
 
 
+@pytest.fixture(scope="session")
+def only_here(request, tmp_path_factory):
+    """No other worker of pytest-xdist starts ranks: worlds would start twice, and more processes share the cores."""
+    worker = getattr(request.config, "workerinput", {}).get("workerid")
+    if worker is not None:
+        file = tmp_path_factory.getbasetemp().parent / "starts_ranks"
+        with contextlib.suppress(FileExistsError), open(file, "x") as new:
+            new.write(worker)
+        assert file.read_text() == worker, "`tests/scheduling.py` did not keep the tests that share ranks together"
+
+
 @pytest.fixture
-def world2() -> World:
+def world2(only_here) -> World:
     return world_of(2)
 
 
 @pytest.fixture
-def world4() -> World:
+def world4(only_here) -> World:
     return world_of(4)
 
 
 @pytest.fixture
-def worlds():
+def worlds(only_here):
     """A function from a size to the session's world of that size."""
     return world_of
 
@@ -61,10 +73,8 @@ def pytest_sessionfinish(session, exitstatus) -> None:
         world.close()
 
 
-def pytest_collection_modifyitems(config, items) -> None:
-    """With several workers of pytest-xdist, one of them runs all tests that start processes or share a device."""
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        if item.path.parent.name in ("world", "launch", "gpu"):
-            item.add_marker(pytest.mark.xdist_group("processes"))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from .scheduling import GroupScheduling
+
+    return GroupScheduling(config, log)
