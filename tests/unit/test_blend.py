@@ -1,4 +1,4 @@
-"""Blends: proportions at every prefix, passes, the index on disk, and what cannot be blended."""
+"""Blends: passes, the index on disk, and what cannot be blended."""
 
 from __future__ import annotations
 
@@ -11,74 +11,17 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, List, Value, concatenate_datasets, load_from_disk
 
 from hf_longctx import BlendedRows, PackedDataset
-from hf_longctx.data.blend import blend_index, proportions
+from hf_longctx.data.blend import blend_index, source_content
 from hf_longctx.data.blend.passes import SORTED, Passes
-from hf_longctx.data.blend.proportions import Proportions, assign_sources
+from hf_longctx.data.blend.source_content import MOST_READ
 from hf_longctx.data.packing.datasets import measure_lengths
-
-
-SKEWED = {
-    "one": [3.0],
-    "two": [0.3, 0.7],
-    "fifty by a power": (1 / np.arange(1, 51) ** 2.0).tolist(),
-    "fifty by factors": np.exp(-0.4 * np.arange(50)).tolist(),
-    "fifty equal": [1.0] * 50,
-    "nine rare": [1.0] + [1e-6] * 9,
-    "one and two hundred": [0.9] + [0.1 / 199] * 199,
-}
 
 
 def rows_of(name: str, count: int) -> Dataset:
     return Dataset.from_dict({"input_ids": [[number + 1] * (number % 3 + 1) for number in range(count)]})
-
-
-def assigned(weights, num_rows) -> tuple[Proportions, np.ndarray]:
-    owed = Proportions(np.array(weights, dtype=float), num_rows)
-    return owed, np.concatenate(list(assign_sources(owed)))
-
-
-def worst_error(owed: Proportions, sources: np.ndarray) -> float:
-    due = owed.owed(np.arange(1, len(sources) + 1))
-    return max(np.abs(np.cumsum(sources == source) - due[:, source]).max() for source in range(owed.num_sources))
-
-
-def one_after_the_other(owed: Proportions) -> np.ndarray:
-    """The rule, a row at a time."""
-    given, every, found = np.zeros(owed.num_sources), np.arange(owed.num_sources), []
-    for row in range(1, int(owed.ends[-1]) + 1):
-        may = owed.when(given + owed.slack, every) <= row
-        found.append(int(np.where(may, owed.when(given + 1 - owed.slack, every), np.inf).argmin()))
-        given[found[-1]] += 1
-    return np.array(found)
-
-
-@pytest.mark.parametrize("weights", SKEWED.values(), ids=SKEWED)
-def test_every_prefix_has_its_proportions_to_within_one_row(weights):
-    owed, sources = assigned([weights], [30_000])
-    assert len(sources) == 30_000
-    assert worst_error(owed, sources) <= 1 - owed.slack + 1e-6 if len(weights) > 1 else not sources.any()
-
-
-@pytest.mark.parametrize("weights", [SKEWED["fifty by factors"], SKEWED["nine rare"], [0.2, 0.3, 0.5]])
-def test_stretches_side_by_side_are_one_run(weights, monkeypatch):
-    """Also where the guesses are bad, so that stretches are run again."""
-    monkeypatch.setattr(proportions, "_ROWS", 64)
-    monkeypatch.setattr(proportions, "_STRETCHES", 16)
-    expected = one_after_the_other(Proportions(np.array([weights]), [3000]))
-    assert np.array_equal(assigned([weights], [3000])[1], expected)
-    monkeypatch.setattr(proportions, "_guess", lambda owed, rows, earlier: np.floor(owed.owed(rows)))
-    assert np.array_equal(assigned([weights], [3000])[1], expected)
-
-
-def test_a_schedule_has_its_proportions_across_its_blends():
-    weights = [[0.2, 0.3, 0.5, 0, 0], [0, 0.1, 0.1, 0.3, 0.5], [0.9] + [0.025] * 4]
-    owed, sources = assigned(weights, [701, 1213, 999])
-    assert worst_error(owed, sources) < 1
-    assert np.array_equal(sources, one_after_the_other(owed))
-    assert not np.isin(sources[:700], (3, 4)).any() and (sources[702:1914] == 0).sum() <= 1
 
 
 @pytest.mark.parametrize("size", [1, 7, SORTED, SORTED + 1, 5000])
@@ -173,6 +116,54 @@ def test_sources_that_changed_are_refused(tmp_path):
     other = Dataset.from_dict({"input_ids": [[9]] * 20})
     with pytest.raises(ValueError, match="source `code` has as many rows as before, but other ones"):
         BlendedRows({"code": (other, 0.3), "books": (rows_of("books", 6), 0.7)}, 5000, cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["list", "arrow", "text"])
+def test_one_changed_row_of_a_source_is_noticed(tmp_path, kind):
+    """Whichever it is, also one of which no row is read by number."""
+    count = MOST_READ if kind == "list" else 3000
+    texts = ["".join(str(number)) for number in range(count)]
+    rows = [{"text": texts[i]} if kind == "text" else {"input_ids": [i, i]} for i in range(count)]
+    held = list if kind == "list" else Dataset.from_list
+    BlendedRows({"code": (held(rows), 1.0)}, 50, cache_dir=tmp_path)
+    BlendedRows({"code": (held(rows), 1.0)}, 50, cache_dir=tmp_path)
+    rows[777] = {"text": "778"} if kind == "text" else {"input_ids": [778, 777]}
+    with pytest.raises(ValueError, match="source `code` has as many rows as before, but other ones"):
+        BlendedRows({"code": (held(rows), 1.0)}, 50, cache_dir=tmp_path)
+
+
+def test_the_same_rows_in_another_container_are_the_same_source(tmp_path, monkeypatch):
+    """Of another file, in another order of rows below, in other chunks and of smaller integers."""
+    data = rows_of("code", 3000)
+    data.save_to_disk(str(tmp_path / "disk"))
+    turned = Dataset.from_list([data[i] for i in reversed(range(3000))]).select(list(reversed(range(3000))))
+    chunks = concatenate_datasets([data.select(range(1100)), data.select(range(1100, 3000))])
+    small = data.cast_column("input_ids", List(Value("int32")))
+    build = lambda rows: BlendedRows({"code": (rows, 1.0)}, 50, cache_dir=tmp_path)
+    build(load_from_disk(str(tmp_path / "disk")))
+    for same in (data, turned, chunks, small, data.with_format("torch")):
+        build(same)
+    with pytest.raises(ValueError, match="but other ones"):
+        build(turned.flatten_indices().select(list(range(2999, -1, -1))))
+    doubled = data.with_transform(lambda batch: {"input_ids": [2 * ids for ids in batch["input_ids"]]})
+    with pytest.raises(ValueError, match="but other ones"):
+        build(doubled)
+
+
+def test_of_a_large_source_the_files_are_compared_and_said(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(source_content, "MOST_BYTES", 10)
+    monkeypatch.setattr("hf_longctx.data.blend.source_content.MOST_READ", 100)
+    data = rows_of("code", 3000)
+    for part in ("one", "two"):
+        data.save_to_disk(str(tmp_path / part))
+    build = lambda part: BlendedRows({"code": (load_from_disk(str(tmp_path / part)), 1.0)}, 50, cache_dir=tmp_path)
+    build("one")
+    with monkeypatch.context() as patched:
+        patched.setattr(source_content, "_text", None)  # nothing is read where the files are the same
+        build("one")
+    assert not caplog.records
+    build("two")
+    assert "source `code` comes from other files than when the index" in caplog.text
 
 
 class Drawn(torch.utils.data.Dataset):

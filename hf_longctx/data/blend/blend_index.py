@@ -21,13 +21,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .chairman import assign_sources
 from .passes import Passes
-from .proportions import Proportions, assign_sources
+from .proportions import Proportions
+from .source_content import MOST_READ, SourceContent
 
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2  # and other rows than before belong to another one
 _SOURCES, _ROWS, _FACTS = "sources.npy", "rows.npy", "blend.json"
 _LOOKED_AT = 2**18  # rows that are sorted by source at a time
 
@@ -46,13 +48,17 @@ def build_in_memory(proportions: Proportions, passes: Sequence[Passes]) -> Blend
 
 
 def open_or_build(
-    cache_dir: str | os.PathLike, settings: dict[str, Any], contents: dict, proportions, passes
+    cache_dir: str | os.PathLike,
+    settings: dict[str, Any],
+    contents: dict[str, SourceContent],
+    proportions: Proportions,
+    passes: Sequence[Passes],
 ) -> BlendIndex:
     """The index in `cache_dir`, built there by one process if it is not there yet.
 
     Args:
         settings (`dict`): what the blend was asked to be; its hash is the folder's name.
-        contents (`dict`): what its sources are: name to `{"rows": ..., "hash": ...}`.
+        contents (`dict`): what its sources are, by name.
 
     Raises:
         ValueError: the folder cannot be written or has no room, the index is damaged, or was built of other sources.
@@ -67,7 +73,8 @@ def open_or_build(
             folder.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(str(folder) + ".lock"):
                 if not folder.is_dir():
-                    _build(folder, {"settings": settings, "sources": contents}, proportions, passes)
+                    facts = {name: content.facts() for name, content in contents.items()}
+                    _build(folder, {"settings": settings, "sources": facts}, proportions, passes)
         except OSError as error:
             _refuse_folder(cache_dir, error)
     _compare(folder, contents)
@@ -141,21 +148,29 @@ def _refuse_folder(cache_dir: str | os.PathLike, error: OSError) -> None:
     ) from error
 
 
-def _compare(folder: Path, contents: dict[str, dict]) -> None:
+def _compare(folder: Path, contents: dict[str, SourceContent]) -> None:
     """Raise `ValueError` if the index was built of other sources."""
+    names = ("rows", "origin", "hash", "is_whole")
     try:
         built: dict[str, dict] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))["sources"]
-        was = {name: (fact["rows"], fact["hash"]) for name, fact in built.items()}
+        was = {name: [fact[each] for each in names] for name, fact in built.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         _refuse_damaged(folder, error)
-    for name, fact in contents.items():
-        rows, known = was.get(name, (None, None))
-        if rows != fact["rows"]:
+    for name, content in contents.items():
+        rows, origin, known, is_whole = was.get(name, [None] * 4)
+        if rows != content.rows:
             change = f"had {rows:,} rows" if rows is not None else "was not there"
-            change = f"{change} and has {fact['rows']:,}"
-        elif known != fact["hash"] and None not in (known, fact["hash"]):
+            change = f"{change} and has {content.rows:,}"
+        elif origin is not None and origin == content.origin:
+            continue
+        elif known != content.hash and None not in (known, content.hash):
             change = "has as many rows as before, but other ones"
         else:
+            if not is_whole and origin != content.origin:
+                logger.warning(
+                    f"the source `{name}` comes from other files than when the index in `{folder}` was built; "
+                    f"{MOST_READ:,} of its {rows:,} rows are the same, and the others were not compared"
+                )
             continue
         raise ValueError(
             f"the index in `{folder}` was built when the source `{name}` {change}: a run that goes on would read "

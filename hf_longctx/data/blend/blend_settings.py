@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,9 +10,6 @@ import numpy as np
 from ...config.values import is_number
 from ..streams import is_stream
 from .proportions import MOST_SOURCES
-
-
-_SAMPLED = 16  # rows of a source that are compared
 
 
 def read_blends(blends: object) -> tuple[dict[str, Any], np.ndarray]:
@@ -121,22 +117,3 @@ def read_num_rows(num_rows: object, blends: int) -> list[int]:
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
             raise ValueError(f"`num_rows` ({num_rows!r}) must be a positive number of rows, or a list of them.")
     return [int(count) for count in counts]
-
-
-def hash_of_rows(dataset: Any) -> str | None:
-    """A hash of some rows of a source; `None` for one that makes other rows each time."""
-    places = sorted({round(place) for place in np.linspace(0, len(dataset) - 1, _SAMPLED)})
-    first, second = (hashlib.sha256("".join(_text(dataset[i]) for i in places).encode()).hexdigest() for _ in range(2))
-    return first if first == second else None
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key!r}:{_text(value[key])}" for key in sorted(value, key=str)) + "}"
-    if isinstance(value, (str, bytes, int, float, type(None))):
-        return repr(value)
-    if hasattr(value, "tolist"):  # tensors and arrays
-        return repr(value.tolist())
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_text, value)) + "]"
-    return type(value).__name__

@@ -17,9 +17,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from .blend_index import BlendIndex, build_in_memory, open_or_build
-from .blend_settings import hash_of_rows, read_blends, read_num_rows
+from .blend_settings import read_blends, read_num_rows
 from .passes import Passes
 from .proportions import Proportions
+from .source_content import SourceContent
 
 
 # A column with one number a token: twice the source's number from 1 on, and 1 more at the first token of a row.
@@ -74,13 +75,11 @@ class BlendedRows(Dataset):
         self.names, self.seed, self.marks_sources = tuple(self.datasets), int(seed), False
         self._sizes = [len(dataset) for dataset in self.datasets.values()]
         self.proportions = Proportions(self.weights, self.num_rows)
-        self._cache: tuple[str, dict[str, Any], dict[str, dict]] | None = None
+        self._cache: tuple[str, dict[str, Any], dict[str, SourceContent]] | None = None
         if cache_dir is not None:
             settings = {"names": self.names, "seed": self.seed, "num_rows": self.num_rows}
             settings["weights"] = self.weights.tolist()
-            contents = {
-                name: {"rows": len(dataset), "hash": hash_of_rows(dataset)} for name, dataset in self.datasets.items()
-            }
+            contents = {name: SourceContent(dataset) for name, dataset in self.datasets.items()}
             self._cache = (os.path.abspath(os.fspath(cache_dir)), settings, contents)
         self.index = self._open()
 
