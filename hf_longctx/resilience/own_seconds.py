@@ -1,16 +1,17 @@
-"""How long a rank computes, without its waits for others: the forward of a model, less the exchanges inside it.
+"""How long a rank computes, without its waits for others: forward, backward and optimizer, less exchanges inside.
 
-A backward ends with gradients of all ranks, and a step with its slowest rank, so both take every rank equally long.
-In a forward only the exchanges of shared rows wait, which a [`Stopwatch`] takes out; under FSDP2, which gathers
-weights between layers, only the time inside the layers counts.
-Price: two clock reads a module, or two events on a GPU's stream, and the stopwatch where rows are shared.
+A step takes every rank as long as the slowest one. What of it is a rank's own: the forward and the backward, less the
+exchanges of shared rows, which a [`Stopwatch`] takes out, and what the optimizer computes. DDP exchanges gradients
+while a backward runs and waits for them behind its last node, where this one has ended. Under FSDP2, which gathers
+weights between layers, only the forward inside the layers can be told apart from waiting, and nothing else counts.
+Price: two clock reads a part, or two events on a GPU's stream, and the stopwatch where rows are shared.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,15 +22,23 @@ from ..parallel.stopwatch import Stopwatch
 
 
 class OwnSeconds:
-    """Times the forwards of a model in training.
+    """Times the steps of a model in training.
 
     Args:
         model (`torch.nn.Module`): wrapped or not; hooks are put on it.
         device (`torch.device`): on CUDA, events are read once they have passed, and nothing waits.
         clock (`Callable`, *optional*): seconds, in place of all that.
+        optimizer (`torch.optim.Optimizer`, *optional*):
+            Its steps and the backward count as well. Leave it out where either waits for other ranks.
     """
 
-    def __init__(self, model: torch.nn.Module, device: torch.device, clock: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        device: torch.device,
+        clock: Callable[[], float] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
         self._uses_events = clock is None and device.type == "cuda"
         self._clock = clock or time.perf_counter
         self._seconds, self._is_inside = 0.0, False
@@ -37,11 +46,16 @@ class OwnSeconds:
         self._begun: list[Any] = []
         self._pending: list[tuple[Any, Any]] = []
         self._stopwatches: list[Stopwatch] = []
+        self._times_backward = optimizer is not None
         whole = unwrap(model) if not isinstance(model, FSDPModule) else model
         self._hooks = [whole.register_forward_pre_hook(self._enter, with_kwargs=True)]
         for part in timed_parts(whole):
             self._hooks += [part.register_forward_pre_hook(self._begin), part.register_forward_hook(self._end)]
         self._hooks.append(whole.register_forward_hook(self._leave, always_call=True))  # after the model's own end
+        if optimizer is not None:
+            begun: list[Any] = []
+            self._hooks.append(optimizer.register_step_pre_hook(lambda *_: begun.append(self._now())))
+            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self._add(begun.pop())))
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -49,7 +63,7 @@ class OwnSeconds:
             hook.remove()
 
     def take(self) -> float:
-        """Seconds since the last call. On CUDA the CPU waits for the last forward."""
+        """Seconds since the last call. On CUDA the CPU waits for the last of them."""
         if self._pending:
             self._pending[-1][1].synchronize()
         seconds = self._seconds + sum(start.elapsed_time(end) for start, end in self._pending) / 1000
@@ -76,11 +90,34 @@ class OwnSeconds:
         self._stopwatches.append(self._exchange)
         return args, {**batch, "sequence_shard": dataclasses.replace(shard, stopwatch=self._exchange)}
 
-    def _leave(self, module: torch.nn.Module, *_) -> None:
-        self._is_inside, self._begun = False, []
-        if self._exchange is not None:
-            self._exchange.is_on = False  # what backward exchanges is not ours
-        self._exchange = None
+    def _leave(self, module: torch.nn.Module, inputs: tuple, output: Any) -> None:
+        was_inside, exchange = self._is_inside, self._exchange
+        self._is_inside, self._begun, self._exchange = False, [], None
+        if exchange is not None:
+            exchange.is_on = False  # between forward and backward nothing is timed
+        if was_inside and self._times_backward:
+            self._time_backward(output, exchange)
+
+    def _time_backward(self, output: Any, exchange: Stopwatch | None) -> None:
+        """From the first gradient of an output to the last node of the backward."""
+        begun: list[Any] = []
+
+        def begin(_: torch.Tensor) -> None:
+            if not begun:
+                begun.append(self._now())
+                if exchange is not None:
+                    exchange.is_on = True
+                # DDP waits for gradients in a callback of the same queue, which joins it later.
+                torch.autograd.Variable._execution_engine.queue_callback(end)
+
+        def end() -> None:
+            if exchange is not None:
+                exchange.is_on = False
+            self._add(begun.pop())
+
+        for tensor in output.values() if isinstance(output, Mapping) else (output,):
+            if isinstance(tensor, torch.Tensor) and tensor.requires_grad:
+                tensor.register_hook(begin)
 
     def _begin(self, module: torch.nn.Module, *_) -> None:
         if self._is_inside:
@@ -89,7 +126,10 @@ class OwnSeconds:
     def _end(self, module: torch.nn.Module, *_) -> None:
         if not self._is_inside or not self._begun:
             return
-        start, end = self._begun.pop(), self._now()
+        self._add(self._begun.pop())
+
+    def _add(self, start: Any) -> None:
+        end = self._now()
         if self._uses_events:
             self._pending.append((start, end))
         else:

@@ -2,7 +2,7 @@
 
 One device that has lost a few percent of its clock slows every step of every rank by as much, and no rank's own speed
 shows which it is: all of them wait. BLOOM's run found one by training on halves of its nodes, 149 to 140 TFLOP/s.
-Price: two clock reads or events a forward, and 8 bytes a rank once in `every` steps.
+Price: two clock reads or events a forward, a backward and an optimizer step, and 8 bytes a rank once in `every` steps.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ class SlowRankWatch(Watch):
         tolerance (`float`, *optional*, defaults to 0.03): share above the median of its peers that is slow.
         clock (`Callable`, *optional*): seconds, in place of the device's own events or of a CPU's clock.
 
+    What counts: forward and backward, less the exchanges of shared rows, and the optimizer. FSDP2 and DeepSpeed
+    exchange weights and gradients in all of these: there the forward counts alone, under FSDP2 inside the layers.
+    Data, losses outside of the model, clipping and saving never count.
+
     Peers are the ranks that hold as many heads. The logs get `slowest_rank`, the slowest rank's seconds as a multiple
     of its peers' median in the last window.
 
@@ -58,7 +62,7 @@ class SlowRankWatch(Watch):
         validate_positive("tolerance", tolerance, "a share of the median")
         self.every, self.windows, self.tolerance, self.clock = every, windows, tolerance, clock
         self.named: list[str] = []
-        self._heads = 0
+        self._heads, self._is_replicated = 0, False
         self._own: OwnSeconds | None = None
         self._ranks: SlowRanks | None = None
         self._places: list[str] = []
@@ -74,6 +78,7 @@ class SlowRankWatch(Watch):
 
     def refuse(self, trainer: Any) -> None:
         mesh, heads = trainer.mesh, None
+        self._is_replicated = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
         config = getattr(unwrap(trainer.model), "config", None)
         if mesh.sequence_parallel_size > 1 and config is not None:
             heads = query_heads(config)
@@ -82,7 +87,7 @@ class SlowRankWatch(Watch):
                 mesh.sequence_parallel_rank
             )
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs) -> None:
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs) -> None:
         self.named, self._steps = [], 0
         self._forget()
         if args.world_size == 1:
@@ -100,7 +105,9 @@ class SlowRankWatch(Watch):
                 f"`SlowRankWatch` compares ranks that hold as many heads, and of ranks {', '.join(map(str, alone))} "
                 "each is the only one: it says nothing about them; more groups, or heads that divide evenly, help"
             )
-        self._own = OwnSeconds(model, args.device, self.clock)
+        optimizer = getattr(optimizer, "optimizer", optimizer)  # accelerate's holds torch's
+        times_all = self._is_replicated and isinstance(optimizer, torch.optim.Optimizer)
+        self._own = OwnSeconds(model, args.device, self.clock, optimizer if times_all else None)
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
         if self._own is None or self._ranks is None:

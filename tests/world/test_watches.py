@@ -195,31 +195,42 @@ def test_without_a_checkpoint_yet_a_rollback_is_a_skip(world2, tmp_path, caplog)
 
 
 class Slowed(TrainerCallback):
-    """A clock of its own: a forward of the model takes a second, or more on one rank."""
+    """A clock of its own: one part of a step takes a second, or more on one rank."""
 
     now = 0.0
 
-    def __init__(self, rank: int | None) -> None:
-        self.rank = rank
+    def __init__(self, rank: int | None, part: str) -> None:
+        self.rank, self.part = rank, part
 
     def __call__(self) -> float:
         return self.now
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         self.seconds = 1.1 if args.process_index == self.rank else 1.0
-        model.get_submodule("lm_head").register_forward_hook(self.pass_time)
+        if self.part == "optimizer":
+            optimizer.optimizer.register_step_pre_hook(self.pass_time)
+        elif self.part == "backward":  # the last of its nodes
+            model.get_input_embeddings().weight.register_hook(lambda grad: self.pass_time())
+        else:
+            model.get_submodule("lm_head").register_forward_hook(self.pass_time)
 
     def pass_time(self, *_):
         self.now += self.seconds
 
 
-def watch_here(size, rank):
-    clock = Slowed(rank)
+def watch_here(size, rank, part="forward"):
+    clock = Slowed(rank, part)
     watch = SlowRankWatch(every=2, clock=clock)
     meter = ThroughputMeter()
     options = {**RUN, "max_steps": 6, "attention": "ulysses" if size > 1 else "packed"}
     try:
-        history = train(size, trainer_options={"callbacks": [meter, clock, watch, CheckpointAdvisor()]}, **options)[0]
+        history = train(
+            size,
+            trainer_options={
+                "callbacks": [meter, *([clock, watch] if part != "optimizer" else [watch, clock]), CheckpointAdvisor()]
+            },
+            **options,
+        )[0]
     finally:
         reset_state()
     exchange = [entry.get("exchange_share", 0) > 0 for entry in history if "loss" in entry]
@@ -235,6 +246,9 @@ def test_a_rank_slower_by_a_tenth_is_named_within_three_windows(world4, size):
         assert all(exchange) == (size == 2)
     for named, logs, _ in world4.run(watch_here, size, None):
         assert named == [] and set(logs) == {None}
+    for part in ("backward", "optimizer") if size == 2 else ():
+        for named, logs, _ in world4.run(watch_here, size, 3, part):
+            assert len(named) == 1 and named[0].startswith("rank 3 (") and logs[-1] == 1.1
 
 
 def differ_here(watches):
@@ -285,6 +299,46 @@ def shard_here():
     own.remove()
     model(input_ids=rows)
     return first == len(layers), own.take()
+
+
+def wait_here():
+    """DDP's exchange of gradients ends once the own part of the backward has: it would hang if that waited for it."""
+    import threading
+
+    from torch.nn.parallel import DistributedDataParallel
+
+    from hf_longctx.resilience.own_seconds import OwnSeconds
+
+    now, computed, seen = [0.0], threading.Event(), []
+    model = torch.nn.Linear(2, 2)
+    wrapped = DistributedDataParallel(model)
+
+    def exchange(state, bucket):
+        future = torch.futures.Future()
+
+        def wait_for_peers():
+            seen.append(computed.wait(60))
+            now[0] += 100
+            future.set_result(bucket.buffer())
+
+        threading.Thread(target=wait_for_peers).start()
+        return future
+
+    wrapped.register_comm_hook(None, exchange)
+
+    def clock():
+        computed.set() if model.weight.grad is not None or is_last[0] else None
+        return now[0]
+
+    is_last = [False]
+    model.weight.register_hook(lambda grad: (is_last.__setitem__(0, True), now.__setitem__(0, now[0] + 1))[0])
+    own = OwnSeconds(wrapped, torch.device("cpu"), clock, torch.optim.SGD(model.parameters()))
+    wrapped(torch.ones(1, 2)).sum().backward()
+    return seen, own.take()
+
+
+def test_the_wait_for_gradients_is_no_part_of_a_backward(world2):
+    assert world2.run(wait_here) == [([True], 1.0)] * 2
 
 
 def test_under_fsdp2_layers_are_timed_without_what_is_gathered_between_them(world2):
