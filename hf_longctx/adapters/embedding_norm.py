@@ -15,10 +15,12 @@ import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
-from transformers import PreTrainedModel
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .instance_forward import InstancePatch, PatchHandle, patch_on, put_on
@@ -41,7 +43,8 @@ class EmbeddingNormHandle(PatchHandle):
         super().remove()
         if patch_on(embedding, EMBEDDING_NORM) is None and hasattr(embedding, _CHILD):
             delattr(embedding, _CHILD)
-            vars(inner.config).pop(ON_EMBEDDING_NORM, None)
+            for config in (inner.config, inner.config.get_text_config()):
+                vars(config).pop(ON_EMBEDDING_NORM, None)
 
 
 class _NormPatch(InstancePatch):
@@ -83,9 +86,9 @@ def add_embedding_norm(model: torch.nn.Module) -> EmbeddingNormHandle:
     if _is_pretrained(inner, embedding):
         if not known:
             raise ValueError(
-                f"the weights of `{name}` are pretrained (`{inner.name_or_path}`), and layers that were trained "
-                "without a norm behind the embedding know nothing with one: build the model with `from_config`, or "
-                "leave `add_embedding_norm` out."
+                f"the weights of `{name}` are pretrained ({_origin(inner)}), and layers that were trained without a norm "
+                "behind the embedding know nothing with one: build the model with `from_config`, or leave "
+                "`add_embedding_norm` out."
             )
         weights = _saved_weights(inner, _name_of(inner, embedding))
     like = {"device": embedding.weight.device, "dtype": embedding.weight.dtype}
@@ -131,8 +134,25 @@ def _embedding_of(name: str, model: PreTrainedModel) -> torch.nn.Module:
 
 
 def _is_pretrained(model: PreTrainedModel, embedding: torch.nn.Module) -> bool:
-    """Whether `from_pretrained` made this model, which leaves its conversions on it and marks what it loaded."""
-    return "_weight_conversions" in vars(model) or bool(getattr(embedding.weight, "_is_hf_initialized", False))
+    """Whether the weights were trained before: `from_pretrained` leaves its marks, and `load_state_dict` the numbers.
+
+    Norms of a new model hold one number each, ones or zeros, and no training leaves them so.
+    """
+    if "_weight_conversions" in vars(model) or getattr(embedding.weight, "_is_hf_initialized", False):
+        return True
+    for module in model.modules():
+        weight = vars(module).get("_parameters", {}).get("weight")
+        if "norm" not in type(module).__name__.lower() or weight is None or weight.dim() != 1 or weight.is_meta:
+            continue
+        local = weight.detach()
+        local = local.to_local() if isinstance(local, DTensor) else local
+        if local.numel() and not bool((local == local[0]).all()):
+            return True
+    return False
+
+
+def _origin(model: PreTrainedModel) -> str:
+    return f"`{model.name_or_path}`" if model.name_or_path else "by `load_state_dict`, or by training"
 
 
 def _name_of(model: torch.nn.Module, embedding: torch.nn.Module) -> str:
@@ -145,29 +165,42 @@ def _epsilon(config) -> float:
 
 
 def _mark_own_config(model: PreTrainedModel) -> None:
-    """Write the mark into a configuration of the instance's own: models built from one object share it."""
-    shared, own = model.config, copy.deepcopy(model.config)
+    """Write the mark into a configuration of the instance's own: models built from one object share it.
+
+    A model of several modalities has a configuration for each, which its parts hold. The one of words is marked, too:
+    it is what a model of words alone would be built from.
+    """
+    copies: dict[int, Any] = {}
+    own = copy.deepcopy(model.config, copies)
     for module in model.modules():
-        if vars(module).get("config") is shared:
-            module.config = own
-    setattr(own, ON_EMBEDDING_NORM, True)
+        for name, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig) and id(value) in copies:
+                setattr(module, name, copies[id(value)])
+    for config in {id(each): each for each in (own, own.get_text_config())}.values():
+        setattr(config, ON_EMBEDDING_NORM, True)
 
 
 def _saved_weights(model: PreTrainedModel, embedding: str) -> dict[str, torch.Tensor]:
     """Weight and bias of the norm, from the files that the model was loaded from."""
-    source, wanted = model.name_or_path, (f"{embedding}.{_CHILD}.weight", f"{embedding}.{_CHILD}.bias")
+    # Models of a part, or of more, have other names in front of the embedding's own.
+    source, own = model.name_or_path, embedding.rpartition(".")[2]
+    wanted = tuple(f"{own}.{_CHILD}.{name}" for name in ("weight", "bias"))
+    if not source:
+        raise ValueError(
+            f"`{type(model).__name__}` was trained with a norm behind its embedding (`config.{ON_EMBEDDING_NORM}`), "
+            "and its weights were loaded before it had one: call `add_embedding_norm` before `load_state_dict`."
+        )
     found = {}
     for file in _weight_files(source):
         with safe_open(file, framework="pt") as tensors:
             for key in tensors.keys():
                 for name in wanted:
-                    # A base model's file has no prefix, and a task model's has one.
-                    if key == name or key.endswith("." + name) or name.endswith("." + key):
+                    if key == name or key.endswith("." + name):
                         found[name.rpartition(".")[2]] = tensors.get_tensor(key)
     if len(found) < len(wanted):
         raise ValueError(
             f"`{type(model).__name__}` was trained with a norm behind its embedding (`config.{ON_EMBEDDING_NORM}`), "
-            f"but `{source}` has no `{wanted[0]}` in safetensors: save the model with `save_pretrained` or a trainer."
+            f"but `{source}` has no `{embedding}.{_CHILD}.weight` in safetensors: save the model with `save_pretrained` or a trainer."
         )
     return found
 

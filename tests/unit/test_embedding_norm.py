@@ -6,9 +6,17 @@ import copy
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, TrainingArguments, default_data_collator
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from hf_longctx import LongContextTrainer, SequenceMesh, adapt, add_embedding_norm
+from hf_longctx.adapters.embedding_norm import follow_embedding_norm
 from hf_longctx.parallel.shard import cut_batch
 
 
@@ -102,6 +110,29 @@ def test_a_base_model_finds_the_norm_of_a_task_model_and_copies_keep_theirs(tmp_
     assert torch.allclose(output(base), output(model.model), atol=1e-12)
 
 
+def test_a_model_of_several_modalities_has_a_configuration_of_its_own_in_every_part(tmp_path):
+    """And what is loaded of it for words alone has the norm, too."""
+    text = {**SMALL, "layer_types": ["full_attention"] * 2}
+    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    fields = {"text_config": text, "vision_config": {**vision, "image_size": 28, "patch_size": 14}}
+    shared = AutoConfig.for_model("gemma3", **fields, mm_tokens_per_image=4, image_token_id=63)
+    model, other = (AutoModelForImageTextToText.from_config(shared).double().eval() for _ in range(2))
+    add_embedding_norm(model)
+    stir(model)
+    assert other.config is shared and not hasattr(shared.text_config, "hf_longctx_embedding_norm")
+    held = {id(module.config) for module in model.modules() if hasattr(module, "config")}
+    assert held == {id(each) for each in (model.config, model.config.text_config, model.config.vision_config)}
+    model.save_pretrained(tmp_path)
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    words = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    for again in (whole, words):
+        follow_embedding_norm(again)
+        assert torch.allclose(output(again), output(model), atol=1e-12)
+    handle = add_embedding_norm(model)
+    handle.remove()
+    assert not any(hasattr(each, "hf_longctx_embedding_norm") for each in (model.config, model.config.text_config))
+
+
 def test_a_run_trains_the_norm_resumes_and_is_loaded_by_a_trainer(tmp_path):
     rows = [{"input_ids": row, "labels": row} for row in torch.randint(3, 64, (8, 9)).tolist()]
     settings = {"use_cpu": True, "save_steps": 2, "report_to": "none", "disable_tqdm": True, "learning_rate": 1e-2}
@@ -142,6 +173,14 @@ def test_models_that_cannot_have_one_are_refused(tmp_path):
     for model in (pretrained, pretrained.double()):
         with pytest.raises(ValueError, match="are pretrained .*build the model with `from_config`"):
             add_embedding_norm(model)
+    loaded = build()
+    trained = {name: value + 0.01 * torch.randn_like(value) for name, value in build().state_dict().items()}
+    loaded.load_state_dict(trained)
+    with pytest.raises(ValueError, match=r"are pretrained \(by `load_state_dict`, or by training\)"):
+        add_embedding_norm(loaded)
+    loaded.config.hf_longctx_embedding_norm = True  # what a checkpoint's configuration says
+    with pytest.raises(ValueError, match="were loaded before it had one: call `add_embedding_norm` before"):
+        add_embedding_norm(loaded)
     scratch = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))  # knows the name, not the weights
     add_embedding_norm(scratch)
     bloom = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", vocab_size=64, hidden_size=16, n_head=4))
