@@ -86,8 +86,8 @@ def add_embedding_norm(model: torch.nn.Module) -> EmbeddingNormHandle:
     if _is_pretrained(inner, embedding):
         if not known:
             raise ValueError(
-                f"the weights of `{name}` are pretrained ({_origin(inner)}), and layers that were trained without a norm "
-                "behind the embedding know nothing with one: build the model with `from_config`, or leave "
+                f"the weights of `{name}` are pretrained ({_origin(inner)}), and layers that were trained without a "
+                "norm behind the embedding know nothing with one: build the model with `from_config`, or leave "
                 "`add_embedding_norm` out."
             )
         weights = _saved_weights(inner, _name_of(inner, embedding))
@@ -200,7 +200,8 @@ def _saved_weights(model: PreTrainedModel, embedding: str) -> dict[str, torch.Te
     if len(found) < len(wanted):
         raise ValueError(
             f"`{type(model).__name__}` was trained with a norm behind its embedding (`config.{ON_EMBEDDING_NORM}`), "
-            f"but `{source}` has no `{embedding}.{_CHILD}.weight` in safetensors: save the model with `save_pretrained` or a trainer."
+            f"but `{source}` has no `{embedding}.{_CHILD}.weight` in safetensors: save the model with "
+            "`save_pretrained` or a trainer."
         )
     return found
 
