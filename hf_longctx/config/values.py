@@ -31,5 +31,10 @@ def validate_positive(name: str, value: object, what: str) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether `value` is a finite number, and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a finite number, and no truth value; an integer beyond double precision's is not finite."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False

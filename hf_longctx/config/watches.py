@@ -53,7 +53,8 @@ class WatchConfig:
     )
 
     def __post_init__(self) -> None:
-        if self.kill_switch is not None and not (isinstance(self.kill_switch, str) and self.kill_switch):
+        name = self.kill_switch
+        if name is not None and (not isinstance(name, str) or not name.strip() or "\0" in name):
             raise ValueError(f"`kill_switch` ({self.kill_switch!r}) must name a file, or be left out.")
         if not isinstance(self.advise_checkpoints, bool):
             raise ValueError(f"`advise_checkpoints` ({self.advise_checkpoints!r}) must be true or false.")

@@ -62,10 +62,11 @@ class BlendReport(TrainerCallback, ExportableState):
         Raises:
             ValueError: the training rows are no blend, or the trainer is none of this package.
         """
-        blend = find_blend(trainer.train_dataset)
+        rows = getattr(trainer, "train_dataset", None)
+        blend = find_blend(rows)
         if blend is None:
             raise ValueError(
-                f"`train_dataset` (`{type(trainer.train_dataset).__name__}`) is no `BlendedRows`, so there are no "
+                f"`train_dataset` (`{type(rows).__name__}`) is no `BlendedRows`, so there are no "
                 "sources to report: leave `BlendReport` out."
             )
         if not hasattr(trainer, "blend_report"):

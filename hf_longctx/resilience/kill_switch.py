@@ -39,7 +39,8 @@ class KillSwitch(Watch):
     """
 
     def __init__(self, file: str | os.PathLike) -> None:
-        if not isinstance(file, (str, os.PathLike)) or not os.fspath(file):
+        name = os.fspath(file) if isinstance(file, (str, os.PathLike)) else ""
+        if not isinstance(name, str) or not name.strip() or "\0" in name:
             raise ValueError(f"`file` ({file!r}) must name a file: its existence ends the run.")
         self.file = Path(file)
         self.is_agreed = False

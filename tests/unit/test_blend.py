@@ -255,7 +255,9 @@ def test_of_processes_that_start_together_one_builds(tmp_path):
 # What cannot be blended
 
 
-@pytest.mark.parametrize("weight", [-1.0, 0, float("nan"), float("inf"), True, "0.3", None, np.float64("nan")])
+@pytest.mark.parametrize(
+    "weight", [-1.0, 0, 10**400, float("nan"), float("inf"), True, "0.3", None, np.float64("nan")]
+)
 def test_weights_that_are_none_are_refused(weight):
     with pytest.raises(ValueError, match=r"the weight of source `code` \(.*\) must be a finite number above 0"):
         BlendedRows({"code": (rows_of("code", 3), weight)}, 10)
@@ -274,12 +276,42 @@ def test_weights_that_are_none_are_refused(weight):
         ([{"code": ([1], 1.0)}, {"code": ([2], 1.0)}], [5, 5], "stands for two data sets"),
         ({"code": ([1], 1.0)}, 0, "must be a positive number of rows"),
         ({"code": ([1], 1.0)}, 2.5, "must be a positive number of rows"),
+        ({"code": ([1], 1.0)}, 10**30, "is more than an index can have, 549,755,813,888 rows"),
+        ({1: ([1], 1.0), "1": ([2], 1.0)}, 5, "source 1 of blend 0 is no text"),
+        ({"": ([1], 1.0)}, 5, "source '' of blend 0 is no text, or an empty one"),
+        ({"a": ([1], 1e308), "b": ([1], 1e308)}, 5, "are too large to be added up"),
+        ({"a": ([1], 1e-320), "b": ([1], 1.0)}, 5, "too far apart"),
         ({"code": ([1], 1.0)}, [5, 5], "has 2 numbers for 1 blends"),
     ],
 )
 def test_blends_that_are_none_are_refused(sources, num_rows, message):
     with pytest.raises(ValueError, match=message):
         BlendedRows(sources, num_rows)
+
+
+@pytest.mark.parametrize("folder", [5, True, [], "", b"blend"])
+def test_folders_that_are_none_are_refused(folder):
+    with pytest.raises(ValueError, match=r"`cache_dir` \(.*\) must name a folder, or be left out"):
+        BlendedRows({"code": ([1], 1.0)}, 3, cache_dir=folder)
+
+
+@pytest.mark.filterwarnings("error")
+def test_weights_of_any_size_are_blended():
+    """Some so small that a blend has no row for them."""
+    for large, small in ((1e308, 1.0), (1e-320, 1e-320), (1.0, 1e-300), (10**300, 1)):
+        counts = BlendedRows({"a": ([1], large), "b": ([2], small)}, 300).counts()
+        assert counts == ({"a": 150, "b": 150} if large == small else {"a": 300, "b": 0})
+
+
+def test_rows_are_read_by_number():
+    blend = BlendedRows({"code": ([1, 2], 1.0)}, 4)
+    assert blend[np.int64(1)] == blend[torch.tensor(1)] == blend[1] and len(list(blend)) == 4
+    for position in (1.5, "1", None, slice(0, 2), [0, 1]):
+        with pytest.raises(ValueError, match="a blend is read by the number of a row, and not by"):
+            blend[position]
+    for num_rows in (-1, 2.5, "x"):
+        with pytest.raises(ValueError, match=r"`num_rows` \(.*\) must be a number of rows of the blend"):
+            blend.counts(num_rows)
 
 
 def test_other_seeds_streams_and_too_many_sources_are_refused(monkeypatch):

@@ -157,6 +157,10 @@ def test_a_stopwatch_tells_others_and_stops():
     ("make", "message"),
     [
         (lambda: KillSwitch(""), r"`file` \(''\) must name a file"),
+        (lambda: KillSwitch(" "), r"`file` \(' '\) must name a file"),
+        (lambda: KillSwitch("a\0b"), r"`file` \('a\\x00b'\) must name a file"),
+        (lambda: WatchConfig(kill_switch=5), r"`kill_switch` \(5\) must name a file"),
+        (lambda: WatchConfig(kill_switch="\0"), r"`kill_switch` \('\\x00'\) must name a file"),
         (lambda: KillSwitch(None), r"`file` \(None\) must name a file"),
         (lambda: LossSpikeGuard("ignore"), "`action` .*must be one of warn, skip, rollback, stop"),
         (lambda: LossSpikeGuard(window=1), r"`window` \(1\) must be a whole number of steps, at least 2"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from ...config.values import is_number
 from ..streams import is_stream
-from .proportions import MOST_SOURCES
+from .proportions import BEHIND, MOST_SOURCES
 
 
 def read_blends(blends: object) -> tuple[dict[str, Any], np.ndarray]:
@@ -30,8 +31,11 @@ def read_blends(blends: object) -> tuple[dict[str, Any], np.ndarray]:
         if not isinstance(stage, Mapping) or not stage:
             raise ValueError(f"blend {number} of `sources` has no source: map names to `(data set, weight)`.")
         for name, given in stage.items():
-            if not isinstance(name, str):
-                raise ValueError(f"the source {name!r} of blend {number} is no text: names are, as in logs and files.")
+            if not isinstance(name, str) or not name:
+                raise ValueError(
+                    f"the source {name!r} of blend {number} is no text, or an empty one: names are texts, as in logs "
+                    "and files."
+                )
             _read_source(datasets, name, given)
     if len(datasets) > MOST_SOURCES:
         raise ValueError(
@@ -116,4 +120,18 @@ def read_num_rows(num_rows: object, blends: int) -> list[int]:
     for count in counts:
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
             raise ValueError(f"`num_rows` ({num_rows!r}) must be a positive number of rows, or a list of them.")
+    if sum(map(int, counts)) > BEHIND:
+        raise ValueError(
+            f"`num_rows` ({num_rows!r:.60}) is more than an index can have, {BEHIND:,.0f} rows: set it to the rows "
+            "that the run trains."
+        )
     return [int(count) for count in counts]
+
+
+def read_cache_dir(cache_dir: object) -> str | None:
+    """The folder's absolute path, or `None`; `ValueError` unless it names one."""
+    if cache_dir is None:
+        return None
+    if not isinstance(cache_dir, (str, os.PathLike)) or not os.fspath(cache_dir):
+        raise ValueError(f"`cache_dir` ({cache_dir!r:.60}) must name a folder, or be left out: an index in memory.")
+    return os.path.abspath(os.fspath(cache_dir))

@@ -9,6 +9,7 @@ bytes a row on disk, and a lookup a row.
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from .blend_index import BlendIndex, build_in_memory, open_or_build
-from .blend_settings import read_blends, read_num_rows
+from .blend_settings import read_blends, read_cache_dir, read_num_rows
 from .passes import Passes
 from .proportions import Proportions
 from .source_content import SourceContent
@@ -76,11 +77,12 @@ class BlendedRows(Dataset):
         self._sizes = [len(dataset) for dataset in self.datasets.values()]
         self.proportions = Proportions(self.weights, self.num_rows)
         self._cache: tuple[str, dict[str, Any], dict[str, SourceContent]] | None = None
-        if cache_dir is not None:
+        folder = read_cache_dir(cache_dir)
+        if folder is not None:
             settings = {"names": self.names, "seed": self.seed, "num_rows": self.num_rows}
             settings["weights"] = self.weights.tolist()
             contents = {name: SourceContent(dataset) for name, dataset in self.datasets.items()}
-            self._cache = (os.path.abspath(os.fspath(cache_dir)), settings, contents)
+            self._cache = (folder, settings, contents)
         self.index = self._open()
 
     def _open(self) -> BlendIndex:
@@ -108,6 +110,13 @@ class BlendedRows(Dataset):
         return self.names[self.index.sources[place]], int(self.index.rows[place])
 
     def _place(self, position: int) -> int:
+        try:
+            position = operator.index(position)
+        except TypeError:
+            raise ValueError(
+                f"a blend is read by the number of a row, and not by {position!r:.60}: for a part of it, use "
+                "`torch.utils.data.Subset`."
+            ) from None
         place = position + len(self) if position < 0 else position
         if not 0 <= place < len(self):
             raise IndexError(f"row {position} is outside of a blend of {len(self):,} rows")
@@ -118,7 +127,7 @@ class BlendedRows(Dataset):
 
     def __getitems__(self, positions: Sequence[int]) -> list[Mapping]:
         """Several rows, those of a source read from it at once."""
-        places = np.array([self._place(int(position)) for position in positions], dtype=np.int64)
+        places = np.array([self._place(position) for position in positions], dtype=np.int64)
         sources, rows = self.index.sources[places], self.index.rows[places]
         found: list[Any] = [None] * len(places)
         for source in np.unique(sources).tolist():
@@ -142,6 +151,8 @@ class BlendedRows(Dataset):
     def counts(self, num_rows: int | None = None) -> dict[str, int]:
         """Rows of every source among the first `num_rows` of the blend; all of them by default."""
         counts = np.zeros(len(self.names), dtype=np.int64)
+        if num_rows is not None and (not isinstance(num_rows, (int, np.integer)) or num_rows < 0):
+            raise ValueError(f"`num_rows` ({num_rows!r}) must be a number of rows of the blend, or be left out.")
         stop = len(self) if num_rows is None else min(num_rows, len(self))
         for start in range(0, stop, 2**20):
             part = self.index.sources[start : min(start + 2**20, stop)]

@@ -34,8 +34,10 @@ class Proportions:
         self.begins = self.ends - np.asarray(num_rows)
         owed = np.cumsum(self.shares * np.asarray(num_rows)[:, None], axis=0)
         self._owed = np.concatenate([np.zeros((1, weights.shape[1])), owed])
-        with np.errstate(divide="ignore"):
-            self._steps = 1 / self.shares
+        with np.errstate(divide="ignore", over="ignore"):
+            # A source of a share that no blend has rows for is owed its first behind the last row, and no number
+            # grows until it overflows; one of no share never is.
+            self._steps = np.where(self.shares > 0, np.minimum(1 / self.shares, BEHIND**1.5), np.inf)
         self.num_sources = weights.shape[1]
         self.slack = 1 / max(2 * self.num_sources - 2, 1)
 
