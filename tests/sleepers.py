@@ -51,6 +51,24 @@ MAMBAS = {
         "BambaConfig",
         {**_MAMBA, "num_hidden_layers": 2, "attn_layer_indices": [1], "mamba_chunk_size": 16, "mamba_expand": 2},
     ),
+    # Scales its inputs; a pass begins behind that.
+    "granitemoehybrid": (
+        "GraniteMoeHybridConfig",
+        {
+            **_MAMBA,
+            "layer_types": ["linear_attention", "full_attention"],
+            "num_hidden_layers": 2,
+            "mamba_chunk_size": 16,
+            "mamba_expand": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "shared_intermediate_size": 48,
+            "embedding_multiplier": 12.0,
+            "logits_scaling": 2.0,
+            "residual_multiplier": 0.5,
+            "position_embedding_type": "rope",
+        },
+    ),
 }
 
 

@@ -32,7 +32,7 @@ def check_batch(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, d
 
     Raises:
         ValueError: rows start late, are packed, or have no label; a name is not known.
-        NotImplementedError: a loss of routers is asked for.
+        NotImplementedError: a loss of routers, hidden states or attentions are asked for.
     """
     if not isinstance(batch, Mapping):
         raise ValueError(f"`batch` (a `{type(batch).__name__}`) must map names to tensors, such as `input_ids`.")
@@ -107,6 +107,11 @@ def _arguments(batch: Mapping[str, Any]) -> dict[str, Any]:
             "`output_router_logits` (True) adds a loss of the routers that N passes would count N times: leave it out."
         )
     others.pop("output_router_logits", None)
+    for name in ("output_hidden_states", "output_attentions"):
+        if others.pop(name, False):
+            raise NotImplementedError(
+                f"the batch has `{name}` (True), which is of one pass, and a window has several: leave it out."
+            )
     for name in ("logits_to_keep", *CACHE_NAMES):
         if name in others:
             raise ValueError(

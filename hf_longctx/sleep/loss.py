@@ -48,7 +48,7 @@ class SleepingForward(InstancePatch):
             return own(*args, **kwargs)
         output, cache = forward_rows(sleeper_of(module, own), batch, self.config, self.keeps_logits)
         self.peak_keys = max(self.peak_keys, cache.peak_keys)
-        return output
+        return output.to_tuple() if batch.get("return_dict") is False else output
 
 
 def sleep_loss(
@@ -81,7 +81,7 @@ def sleep_loss(
     sleeper = check_sleeper(model, config)
     config = replace(config, warmup=None)
     check_batch(batch)
-    arguments = dict(batch)
+    arguments = {**batch, "return_dict": True}
     if num_items_in_batch is not None:
         arguments["num_items_in_batch"] = num_items_in_batch
     if isinstance(model, DistributedDataParallel):  # its backward must know of the forward

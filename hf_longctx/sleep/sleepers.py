@@ -1,14 +1,15 @@
 """Which models can sleep: a stack of layers with a recurrent state, whose output can be its input again.
 
 Nothing is looked up by model type. A model is asked for what sleep needs: transformers' cache with recurrent states in
-it, a final norm that is known from where it stands, inputs that reach the first layer as they are, and layers that
-take a state in. The last two are tried once a model: on two vectors and on two windows of a few tokens.
+it, a final norm that is known from where it stands, inputs that reach its layers as hidden states alone, and layers
+that take a state in. The last two are tried once a model: on two vectors and on two windows of a few tokens.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch.distributed.fsdp import FSDPModule
@@ -64,6 +65,11 @@ def check_sleeper(model, config: SleepConfig) -> Sleeper:
             "a step: use DDP."
         )
     check_states(model.config, name)
+    if not model.config.get_text_config(decoder=True).return_dict:
+        raise ValueError(
+            f"`return_dict` (False) in the configuration of `{name}` makes its parts hand tuples to each other, whose "
+            "states and logits have no names: set `model.config.return_dict = True`."
+        )
     sleeper = sleeper_of(model)
     _check_layers(sleeper, config)
     _check_routers(model)
@@ -86,8 +92,8 @@ def check_states(config, name: str) -> None:
             f"`{name}` has short convolutions and no recurrent state: there is nothing to consolidate a window into."
         )
     raise ValueError(
-        f"`{name}` has no layer with a recurrent state, so there is nothing to consolidate a window into: take a "
-        "hybrid such as qwen3_next, or put recurrent layers in with `hybridize`."
+        f"`{name}` has no layer with a recurrent state in transformers' cache, so there is nothing to consolidate a "
+        "window into: take a hybrid such as qwen3_next, or put recurrent layers in with `hybridize`."
     )
 
 
@@ -161,15 +167,17 @@ def _check_routers(model) -> None:
         )
 
 
-@torch.no_grad()
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _try_inputs(sleeper: Sleeper) -> None:
-    """Send two vectors to the first layer: a model that scales them would scale each pass again."""
+    """Send two vectors to the first layer: nothing but the hidden states that it gets may come from them."""
     weight = sleeper.model.get_input_embeddings().weight
-    vectors = torch.ones(1, 2, sleeper.model.config.get_text_config().hidden_size).to(weight)
-    seen: list[torch.Tensor] = []
+    size = sleeper.model.config.get_text_config().hidden_size
+    vectors = torch.ones(1, 2, size, device=weight.device, dtype=weight.dtype, requires_grad=True)
+    seen: list[Any] = []
 
     def stop(module, args, kwargs):
-        seen.extend(value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor))
+        seen.extend([args, kwargs] if args else [kwargs.pop("hidden_states", None), kwargs])
         raise _Reached
 
     handle = sleeper.layers[0].register_forward_pre_hook(stop, with_kwargs=True)
@@ -180,17 +188,33 @@ def _try_inputs(sleeper: Sleeper) -> None:
         pass
     finally:
         handle.remove()
-    like_inputs = [value for value in seen if value.shape == vectors.shape and torch.equal(value.to(vectors), vectors)]
-    if len(like_inputs) > 1:
+    tensors = list(_tensors_in(seen))
+    if not tensors or tensors[0].shape != vectors.shape or not tensors[0].requires_grad:
+        raise NotImplementedError(
+            f"`{type(sleeper.model).__name__}` does not hand `inputs_embeds` to its first layer as hidden states of "
+            "their shape, so they cannot be read again: sleep cannot loop it."
+        )
+    if any(_comes_from(tensor, vectors) for tensor in tensors[1:]):
         raise NotImplementedError(
             f"`{type(sleeper.model).__name__}` shows its layers the embeddings of the tokens beside the hidden "
             "states, and a second pass would show them hidden states twice: sleep cannot loop it."
         )
-    if not like_inputs:
-        raise NotImplementedError(
-            f"`{type(sleeper.model).__name__}` changes `inputs_embeds` in front of its first layer (it scales them, "
-            "or adds to them), so each pass would change hidden states again: sleep cannot loop it."
-        )
+
+
+def _tensors_in(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, Mapping):
+        yield from _tensors_in(list(values.values()))
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors_in(value)
+
+
+def _comes_from(tensor: torch.Tensor, source: torch.Tensor) -> bool:
+    if not tensor.requires_grad:
+        return False
+    return torch.autograd.grad(tensor.sum(), source, allow_unused=True, retain_graph=True)[0] is not None
 
 
 @torch.inference_mode(False)

@@ -143,7 +143,7 @@ def _pass(
     cache = cache.copied(own_states=num_tokens == 1)
     cache.runs_all_layers = layers == (0, len(sleeper.layers))
     positions = torch.arange(window.start, window.start + num_tokens, device=window.tokens.device)[None]
-    inputs = {"input_ids": window.tokens} if hidden is None else {"inputs_embeds": hidden}
+    inputs = {"input_ids": window.tokens} if hidden is None else {"inputs_embeds": hidden.detach()}
     inputs |= {"position_ids": positions, "use_cache": True, **window.arguments}
     mask = _sliding_mask(cache, num_tokens, config, window.tokens.device)
     if mask is not None:
@@ -151,7 +151,7 @@ def _pass(
     found: list[torch.Tensor] = []
     handle = sleeper.norm.register_forward_pre_hook(lambda module, args: found.append(args[0]))
     try:
-        with plain_layers(sleeper.model), _only(sleeper.layers, *layers):
+        with plain_layers(sleeper.model), _only(sleeper.layers, *layers), _entered(sleeper.layers[0], hidden):
             if num_logits == 0:
                 sleeper.backbone(**inputs, **{sleeper.cache_names[1]: cache})
                 logits = None
@@ -175,6 +175,24 @@ def _sliding_mask(
         kept + num_tokens, device=device
     )
     return ((ago >= 0) & (ago < config.window))[None, None]
+
+
+@contextlib.contextmanager
+def _entered(layer: torch.nn.Module, hidden: torch.Tensor | None) -> Iterator[None]:
+    """The stack begins with these hidden states: what a model does to embeddings is not done to them once more."""
+
+    def enter(module, args, kwargs):
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
+
+    # In front of hooks that look at what a layer gets.
+    handle = None if hidden is None else layer.register_forward_pre_hook(enter, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            handle.remove()
 
 
 @contextlib.contextmanager

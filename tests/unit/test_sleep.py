@@ -9,8 +9,10 @@ import torch
 from transformers import DynamicCache
 
 from hf_longctx import SleepConfig, sleep_generate, sleep_loss
+from hf_longctx.adapters.instance_forward import put_on
 from hf_longctx.attention.cache_names import OUTPUT_NAME
 from hf_longctx.sleep.cache import SleepCache
+from hf_longctx.sleep.loss import SleepingForward
 from hf_longctx.sleep.sleepers import check_sleeper
 from hf_longctx.sleep.window_passes import Window, sleep_window
 
@@ -137,6 +139,15 @@ def test_sliding_is_attention_to_a_band_of_the_whole_row(name):
     found = logits_of(model, batch, SleepConfig(window=8, eviction="sliding"))[:, 16:]
     assert torch.allclose(found, expected, atol=1e-5)
     assert not torch.allclose(found, model(batch["input_ids"]).logits[:, 16:], atol=1e-3)
+
+
+def test_a_batch_that_asks_for_a_tuple():
+    model, batch, config = build_sleeper("qwen3_5_text"), tokens_of(), SleepConfig(window=8, passes=2)
+    expected = sleep_loss(model, batch, config)
+    assert torch.equal(sleep_loss(model, {**batch, "return_dict": False}, config), expected)
+    put_on(model, SleepingForward(config, keeps_logits=True))
+    whole, parts = model(**batch), model(**batch, return_dict=False)
+    assert torch.equal(parts[0], expected) and torch.equal(parts[1], whole.logits) and len(parts) == 2
 
 
 def test_padding_on_the_right_changes_nothing():
@@ -277,6 +288,19 @@ def test_a_pass_begins_with_what_the_last_layer_left_and_not_with_its_norm():
     with torch.no_grad():
         sleep_window(sleeper, SleepCache(model.config), Window(ids, 0, {}), SleepConfig(window=8, passes=3))
     assert len(entered) == len(left) == 3
+    assert torch.equal(entered[1], left[0]) and torch.equal(entered[2], left[1])
+
+
+def test_a_model_that_scales_its_inputs_does_not_scale_hidden_states():
+    model = build_sleeper("granitemoehybrid")
+    assert model.config.embedding_multiplier == 12
+    sleeper, ids = check_sleeper(model, SleepConfig(window=8)), tokens_of(tokens=8)["input_ids"]
+    entered, left = [], []
+    model.model.layers[0].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    model.model.layers[-1].register_forward_hook(lambda module, args, output: left.append(output))
+    with torch.no_grad():
+        sleep_window(sleeper, SleepCache(model.config), Window(ids, 0, {}), SleepConfig(window=8, passes=3))
+    assert torch.equal(entered[0], model.get_input_embeddings()(ids) * 12)
     assert torch.equal(entered[1], left[0]) and torch.equal(entered[2], left[1])
 
 

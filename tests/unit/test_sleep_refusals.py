@@ -101,8 +101,8 @@ def test_a_warmup_adds_passes_at_its_steps():
         ("jamba", NotImplementedError, "reads several tokens at once without the state that it left before"),
         (
             "recurrent_gemma",  # older versions do not say that it has states
-            (NotImplementedError, ValueError),
-            "changes `inputs_embeds` in front of its first layer|no layer with a recurrent state",
+            ValueError,
+            "leaves no recurrent state in its cache|no layer with a recurrent state",
         ),
         ("minimax", NotImplementedError, "does not take transformers' `DynamicCache`"),
         ("mamba2", ValueError, "has no attention, so it forgets no keys"),
@@ -111,13 +111,6 @@ def test_a_warmup_adds_passes_at_its_steps():
 def test_model_types_that_cannot_sleep(name, kind, message):
     with pytest.raises(kind, match=message):
         check_tiny(default_config(name), SleepConfig(window=16))
-
-
-def test_a_model_that_scales_its_inputs():
-    config = default_config("granitemoehybrid")
-    config.embedding_multiplier = 12.0
-    with pytest.raises(NotImplementedError, match="changes `inputs_embeds`.*so each pass would change hidden states"):
-        check_tiny(config, SleepConfig(window=16))
 
 
 @pytest.mark.parametrize(
@@ -144,6 +137,10 @@ def test_other_models_that_cannot_sleep_as_asked():
         check_sleeper(model.model, CONFIG)
     with pytest.raises(ValueError, match="`Linear` is no causal language model"):
         check_sleeper(torch.nn.Linear(2, 2), CONFIG)
+    model.config.return_dict = False
+    with pytest.raises(ValueError, match="`return_dict` .False. in the configuration of `Qwen3NextForCausalLM` makes"):
+        sleep_loss(model, tokens_of(), CONFIG)
+    model.config.return_dict = True
     model.config.output_router_logits = True
     with pytest.raises(NotImplementedError, match="which N passes would count N times: set `model.config"):
         sleep_loss(model, tokens_of(), CONFIG)
@@ -231,6 +228,9 @@ def test_other_batches():
             sleep_loss(model, tokens_of(), config)
     with pytest.raises(NotImplementedError, match="`output_router_logits` .True. adds a loss of the routers"):
         sleep_loss(model, changed(output_router_logits=True), CONFIG)
+    for name in ("output_hidden_states", "output_attentions"):
+        with pytest.raises(NotImplementedError, match=f"the batch has `{name}` .True., which is of one pass"):
+            sleep_loss(model, changed(**{name: True}), CONFIG)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="`torch.inference_mode` records nothing"):
         sleep_loss(model.train(), tokens_of(), CONFIG)
     fresh = build_sleeper("qwen3_5_text")
@@ -452,6 +452,20 @@ def test_parts_that_are_not_where_they_stand_in_a_hybrid(monkeypatch):
             NotImplementedError, match="`Qwen3_5TextModel.forward` takes no cache or no `inputs_embeds`"
         ):
             check_sleeper(model, CONFIG)
+    for widen, message in (
+        (lambda inputs: ((inputs[:, None],), {}), "does not hand `inputs_embeds` to its first layer as hidden states"),
+        (lambda inputs: ((inputs.detach(),), {}), "does not hand `inputs_embeds` to its first layer as hidden states"),
+        (lambda inputs: ((inputs * 3,), {"beside": (inputs.mean(-1),)}), "shows its layers the embeddings of the"),
+    ):
+
+        def forward(self, input_ids=None, inputs_embeds=None, cache=None, past_key_values=None, widen=widen, **kwargs):
+            args, others = widen(inputs_embeds)
+            return self.layers[0](*args, **others)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.model), "forward", forward)
+            with pytest.raises(NotImplementedError, match=message):
+                check_sleeper(model, CONFIG)
     model.model.norm = torch.nn.Identity()
     with pytest.raises(NotImplementedError, match=r"no single stack `layers` with one norm behind it \(0 found\)"):
         check_sleeper(model, CONFIG)
