@@ -19,6 +19,7 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5GatedDeltaNet, Q
 
 from ..adapters.wrapped import backbone_of
 from ..attention.cache_names import CACHE_NAMES, find_cache
+from ..attention.deferred import DeferredMask
 from ..tiny_check import evaluation_mode, first_ordinary_token
 
 
@@ -58,7 +59,36 @@ class DeltaLayer(GradientCheckpointingLayer):
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         chunks = {"chunk_size": kwargs["chunk_size"]} if "chunk_size" in kwargs else {}
         cache = {self._cache_name: find_cache(kwargs)}
-        return hidden_states + self.linear_attn(self.input_layernorm(hidden_states), **cache, **chunks)
+        inputs = self.input_layernorm(hidden_states)
+        real = real_tokens(kwargs.get("attention_mask"), hidden_states)
+        if real is not None:  # a state would read padding, which attention does not
+            inputs = inputs * real[..., None].to(inputs)
+        return hidden_states + self.linear_attn(inputs, **cache, **chunks)
+
+
+def real_tokens(mask: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
+    """Which of the tokens are no padding, from the mask that attention gets: those that see themselves.
+
+    Args:
+        mask (`torch.Tensor`, `BlockMask` or `DeferredMask`, *optional*): as a tensor of shape `(B, K)` or
+            `(B, 1, T, K)`.
+        hidden_states (`torch.Tensor` of shape `(B, T, H)`): of the last `T` of `K` tokens.
+    """
+    if mask is None:
+        return None
+    rows, tokens = hidden_states.shape[:2]
+    if isinstance(mask, DeferredMask):
+        mask = mask.padding
+        if mask is None:
+            return None
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        return mask[:, -tokens:] != 0
+    if isinstance(mask, torch.Tensor):
+        oneself = mask.diagonal(mask.shape[-1] - tokens, -2, -1)[:, 0]
+        return oneself if oneself.dtype == torch.bool else oneself > torch.finfo(oneself.dtype).min / 2
+    places = torch.arange(tokens, device=hidden_states.device)
+    row = torch.arange(rows, device=hidden_states.device)[:, None].expand(-1, tokens)
+    return mask.mask_mod(row, torch.zeros_like(row), places[None], places[None] + mask.seq_lengths[1] - tokens)
 
 
 def hybridize(model: PreTrainedModel, every: int = 2, head_size: int = _HEAD_SIZE) -> PreTrainedModel:

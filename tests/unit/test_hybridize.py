@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from hf_longctx import SleepConfig, hybridize, sleep_generate, sleep_loss
+from hf_longctx import LongContextTrainer, PackingCollator, SleepConfig, hybridize, sleep_generate, sleep_loss
 from hf_longctx.sleep.sleepers import recurrent_parameters
 from hf_longctx.tasks.sleep_rows import Rule110Rows
 
 from ..models import build
-from ..sleepers import build_sleeper, logits_of, tokens_of
+from ..sleepers import build_sleeper, logits_of, randomize, tokens_of
+from ..training import arguments, reset_state
 
 
 @pytest.mark.parametrize("every", [1, 2])
@@ -35,6 +39,44 @@ def test_step_0_is_the_decoder_to_the_bit(every):
     labels[:, :13] = -100
     forced = logits_of(model, {"input_ids": made.sequences, "labels": labels}, SleepConfig(window=8, passes=2))
     assert torch.allclose(torch.stack(made.logits, dim=1), forced[:, 12:-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention", "packed"])
+@torch.no_grad()
+def test_padding_on_the_left_is_not_in_the_state(attention):
+    model, ids = hybridize(build("llama", attention), every=1, head_size=16), tokens_of(tokens=12)["input_ids"]
+    randomize(model)
+    padded = torch.nn.functional.pad(ids, (5, 0), value=3)
+    mask = torch.ones_like(padded)
+    mask[0, :5] = 0
+    alone = model(ids[:1]).logits[0], model(padded[1:]).logits[0]
+    together = model(padded, attention_mask=mask).logits
+    assert torch.allclose(together[0, 5:], alone[0], atol=1e-5) and torch.allclose(together[1], alone[1], atol=1e-5)
+    assert torch.allclose(model(padded[:1], attention_mask=mask[:1]).logits[0, 5:], alone[0], atol=1e-5)
+    if attention == "sdpa":
+        options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        written = model.generate(padded, attention_mask=mask, **options)[0, 17:]
+        assert torch.equal(written, model.generate(ids[:1], **options)[0, 12:])
+
+
+def test_a_decoder_on_packed_rows_and_one_that_is_loaded_again(tmp_path):
+    model, ids = hybridize(build("llama", "packed"), every=1, head_size=16), tokens_of(tokens=12)["input_ids"]
+    randomize(model)
+    reset_state()
+    trainer = LongContextTrainer(
+        model=model,
+        args=arguments(str(tmp_path), max_steps=1, learning_rate=0.0),
+        train_dataset=[{"input_ids": row, "labels": row} for row in ids.tolist()],
+        data_collator=PackingCollator(max_tokens=64),
+    )
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(float(model(ids, labels=ids).loss), abs=1e-5)
+    trainer.save_model(str(tmp_path))
+    reset_state()
+    again = hybridize(build("llama", "packed"), every=1, head_size=16)
+    again.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    for other in (again, copy.deepcopy(model)):
+        assert torch.equal(other.eval()(ids).logits, model.eval()(ids).logits)
 
 
 def test_thirty_steps_of_what_was_forgotten_lower_its_loss():

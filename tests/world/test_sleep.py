@@ -14,10 +14,11 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from hf_longctx import LongContextTrainer, SleepConfig, SleepWarmup, sleep_loss
+from hf_longctx import LongContextTrainer, SleepConfig, SleepWarmup, hybridize, sleep_loss
 
 from ..sleepers import build_sleeper, in_float64, randomize, tokens_of
 from ..training import arguments, pad_right, reset_state
+from ..training import train as train_llama
 
 
 CONFIG = SleepConfig(window=8, passes=3)
@@ -131,6 +132,25 @@ def frozen_for_a_while() -> None:
     config = SleepConfig(window=8, passes=3, eviction="sliding", warmup=warmup)
     history, _ = train(config=config, ddp_find_unused_parameters=True)
     assert [entry["sleep_passes"] for entry in history if "loss" in entry] == [1, 2, 2, 3]
+
+
+def hybridized(model):
+    hybridize(model, every=1, head_size=16)
+    randomize(model)
+    return model
+
+
+def train_hybridized(size: int, **changes):
+    return train_llama(size, prepare=hybridized, max_steps=2, max_grad_norm=0.1, **changes)
+
+
+def test_a_hybridized_decoder_trains_on_shared_rows(world2):
+    history, weights, _ = train_hybridized(0, per_device_train_batch_size=2)
+    for found, shared, _ in world2.run(train_hybridized, 2):
+        for mine, theirs in zip(found, history):
+            assert abs(mine.get("loss", 0) - theirs.get("loss", 0)) <= 1e-5 * theirs.get("loss", 1)
+        for name, weight in weights.items():
+            assert (shared[name] - weight).abs().max() <= 1e-5 * weight.abs().max(), name
 
 
 def test_what_is_sharded_is_refused_and_warmups_run_under_ddp(world2):
