@@ -46,6 +46,13 @@ def check_batch(batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor, d
         raise ValueError("a batch without `labels` has no loss: add them, with -100 where there is none.")
     if labels.shape != tokens.shape:
         raise ValueError(f"`labels` {tuple(labels.shape)} must have the shape of `input_ids` {tuple(tokens.shape)}.")
+    mask = batch.get("attention_mask")
+    padded = [] if mask is None else ((labels != -100) & (mask == 0)).any(dim=1).nonzero()[:, 0].tolist()
+    if padded:
+        raise ValueError(
+            f"row {padded[0]} has labels where `attention_mask` is 0, on padding that no window reads as such: set "
+            "them to -100."
+        )
     empty = (labels[:, 1:] == -100).all(dim=1).nonzero()[:, 0].tolist()
     if empty:
         raise ValueError(
@@ -61,6 +68,10 @@ def check_rows(tokens: torch.Tensor, batch: Mapping[str, Any]) -> None:
         value = tokens if name == "input_ids" else batch.get(name)
         if value is not None and not isinstance(value, torch.Tensor):
             raise ValueError(f"`{name}` (a `{type(value).__name__}`) must be a tensor: sleep cuts it into windows.")
+        if value is not None and name in ("input_ids", "labels") and value.is_floating_point():
+            raise ValueError(
+                f"`{name}` ({value.dtype}) must be whole numbers, such as `torch.long`: they name tokens."
+            )
     if tokens.dim() != 2 or not tokens.numel():
         raise ValueError(f"`input_ids` {tuple(tokens.shape)} must be of shape (rows, tokens), with a token or more.")
     for name in _PACKED:
@@ -84,6 +95,11 @@ def check_rows(tokens: torch.Tensor, batch: Mapping[str, Any]) -> None:
                 "the right."
             )
     positions = batch.get("position_ids")
+    if positions is not None and positions.shape[-1:] != tokens.shape[1:]:
+        raise ValueError(
+            f"`position_ids` {tuple(positions.shape)} must have one entry for each token of `input_ids` "
+            f"{tuple(tokens.shape)}: leave them out."
+        )
     if positions is not None:
         expected = torch.arange(tokens.shape[1], device=positions.device)
         real = positions == expected

@@ -83,6 +83,10 @@ def sleep_loss(
     check_batch(batch)
     arguments = {**batch, "return_dict": True}
     if num_items_in_batch is not None:
+        if isinstance(num_items_in_batch, (bool, str)) or not num_items_in_batch > 0:
+            raise ValueError(
+                f"`num_items_in_batch` ({num_items_in_batch!r}) must be the number of labels of a step, 1 or more."
+            )
         arguments["num_items_in_batch"] = num_items_in_batch
     if isinstance(model, DistributedDataParallel):  # its backward must know of the forward
         put_on(sleeper.model, SleepingForward(config))

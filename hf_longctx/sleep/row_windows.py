@@ -54,7 +54,13 @@ def windows_asleep(labels: torch.Tensor, config: SleepConfig, asked: torch.Tenso
     asleep[:, num_full:] = False
     if asked is None:
         return asleep
-    asked = torch.as_tensor(asked, device=labels.device).bool()
+    try:
+        asked = torch.as_tensor(asked, device=labels.device)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`sleep_windows` ({asked!r}) must say True or False for each window of each row.") from error
+    if not bool(((asked == 0) | (asked == 1)).all()):
+        raise ValueError("`sleep_windows` must say True or False for each window of each row, and has other numbers.")
+    asked = asked.bool()
     if asked.shape != asleep.shape:
         raise ValueError(
             f"`sleep_windows` {tuple(asked.shape)} must have one entry for each window of each row, "

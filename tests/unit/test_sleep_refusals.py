@@ -180,6 +180,8 @@ def changed(**changes) -> dict:
 
 LEFT = torch.ones(2, 26, dtype=torch.long)
 LEFT[1, :3] = 0
+NO_END = torch.ones(2, 26, dtype=torch.long)
+NO_END[0, -1] = 0
 RESTART = torch.cat([torch.arange(13), torch.arange(13)])[None].expand(2, -1)
 NO_LABEL = torch.full((2, 26), -100)
 NO_LABEL[0, -1] = 5
@@ -190,6 +192,12 @@ NO_LABEL[0, -1] = 5
     [
         ({"input_ids": None}, "a batch that sleeps needs `input_ids`"),
         ({"labels": None}, "a batch without `labels` has no loss"),
+        ({"input_ids": torch.ones(2, 26)}, r"`input_ids` \(torch.float32\) must be whole numbers"),
+        ({"labels": torch.ones(2, 26)}, r"`labels` \(torch.float32\) must be whole numbers"),
+        ({"attention_mask": NO_END}, "row 0 has labels where `attention_mask` is 0, on padding"),
+        ({"position_ids": torch.arange(20)[None]}, r"`position_ids` \(1, 20\) must have one entry for each token"),
+        ({"sleep_windows": "all"}, r"`sleep_windows` \('all'\) must say True or False"),
+        ({"sleep_windows": torch.full((2, 4), 0.5)}, "must say True or False .*, and has other numbers"),
         ({"input_ids": [[5] * 26] * 2}, "`input_ids` .a `list`. must be a tensor"),
         ({"labels": [[5] * 26] * 2}, "`labels` .a `list`. must be a tensor"),
         ({"input_ids": torch.ones(26, dtype=torch.long)}, r"`input_ids` \(26,\) must be of shape .rows, tokens."),
@@ -221,6 +229,9 @@ def test_batches_that_do_not_sleep(changes, message):
 
 def test_other_batches():
     model = build_sleeper("qwen3_5_text")
+    for count in (0, -3, "20", True, torch.tensor(0)):
+        with pytest.raises(ValueError, match="`num_items_in_batch` .* must be the number of labels of a step"):
+            sleep_loss(model, tokens_of(), CONFIG, num_items_in_batch=count)
     with pytest.raises(ValueError, match="`batch` .a `list`. must map names to tensors"):
         sleep_loss(model, [1, 2], CONFIG)
     for config in (None, {"window": 8}):

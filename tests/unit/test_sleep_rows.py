@@ -12,6 +12,9 @@ import yaml
 from transformers import TrainingArguments
 from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
 
+from hf_longctx import SleepConfig
+from hf_longctx.sleep.row_windows import windows_asleep
+from hf_longctx.sleep.sleepers import check_sleeper
 from hf_longctx.tasks import sleep
 from hf_longctx.tasks.sleep_rows import DepoRows, Rule110Rows, SumRows, step_rule110
 
@@ -147,6 +150,23 @@ def test_every_recipe_of_sleep_starts(name, tmp_path, monkeypatch, capsys):
     assert found["curves"][f"{hardest}: N = 2"]["points"][0]["step"] == 1
     assert found["curves"][f"{hardest}: N = 2"]["read_with"].keys() == {"1", "2"}
     assert f"{hardest}: attention alone" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "width", "tokens", "windows"), [("rule110_paper", 4, 256, 101, 4), ("depo", 10, 512, 360, 4)]
+)
+def test_recipes_of_the_size_of_the_paper_can_be_built(name, layers, width, tokens, windows):
+    told = yaml.safe_load((ROOT / "recipes" / f"sleep_{name}.yaml").read_text())
+    known = vars(sleep.SleepArguments())
+    toy = sleep.SleepArguments(**{key: value for key, value in told.items() if key in known})
+    rows = toy.rows(2, toy.difficulties[0], 0)
+    with torch.device("meta"):
+        model = sleep._start_model(toy, rows.vocab_size)
+    assert (len(model.model.layers), model.config.hidden_size, rows.input_ids.shape[1]) == (layers, width, tokens)
+    for passes in toy.passes:
+        config = SleepConfig(window=rows.window, passes=passes, warmup=sleep._warmup(toy, passes))
+        assert config.at(told["max_steps"] - 1).passes == passes and check_sleeper(model, config)
+        assert int(windows_asleep(rows.labels, config).sum(dim=1).min()) == windows
 
 
 def test_a_task_that_is_none(tmp_path):
