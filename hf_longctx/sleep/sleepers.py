@@ -103,9 +103,11 @@ def sleeper_of(model: PreTrainedModel, forward: Callable | None = None) -> Sleep
     layers = getattr(backbone, "layers", None)
     norms = [child for child in backbone.children() if "norm" in type(child).__name__.lower()]
     if not isinstance(layers, torch.nn.ModuleList) or len(norms) != 1:
+        has_parts = model.config.get_text_config(decoder=True) is not model.config
+        remedy = ": load its text part alone, with `AutoModelForCausalLM`" if has_parts else ""
         raise NotImplementedError(
-            f"`{name}` has no single stack `layers` with one norm behind it ({len(norms)} found): sleep does not know "
-            "where its hidden states come from."
+            f"`{name}` has no single stack `layers` with one norm behind it ({len(norms)} found), so sleep does not "
+            f"know where its hidden states come from{remedy}."
         )
     names = []
     for module in (model, backbone):

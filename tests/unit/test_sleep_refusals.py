@@ -8,7 +8,15 @@ from unittest.mock import Mock
 import peft
 import pytest
 import torch
-from transformers import DataCollatorWithFlattening, DynamicCache, StaticCache, TextStreamer, cache_utils
+from transformers import (
+    DataCollatorWithFlattening,
+    DynamicCache,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    StaticCache,
+    TextStreamer,
+    cache_utils,
+)
 
 from hf_longctx import (
     LongContextConfig,
@@ -147,6 +155,14 @@ def test_other_models_that_cannot_sleep_as_asked():
     sliding = SleepConfig(window=8, eviction="sliding")
     with pytest.raises(NotImplementedError, match="attn_implementation='packed' does not take"):
         sleep_loss(build_sleeper("qwen3_5_text", "packed"), tokens_of(), sliding)
+
+
+def test_a_model_that_sees_pictures_is_told_of_its_text_part():
+    text = build_sleeper("qwen3_5_text")
+    sizes = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 48}
+    config = Qwen3_5Config(text_config=text.config.to_dict(), vision_config={**sizes, "patch_size": 4})
+    with pytest.raises(NotImplementedError, match="hidden states come from: load its text part alone, with `AutoM"):
+        sleep_loss(Qwen3_5ForConditionalGeneration._from_config(config), tokens_of(), CONFIG)
 
 
 def test_a_kernel_that_returns_no_gradient_for_its_state(monkeypatch):
