@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
@@ -28,6 +28,7 @@ from .window_passes import Sleeper, plain_layers
 _TRIED = "_hf_longctx_sleeps"  # in `vars(model)`: the kind of device on which its inputs and states were tried
 PEFT_WAY = "window by window", "train it without sleep"  # for the message of `check_peft`
 _RECURRENT = ("linear_attention", "hybrid", "hybrid_sliding")
+_SHARDED = {FSDPModule: "FSDP2", FullyShardedDataParallel: "FSDP"}
 
 
 class _Reached(Exception):
@@ -53,17 +54,13 @@ def check_sleeper(model, config: SleepConfig) -> Sleeper:
             f"`sleep` ({config!r}) must be given as a `SleepConfig`: `SleepConfig(window=..., passes=...)`."
         )
     check_peft(model, *PEFT_WAY)
+    _check_shards(model)
     model = unwrap(model)
     if config.window is None:
         raise ValueError("`window` is unset, so nothing would sleep: pass `SleepConfig(window=..., passes=...)`.")
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or model.get_output_embeddings() is None:
         raise ValueError(f"`{name}` is no causal language model of transformers, and sleep needs its layers and head.")
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        raise NotImplementedError(
-            f"`{name}` is sharded by FSDP2, whose units have not been proven to gather and free their weights N times "
-            "a step: use DDP."
-        )
     check_states(model.config, name)
     if not model.config.get_text_config(decoder=True).return_dict:
         raise ValueError(
@@ -79,6 +76,16 @@ def check_sleeper(model, config: SleepConfig) -> Sleeper:
         _try_states(sleeper)
         vars(model)[_TRIED] = device
     return sleeper
+
+
+def _check_shards(model) -> None:
+    modules = model.modules() if isinstance(model, torch.nn.Module) else ()
+    kind = next((kind for module in modules for kind in _SHARDED if isinstance(module, kind)), None)
+    if kind is not None:
+        raise NotImplementedError(
+            f"`{type(unwrap(model)).__name__}` is sharded by {_SHARDED[kind]}, whose units have not been proven to "
+            "gather and free their weights N times a step: use DDP."
+        )
 
 
 def check_states(config, name: str) -> None:

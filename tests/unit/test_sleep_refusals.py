@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import peft
 import pytest
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import (
     DataCollatorWithFlattening,
     DynamicCache,
@@ -143,6 +144,11 @@ def test_other_models_that_cannot_sleep_as_asked():
         sleep_loss(model, tokens_of(), SleepConfig())
     with pytest.raises(ValueError, match="`Qwen3NextModel` is no causal language model"):
         check_sleeper(model.model, CONFIG)
+    wrapped = object.__new__(FullyShardedDataParallel)  # which asks for a device when it is made
+    torch.nn.Module.__init__(wrapped)
+    wrapped._fsdp_wrapped_module = model
+    with pytest.raises(NotImplementedError, match="is sharded by FSDP, whose units have not been proven"):
+        check_sleeper(wrapped, CONFIG)
     with pytest.raises(ValueError, match="`Linear` is no causal language model"):
         check_sleeper(torch.nn.Linear(2, 2), CONFIG)
     model.config.return_dict = False
