@@ -23,8 +23,10 @@ from .distance_bias import NUMBERS
 from .drawn_dropout import draw_seed
 from .explain import note_hashing
 from .lsh_hashing import draw_rotations, hash_tokens
+from .lsh_kept import keep_whole_row, watch_cache
 from .lsh_models import has_shared_weights, is_lsh_model, refuse_untied_parameters
 from .lsh_rounds import Rounds, attend_rounds
+from .lsh_tied import are_keys_queries
 
 
 # What changes scores in a way that LSH attention does not compute, and what it is called.
@@ -95,11 +97,12 @@ def lsh_attention(
             f"{heads} heads of {size} need {(num_hashes, heads, size, num_buckets // 2)}."
         )
     scaling = size**-0.5 if scaling is None else scaling
-    return _attend(query, value, rotations, Rounds(layout, window, causal, scaling, segments))
+    buckets = hash_tokens(query, rotations)
+    return _attend(query, value, buckets, Rounds(layout, window, causal, scaling, segments))
 
 
-def _attend(query: torch.Tensor, value: torch.Tensor, rotations: torch.Tensor, rounds: Rounds) -> torch.Tensor:
-    output = attend_rounds(query, value, hash_tokens(query, rotations), rounds)
+def _attend(query: torch.Tensor, value: torch.Tensor, buckets: torch.Tensor, rounds: Rounds) -> torch.Tensor:
+    output = attend_rounds(query, value, buckets, rounds)
     if rounds.segments is None:
         return output
     return output.masked_fill((rounds.segments.to(output.device) == PAD_SEGMENT)[..., None, None], 0)
@@ -165,7 +168,7 @@ def shared_call(call: AttentionCall) -> AttentionCall:
     refuse_untied_parameters(call.module)
     tokens = call.query.shape[2]
     start = first_place(call)
-    if not torch.equal(call.query, call.key[:, :, start : start + tokens]):
+    if not are_keys_queries(call.module, call.query, call.key[:, :, start : start + tokens]):
         if has_shared_weights(call.module):
             raise NotImplementedError(
                 f"`{name}` makes queries and keys with the same weights, but changes one of both afterwards (such as "
@@ -175,6 +178,7 @@ def shared_call(call: AttentionCall) -> AttentionCall:
             f"the keys of `{name}` are not its queries, which LSH attention hashes into the same buckets: call "
             "`hf_longctx.tie_query_key(model)` on a new model, and train it so."
         )
+    watch_cache(call.module, call.key, tokens)
     return call if call.key.shape[2] != tokens else replace(call, key=call.query[..., :0].detach())
 
 
@@ -209,12 +213,20 @@ def attend_lsh_rows(call: AttentionCall, shard: SequenceShard) -> torch.Tensor:
         draw_seed() if call.dropout else 0,
         call.first_head,
     )
-    return _attend(query, call.value, rotations_of(config, query, layer_of(call), call.first_head), rounds)
+    buckets = hash_tokens(query, rotations_of(config, query, layer_of(call), call.first_head))
+    keep_whole_row(call.module, buckets, hashing_of(call))
+    return _attend(query, call.value, buckets, rounds)
 
 
 def rotations_of(config: LSHConfig, query: torch.Tensor, layer: int, first_head: int) -> torch.Tensor:
     heads, size = query.shape[1], query.shape[-1]
     return draw_rotations(config.hash_seed, layer, first_head, heads, size, config.num_hashes, config.num_buckets)
+
+
+def hashing_of(call: AttentionCall) -> tuple:
+    """What buckets of the same vectors depend on."""
+    config = settings_of(call)
+    return config.hash_seed, config.num_hashes, config.num_buckets, layer_of(call), call.first_head
 
 
 def layer_of(call: AttentionCall) -> int:

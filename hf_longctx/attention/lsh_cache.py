@@ -1,6 +1,6 @@
 """LSH attention after a cache: new tokens see what they would see in a row of training.
 
-Price: the cached keys are hashed again for each new token, `rounds x buckets / 2` products a key.
+Price: a new token is hashed and scored against all keys, as under full attention, and its bucket compared with theirs.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 
 from .call import AttentionCall
-from .lsh import first_place, layer_of, rotations_of, scaling_of, settings_of
+from .lsh import first_place, hashing_of, layer_of, rotations_of, scaling_of, settings_of
 from .lsh_hashing import hash_tokens
+from .lsh_kept import keep_buckets, kept_buckets
 from .lsh_layouts import SELF_SCORE
 
 
@@ -20,7 +21,8 @@ _NUMBERS_AT_ONCE = 2**22
 def attend_after_cache(call: AttentionCall) -> torch.Tensor:
     """LSH attention of the last tokens of rows, one document each, to all keys of a cache.
 
-    Buckets of all keys are computed again from the cache. What a token sees is what it sees in training.
+    Buckets of keys are kept with the cache, see [`lsh_kept`][hf_longctx.attention.lsh_kept]. What a token sees is what
+    it sees in training.
 
     Args:
         call ([`AttentionCall`]): all heads, from [`shared_call`]; the mask says which places its queries have.
@@ -47,7 +49,7 @@ def attend_after_cache(call: AttentionCall) -> torch.Tensor:
         )
     start, tokens = first_place(call), query.shape[2]
     keys, values = call.key[:, :, : start + tokens], call.value[:, :, : start + tokens]
-    buckets = hash_tokens(keys, rotations_of(config, keys, layer_of(call), call.first_head))
+    buckets = _buckets_of(call, keys, start)
     lengths = (keys.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * keys.shape[-1] ** -0.5
     keys = keys * (lengths * scaling_of(call))
     padding = getattr(mask, "padding", None)
@@ -57,6 +59,17 @@ def attend_after_cache(call: AttentionCall) -> torch.Tensor:
     parts = zip(query.split(count, dim=2), places)
     outputs = [_attend_places(part, place, keys, values, buckets, config.window, real) for part, place in parts]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
+
+
+def _buckets_of(call: AttentionCall, keys: torch.Tensor, start: int) -> torch.Tensor:
+    """Buckets of all keys up to the last query's, of which those before place `start` may be kept."""
+    hashing = hashing_of(call)
+    kept = kept_buckets(call.module, call.key, hashing)
+    count = 0 if kept is None else min(start, kept.shape[-1])
+    new = hash_tokens(keys[:, :, count:], rotations_of(settings_of(call), keys, layer_of(call), call.first_head))
+    buckets = new if kept is None else torch.cat([kept[..., :count], new], dim=-1)
+    keep_buckets(call.module, call.key, buckets, hashing)
+    return buckets
 
 
 def _attend_places(query, places, keys, values, buckets, window: int, real) -> torch.Tensor:
