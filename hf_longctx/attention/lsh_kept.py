@@ -54,6 +54,8 @@ def watch_cache(module: torch.nn.Module, key: torch.Tensor, tokens: int) -> None
 
 def kept_buckets(module: torch.nn.Module, key: torch.Tensor, hashing: tuple) -> torch.Tensor | None:
     """Buckets `(R, B, n, t)` of the first keys of a cache, or `None`; `hashing` is what they are to be made by."""
+    if torch.compiler.is_compiling():
+        return None
     held, kept = _held(module)
     if held is None or kept is None or held.keys is not key or kept.hashing != hashing:
         return None
@@ -62,9 +64,11 @@ def kept_buckets(module: torch.nn.Module, key: torch.Tensor, hashing: tuple) -> 
 
 def keep_buckets(module: torch.nn.Module, key: torch.Tensor, buckets: torch.Tensor, hashing: tuple) -> None:
     """Keep the buckets `(R, B, n, t)` of the first keys that a layer's cache returned."""
+    if torch.compiler.is_compiling():
+        return
     held, _ = _held(module)
     _HELD.pop(module, None)
-    if torch.is_grad_enabled() or key.is_inference() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or key.is_inference():
         return  # nothing counts changes of an inference tensor
     _KEPT[key] = _Buckets(buckets, key._version, hashing)
     if held is not None and held.keys is key:
@@ -80,9 +84,11 @@ def keep_whole_row(module: torch.nn.Module, buckets: torch.Tensor, hashing: tupl
 
 def _look_at_cache(module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
     """What the cache of a layer holds before the layer adds to it."""
+    if torch.compiler.is_compiling():
+        return
     _HELD.pop(module, None)
     _WHOLE.pop(module, None)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled():
         return
     cache = find_cache(kwargs) or next((each for each in args if isinstance(each, Cache)), None)
     layers, index = getattr(cache, "layers", ()), getattr(module, "layer_idx", None)

@@ -55,7 +55,7 @@ PARTS = (
         "step",
         "one step of the 1B shape: sdpa, ulysses and packed, 8K to 128K tokens",
         "ulysses",
-        seconds=65,
+        seconds=60,
         arguments=f"{_LLAMA_1B} --heads 32 --kv_heads 8 --tokens 8192 32768 65536 131072 --checkpointing --tiled_loss "
         "--repeats 1 --minutes {minutes}",
         tiny=f"{_TINY_STEP} --heads 2 --kv_heads 1 --tokens 512 --checkpointing --tiled_loss --repeats 1 "
@@ -69,7 +69,7 @@ PARTS = (
         "packing",
         "ragged documents: padded, packed with a mask as by TRL, ours",
         "packing",
-        seconds=40,
+        seconds=35,
         arguments="--cases flan-1b orcamath-1b --layers 4 --row_tokens 4096 --rows 8 --repeats 3",
         tiny="--cases flan-tiny --row_tokens 512 --mask_row_tokens 512 --rows 1 --repeats 1 --one_process",
         figures=[*packing_figures("FLAN-like", 1.8), *packing_figures("OrcaMath-like", 1.3)],
@@ -78,7 +78,7 @@ PARTS = (
         "ladder_1b",
         "memory presets on the 1B shape, the planner's prediction next to each",
         "memory_presets",
-        seconds=45,
+        seconds=40,
         arguments=f"{_LLAMA_1B} --kv_heads 8 --ranks 1 --plan --budget 70 --tokens 4096 12288 --minutes {{minutes}}",
         tiny=f"{_TINY_LADDER} --presets off max",
         figures=[
@@ -104,7 +104,7 @@ PARTS = (
         "long_row",
         "one whole training step of the 1B shape on a row of 256K tokens",
         "memory_presets",
-        seconds=55,
+        seconds=50,
         arguments=f"{_LLAMA_1B} --kv_heads 8 --ranks 1 --plan --presets max --tokens 262144",
         tiny=f"{_TINY_STEP} --one_process --ranks 1 --plan --presets max --tokens 64",
         page="memory_presets_long_row",
@@ -216,6 +216,22 @@ PARTS = (
                 "attention alone, 1M tokens: seconds of causal LSH, 4 rounds",
                 number("lsh", "seconds", tokens=2**20, label="causal LSH, 4 rounds"),
             )
+        ],
+    ),
+    Part(
+        "long_row_lsh",
+        "whole training steps on rows of up to 1M tokens: LSH attention, reversible layers and tiles at width 512",
+        "memory_presets",
+        seconds=20,
+        arguments="--hidden 512 --intermediate 1408 --layers 16 --vocab 32000 --head_size 64 --ranks 1 --plan "
+        "--reversible_lsh --presets mlp --tokens 262144 524288 1048576 --minutes {minutes}",
+        tiny=f"{_TINY_STEP} --one_process --ranks 1 --plan --reversible_lsh --presets mlp --tokens 64",
+        page="memory_presets_long_row_lsh",
+        figures=[
+            Figure("LSH, reversible, tiles: longest row that was run", worst("long_row_lsh", "tokens"), "{:,.0f}"),
+            Figure("LSH, reversible, tiles: seconds of its step", worst("long_row_lsh", "seconds")),
+            Figure("LSH, reversible, tiles: GB of its step", worst("long_row_lsh", "step_gb")),
+            Figure("LSH, reversible, tiles: worst error of the plan", *plan_error("long_row_lsh")),
         ],
     ),
     Part(

@@ -61,6 +61,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2, help="processes that share a row in the sharded runs")
     parser.add_argument("--presets", nargs="+", metavar="PRESET", help="by default all that differ on the device")
     parser.add_argument("--kv_heads", type=int, help="key/value heads (default: half of the query heads)")
+    parser.add_argument("--reversible_lsh", action="store_true", help="LSH attention in reversible layers instead")
     parser.add_argument("--plan", action="store_true", help="the planner's prediction next to each measurement")
     parser.add_argument("--minutes", type=float, default=120, help="on CUDA, start no further measurement after it")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -95,6 +96,7 @@ def run_once(preset: Case, tokens: int, args: argparse.Namespace, folder: Path) 
         "device": args.device,
         "dtype": args.dtype,
         "plan": args.plan,
+        "reversible_lsh": args.reversible_lsh,
         "result": str(result),
         "shape": {
             "vocab_size": args.vocab,
@@ -103,6 +105,7 @@ def run_once(preset: Case, tokens: int, args: argparse.Namespace, folder: Path) 
             "num_hidden_layers": args.layers,
             "num_attention_heads": args.hidden // args.head_size,
             "num_key_value_heads": args.kv_heads or max(1, args.hidden // args.head_size // 2),
+            **({"num_key_value_heads": args.hidden // args.head_size} if args.reversible_lsh else {}),
         },
     }
     if in_one_process(args) and preset.ranks == 1:

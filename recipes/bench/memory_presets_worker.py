@@ -19,7 +19,7 @@ from torch.utils.data import SequentialSampler
 from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback, TrainingArguments
 from ulysses_worker import Meter
 
-from hf_longctx import LongContextConfig, LongContextTrainer, MemoryConfig, end_training
+from hf_longctx import LongContextConfig, LongContextTrainer, LSHConfig, MemoryConfig, end_training, tie_query_key
 
 
 WARM_UP_TOKENS = 512
@@ -60,6 +60,8 @@ def measure(settings: dict) -> dict:
     dtype = getattr(torch, settings["dtype"])
     with torch.device(settings["device"]):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="ulysses")
+    if settings["reversible_lsh"]:
+        tie_query_key(model)
     generator = torch.Generator().manual_seed(1)
     lengths = (WARM_UP_TOKENS, settings["tokens"])
     rows = [{"input_ids": torch.randint(config.vocab_size, (n,), generator=generator)} for n in lengths]
@@ -84,8 +86,11 @@ def measure(settings: dict) -> dict:
             train_dataset=rows,
             data_collator=collate,
             callbacks=[callback],
-            long_context=LongContextConfig(sequence_parallel_size=settings["ranks"]),
-            memory=MemoryConfig(memory=settings["memory"]),
+            long_context=LongContextConfig(
+                sequence_parallel_size=settings["ranks"],
+                inner_attention="lsh" if settings["reversible_lsh"] else "auto",
+            ),
+            memory=MemoryConfig(memory=settings["memory"], reversible_layers=settings["reversible_lsh"]),
         )
         trainer.train()
     step = next(entry for entry in trainer.state.log_history if entry.get("step") == 2)
@@ -115,7 +120,12 @@ def plan(config: LlamaConfig, settings: dict) -> dict[str, int]:
 
     dtype, planner = getattr(torch, settings["dtype"]), Planner(config)
     plain = Settings(
-        tokens=settings["tokens"], weights_dtype=dtype, compute_dtype=dtype, on_gpu=settings["device"] == "cuda"
+        tokens=settings["tokens"],
+        weights_dtype=dtype,
+        compute_dtype=dtype,
+        on_gpu=settings["device"] == "cuda",
+        reversible=settings["reversible_lsh"],
+        num_hashes=LSHConfig().num_hashes if settings["reversible_lsh"] else None,
     )
     breakdown = planner.breakdown(planner.preset(settings["memory"], plain))
     states = breakdown.weights + breakdown.optimizer
