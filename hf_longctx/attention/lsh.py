@@ -11,7 +11,8 @@ Source: Reformer, https://huggingface.co/papers/2001.04451; the causal layout is
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NoReturn
+from numbers import Real
+from typing import Any, NoReturn
 
 import torch
 
@@ -22,7 +23,7 @@ from .call import AttentionCall, KeySelection
 from .distance_bias import NUMBERS
 from .drawn_dropout import draw_seed
 from .explain import note_hashing
-from .lsh_hashing import draw_rotations, hash_tokens
+from .lsh_hashing import hash_tokens, rotations_for
 from .lsh_kept import keep_whole_row, watch_cache
 from .lsh_models import has_shared_weights, is_lsh_model, refuse_untied_parameters
 from .lsh_rounds import Rounds, attend_rounds
@@ -81,14 +82,8 @@ def lsh_attention(
     Communication: none. Gradient: exact, of query and value.
     """
     config = LSHConfig(num_hashes=num_hashes, window=window, num_buckets=num_buckets, hash_seed=seed, layout=layout)
-    if query.dim() != 4:
-        raise ValueError(f"`query` {tuple(query.shape)} must have the shape (rows, heads, tokens, size of a head).")
-    rows, heads, tokens, size = query.shape
-    if value.shape[:3] != query.shape[:3] or (segments is not None and segments.shape != (rows, tokens)):
-        raise ValueError(
-            f"`value` {tuple(value.shape)} and `segments` {None if segments is None else tuple(segments.shape)} must "
-            f"have the rows, heads and tokens of `query` {tuple(query.shape)}: repeat key/value heads first."
-        )
+    _validate_inputs(query, value, segments, rotations, scaling)
+    heads, size = query.shape[1], query.shape[-1]
     if rotations is None:
         rotations = rotations_of(config, query, layer, first_head)
     elif rotations.shape != (num_hashes, heads, size, num_buckets // 2):
@@ -99,6 +94,28 @@ def lsh_attention(
     scaling = size**-0.5 if scaling is None else scaling
     buckets = hash_tokens(query, rotations)
     return _attend(query, value, buckets, Rounds(layout, window, causal, scaling, segments))
+
+
+def _validate_inputs(query: Any, value: Any, segments: Any, rotations: Any, scaling: Any) -> None:
+    for name, given in (("query", query), ("value", value), ("segments", segments), ("rotations", rotations)):
+        if given is None and name in ("segments", "rotations"):
+            continue
+        floating = isinstance(given, torch.Tensor) and given.is_floating_point()
+        if not isinstance(given, torch.Tensor) or floating is (name == "segments"):
+            kind = f"tensor of {given.dtype}" if isinstance(given, torch.Tensor) else type(given).__name__
+            wanted = "integers" if name == "segments" else "floating-point numbers"
+            raise ValueError(f"`{name}` (a {kind}) must be a tensor of {wanted}.")
+    if scaling is not None and (isinstance(scaling, bool) or not isinstance(scaling, (Real, torch.Tensor))):
+        raise ValueError(f"`scaling` ({scaling!r}) must be a number: scores are multiplied by it.")
+    if query.dim() != 4:
+        raise ValueError(f"`query` {tuple(query.shape)} must have the shape (rows, heads, tokens, size of a head).")
+    rows, _, tokens, _ = query.shape
+    fits = value.dim() == 4 and value.shape[:3] == query.shape[:3]
+    if not fits or (segments is not None and segments.shape != (rows, tokens)):
+        raise ValueError(
+            f"`value` {tuple(value.shape)} and `segments` {None if segments is None else tuple(segments.shape)} must "
+            f"have the rows, heads and tokens of `query` {tuple(query.shape)}: repeat key/value heads first."
+        )
 
 
 def _attend(query: torch.Tensor, value: torch.Tensor, buckets: torch.Tensor, rounds: Rounds) -> torch.Tensor:
@@ -219,8 +236,7 @@ def attend_lsh_rows(call: AttentionCall, shard: SequenceShard) -> torch.Tensor:
 
 
 def rotations_of(config: LSHConfig, query: torch.Tensor, layer: int, first_head: int) -> torch.Tensor:
-    heads, size = query.shape[1], query.shape[-1]
-    return draw_rotations(config.hash_seed, layer, first_head, heads, size, config.num_hashes, config.num_buckets)
+    return rotations_for(query, config.hash_seed, layer, first_head, config.num_hashes, config.num_buckets)
 
 
 def hashing_of(call: AttentionCall) -> tuple:

@@ -16,6 +16,8 @@ import torch
 
 # Products with directions that are computed at a time, if a head has fewer.
 _PRODUCTS_AT_ONCE = 2**20
+# Numbers of a layer's rotations that stay on its device.
+_ROTATIONS_KEPT = 2**20
 
 
 def draw_rotations(
@@ -46,6 +48,27 @@ def _rotations_of_head(seed: int, layer: int, head: int, size: int, rounds: int,
     return torch.stack(
         [torch.randn(size, directions, generator=generator, dtype=torch.float64) for _ in range(rounds)]
     )
+
+
+def rotations_for(
+    query: torch.Tensor, seed: int, layer: int, first_head: int, num_hashes: int, num_buckets: int
+) -> torch.Tensor:
+    """[`draw_rotations`] for queries `(B, n, T, H)` on their device, where small ones stay.
+
+    So no call waits for a device to take them. Beyond 4 MiB a layer they are copied again at each call.
+    """
+    heads, size = query.shape[1], query.shape[-1]
+    sizes = seed, layer, first_head, heads, size, num_hashes, num_buckets
+    wide = torch.promote_types(query.dtype, torch.float32)
+    if heads * size * num_hashes * num_buckets // 2 > _ROTATIONS_KEPT:
+        return draw_rotations(*sizes)
+    return _rotations_on(query.device, wide, *sizes)
+
+
+@lru_cache(maxsize=256)
+def _rotations_on(device: torch.device, dtype: torch.dtype, *sizes: int) -> torch.Tensor:
+    with torch.inference_mode(False):  # what is kept is used by any later call
+        return draw_rotations(*sizes).to(device, dtype)
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from transformers import ReformerConfig
 from transformers.models.reformer.modeling_reformer import LSHSelfAttention
 
 from hf_longctx import LSHConfig, lsh_attention
+from hf_longctx.attention import lsh_hashing
 from hf_longctx.attention.lsh_hashing import draw_rotations, hash_tokens
 from hf_longctx.attention.lsh_layouts import SELF_SCORE
 from hf_longctx.attention.reference import reference_lsh
@@ -157,6 +158,18 @@ def test_rotations_are_of_a_seed_a_layer_and_a_head():
     assert not any((other == rotations).any() for other in others)
 
 
+def test_small_rotations_stay_on_their_device(monkeypatch):
+    query, _ = make_inputs()
+    with torch.inference_mode():
+        kept = lsh_hashing.rotations_for(query, 1, 2, 3, 2, 6)
+    assert lsh_hashing.rotations_for(query, 1, 2, 3, 2, 6) is kept and not kept.is_inference()
+    assert torch.equal(kept, draw_rotations(1, 2, 3, N, H, 2, 6))
+    assert lsh_hashing.rotations_for(query.bfloat16(), 1, 2, 3, 2, 6).dtype == torch.float32
+    monkeypatch.setattr(lsh_hashing, "_ROTATIONS_KEPT", N * H * 2 * 3 - 1)
+    large = lsh_hashing.rotations_for(query, 1, 2, 3, 2, 6)
+    assert large is not kept and torch.equal(large, kept)
+
+
 def test_backward_holds_no_more_for_more_rounds():
     query, value = make_inputs()
 
@@ -224,5 +237,19 @@ def test_inputs_that_do_not_go_together_are_refused():
         lsh_attention(query, value[:, :1])
     with pytest.raises(ValueError, match="`segments` .1, 19."):
         lsh_attention(query, value, segments=SEGMENTS[:1])
+    with pytest.raises(ValueError, match=r"`value` .* must have the rows, heads and tokens"):
+        lsh_attention(query, value[..., 0])
+    with pytest.raises(ValueError, match="`query` .* must have the shape"):
+        lsh_attention(query[0], value)
+    for changes, words in (
+        ({"value": None}, "`value` .a NoneType. must be a tensor of floating-point numbers"),
+        ({"query": query.detach().long()}, "`query` .a tensor of torch.int64. must be"),
+        ({"segments": SEGMENTS.tolist()}, "`segments` .a list. must be a tensor of integers"),
+        ({"segments": SEGMENTS.float()}, "`segments` .a tensor of torch.float32. must be"),
+        ({"rotations": [1.0]}, "`rotations` .a list. must be"),
+        ({"scaling": "1"}, "`scaling` .'1'. must be a number"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            lsh_attention(**{"query": query, "value": value, **changes})
     with pytest.raises(ValueError, match="`rotations` has shape .1, 2, 8, 3."):
         lsh_attention(query, value, rotations=torch.randn(1, N, H, 3))

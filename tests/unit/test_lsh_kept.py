@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from hf_longctx.attention import lsh, lsh_cache, lsh_hashing, lsh_kept, lsh_tied
 from hf_longctx.attention.cache_names import OUTPUT_NAME
@@ -91,6 +91,20 @@ def test_buckets_move_with_the_rows_and_places_of_a_cache(hashed):
     cache.batch_repeat_interleave(2)
     assert relative(logits_after(model, cache, repeated[:, 15:]), expected["repeated"][:, 15:]) <= 1e-12
     assert per_forward(hashed) == [(2, 2), (2, 1), (2, 2), (4, 2)]
+
+
+def test_places_that_a_static_cache_writes_again_are_hashed_again(hashed):
+    model, ids, others = build_hashed().eval(), random_tokens(1, PROMPT), random_tokens(1, PROMPT).flip(1)
+    with torch.no_grad():
+        expected = model(ids).logits
+    cache = StaticCache(model.config, max_cache_len=PROMPT + 3)
+    logits_after(model, cache, ids[:, :9])
+    logits_after(model, cache, others[:, 9:13])
+    for layer in cache.layers:
+        layer.cumulative_length.sub_(4)  # as `crop` does since transformers 5.24
+    hashed.clear()
+    assert relative(logits_after(model, cache, ids[:, 9:]), expected[:, 9:]) <= 1e-12
+    assert per_forward(hashed) == [(1, PROMPT - 9)]
 
 
 def test_what_may_have_changed_is_hashed_again(hashed):
