@@ -29,17 +29,22 @@ SIZES = {
 
 def test_the_duplication_task_trains_and_runs_with_every_attention(tmp_path):
     words = "--row_tokens 16 --num_symbols 4 --window 4 --steps 2 --every 1 --width 32 --num_eval_rows 16"
-    words += " --trained full window"
+    words += " --trained full window --seeds 0 3"
     lsh_duplication.main([*words.split(), "--output_dir", str(tmp_path)])
     found = json.loads((tmp_path / lsh_duplication.NUMBERS_FILE).read_text())["found"]
-    assert [row["trained"] for row in found] == ["full", "window"]
+    assert [(row["trained"], row["seed"]) for row in found] == [(n, s) for n in ("full", "window") for s in (0, 3)]
     assert all(0 <= row[run] <= 1 for row in found for run in lsh_duplication.RUN)
-    assert (tmp_path / lsh_duplication.TABLE_FILE).read_text().count("\n") == 4
+    lines = (tmp_path / lsh_duplication.TABLE_FILE).read_text().splitlines()
+    assert len(lines) == 4 and lines[2].startswith("| full | 2, 2 | ")
+    mean = (found[2]["LSH-8"] + found[3]["LSH-8"]) / 2
+    assert lines[3].startswith("| window | 2, 2 | ") and lines[3].split(" | ")[3] == f"{mean:.3f}"
     with pytest.raises(ValueError, match="`trained` .LSH-3. must be of full, LSH-8"):
         lsh_duplication.DuplicationArguments(trained=["LSH-3"])
     with pytest.raises(ValueError, match="`row_tokens` .5. must be even"):
         lsh_duplication.DuplicationArguments(row_tokens=5)
     toy = lsh_duplication.DuplicationArguments()
+    weights = lsh_duplication.build(toy, 0).bert.encoder.layer[0].attention.self.query.weight
+    assert 0.09 < weights.std() < 0.11  # at 0.02 some of these models do not solve the task
     assert toy.attention("causal LSH-2") == LSHConfig(num_hashes=2, num_buckets=8, window=16)
     assert toy.attention("full") == LSHConfig(num_hashes=1, num_buckets=1, window=64)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 
-from hf_longctx import MemoryConfig, SequenceMesh, adapt, make_reversible
+from hf_longctx import LSHConfig, MemoryConfig, SequenceMesh, adapt, make_reversible, tie_query_key, use_lsh
 from hf_longctx.adapters import reversible
 from hf_longctx.adapters.tiled_loss import tile_loss
 from hf_longctx.adapters.tiled_mlp import tile_mlp
@@ -168,6 +168,18 @@ def test_packed_rows(monkeypatch):
     make_reversible(model)
     inputs = {**batch(1), "position_ids": torch.tensor([[*range(5), *range(8)]])}
     assert_bits(*both(model, monkeypatch, run=lambda model, _: gradients(model, inputs)))
+
+
+def test_lsh_attention_with_dropout_in_packed_rows(monkeypatch):
+    model = build("llama", "lsh", num_key_value_heads=6, attention_dropout=0.2).train()
+    tie_query_key(model)
+    use_lsh(model, LSHConfig(num_hashes=3, window=4, num_buckets=4))
+    tile_mlp(model, 5)
+    make_reversible(model)
+    inputs = {**batch(1), "position_ids": torch.tensor([[*range(5), *range(8)]])}
+    actual, expected = both(model, monkeypatch, run=lambda model, _: gradients(model, inputs))
+    assert_bits(actual, expected)
+    assert any("q_proj" in name for name in actual[1])
 
 
 def test_gradients_add_up_and_hooks_of_parameters_run_once(monkeypatch):
