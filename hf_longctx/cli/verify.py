@@ -30,10 +30,12 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--sequence_parallel_size", type=int, default=2, help="processes that share one sequence")
     parser.add_argument("--data_parallel_size", type=int, default=1, help="groups of them")
     parser.add_argument("--inner_attention", default="auto", help="kernel that `ulysses` runs; lsh against lsh")
-    parser.add_argument("--packed", action="store_true", help="packed rows too, against their documents one by one")
+    parser.add_argument("--packed", action="store_true", help="packed rows too, and pairs without padding")
     parser.add_argument("--wrapper", default="none", help="none, ddp or fsdp2: who averages gradients")
     parser.add_argument("--dtype", default="float32", help="float32 (doubts are settled in float64) or float64")
-    parser.add_argument("--task", help="causal-lm, masked-lm or encoder, for a type that is several; or embedding")
+    parser.add_argument(
+        "--task", help="causal-lm, masked-lm or encoder where a type is several; embedding; dpo; reward"
+    )
     parser.add_argument("--bidirectional", action="store_true", help="with --task embedding: no causal mask")
     parser.add_argument("--ttt", action="store_true", help="the type with fast weights (TTT-E2E), in one process")
     parser.add_argument("--full", action="store_true", help="the model's own size and weights, not a tiny random one")

@@ -11,6 +11,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForMultimodalLM,
+    AutoModelForSequenceClassification,
     PretrainedConfig,
 )
 
@@ -31,6 +32,8 @@ AUTO_CLASSES = {
     "multimodal-lm": AutoModelForMultimodalLM,
     "encoder": AutoModel,
     "embedding": AutoModel,
+    "dpo": AutoModelForCausalLM,
+    "reward": AutoModelForSequenceClassification,
 }
 
 

@@ -86,6 +86,10 @@ def _pair_class(tested: ModelUnderTest) -> type:
         from .embedding_pair import EmbeddingPair  # needs sentence-transformers
 
         return EmbeddingPair
+    if tested.task in ("dpo", "reward"):
+        from .whole_rows_pair import WholeRowsPair  # needs TRL and PEFT
+
+        return WholeRowsPair
     return Pair
 
 
@@ -138,22 +142,24 @@ class Pair:
         rows, theirs = self.rows(kind), self.reference(kind)
         if kind == "packed":
             attempt(lambda: self._check_documents(rows))
-        ours = attempt(lambda: on_the_ranks(self.wrapped, self.tested.task, rows, self.mesh, self.setting))
+        ours = attempt(lambda: self.on_the_ranks(kind))
         errors = compare(ours, theirs, self.mesh.data_parallel_rank * ROWS_OF_A_GROUP)
         measured = 0.0 if rounded is None else compare(rounded, theirs, 0).worst
         errors = worst_of_ranks(errors)
         result = judge(kind, errors, self.dtype, self.num_tokens(kind), self.baseline, measured)
-        full = distance_to_full_attention(self.unsharded, self.tested.task, rows, theirs)
-        result = dataclasses.replace(result, full_attention=full)
+        result = dataclasses.replace(result, full_attention=self._full_attention(rows, theirs))
         return result if result.outcome != WRONG else self._with_noise(result, errors, measured)
+
+    def _full_attention(self, rows: Rows, theirs: Numbers) -> float | None:
+        return distance_to_full_attention(self.unsharded, self.tested.task, rows, theirs)
 
     def _with_noise(self, result: RowsResult, errors: Errors, measured: float) -> RowsResult:
         """The outcome by what rounding makes of one process, where its layers run in chunks and cast inside."""
         theirs = self.reference(result.rows)
-        with other_chunks(self.unsharded) as has_chunks:
+        with other_chunks(self.alone(result.rows)) as has_chunks:
             if not has_chunks:
                 return result
-            again = of_one_process(self.unsharded, self.tested.task, self.rows(result.rows))
+            again = self.of_one_process(result.rows)
         noise = least_of_ranks(compare(again, theirs, 0).worst)
         allowed, tokens = max(measured, noise), self.num_tokens(result.rows)
         judged = judge(result.rows, errors, self.dtype, tokens, self.baseline, allowed)
@@ -168,15 +174,28 @@ class Pair:
         except Outcome:
             return 0.0
 
+    # What a pair of another task computes in its own way
+
+    def alone(self, kind: str) -> torch.nn.Module:
+        """The model of one process."""
+        return self.unsharded
+
+    def of_one_process(self, kind: str) -> Numbers:
+        return of_one_process(self.unsharded, self.tested.task, self.rows(kind))
+
+    def on_the_ranks(self, kind: str) -> Numbers:
+        return on_the_ranks(self.wrapped, self.tested.task, self.rows(kind), self.mesh, self.setting)
+
     def num_tokens(self, kind: str) -> int:
         """Of all rows."""
         return self.rows(kind).batch["input_ids"].numel()
 
-    def rows(self, kind: str) -> Rows:
+    def rows(self, kind: str, may_pad_left: bool = True) -> Rows:
         first = min(FIRST_TOKEN, self.vocabulary // 2)
         tokens = num_tokens_of(kind, self.setting.sequence_parallel_size)
         settings = (self.vocabulary, self.setting.data_parallel_size, tokens, first)
-        rows = make_rows(kind, self.tested.task, *settings, self.tested.shifts_labels, pads_left(self.tested.config))
+        left = may_pad_left and pads_left(self.tested.config)
+        rows = make_rows(kind, self.tested.task, *settings, self.tested.shifts_labels, left)
         ids = rows.batch["input_ids"]
         rows = dataclasses.replace(rows, batch={**rows.batch, **text_marks(self.unsharded.config, ids)})
         if self.needs.needs_position_ids:
@@ -187,7 +206,7 @@ class Pair:
         """The reference's numbers, computed once."""
         if kind not in self.references:
             try:
-                numbers = of_one_process(self.unsharded, self.tested.task, self.rows(kind))
+                numbers = self.of_one_process(kind)
             except Exception as error:
                 raise Outcome(UNBUILDABLE, f"one process cannot run {kind} rows on it: {first_line(error)}") from error
             if not numbers.is_finite:

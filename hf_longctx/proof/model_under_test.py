@@ -25,9 +25,12 @@ from .tiny import CannotShrink, shrink, without_dropout
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-TASKS = ("causal-lm", "masked-lm", "multimodal-lm", "encoder", "embedding")
+TASKS = ("causal-lm", "masked-lm", "multimodal-lm", "encoder", "embedding", "dpo", "reward")
 KINDS = ("dense", "even", "padded", "packed")
 EMBEDDING_KINDS = ("packed", "shared")
+# Rows of pairs; with an adapter, and without padding where the loss is one over tokens.
+REWARD_KINDS = (*KINDS[:3], "lora")
+DPO_KINDS = (*REWARD_KINDS, "flattened")
 WRAPPERS = ("none", "ddp", "fsdp2")
 DTYPES = ("float32", "float64")
 # Inside tiny rows, so that tokens meet some of the others.
@@ -84,7 +87,8 @@ class ModelUnderTest:
 
     Args:
         name (`str`): model type.
-        task (`str`): `"causal-lm"`, `"masked-lm"`, `"multimodal-lm"` (on text alone), `"encoder"` or `"embedding"`.
+        task (`str`): `"causal-lm"`, `"masked-lm"`, `"multimodal-lm"` (on text alone), `"encoder"`, `"embedding"`,
+            `"dpo"` or `"reward"`.
         config (`PretrainedConfig`, *optional*): to build with; `None` if there is no tiny one.
         original (`PretrainedConfig`): as it was given.
         weights (`str`, *optional*): hub id or folder whose weights are taken, instead of random ones.
@@ -101,6 +105,8 @@ class ModelUnderTest:
     @property
     def shifts_labels(self) -> bool:
         """Whether labels are the inputs, of which each predicts the next."""
+        if self.task == "dpo":  # TRL's head does, whatever the model's own loss does
+            return True
         return self.task in ("causal-lm", "multimodal-lm") and not expects_unshifted_labels(self.original)
 
     @classmethod
@@ -116,7 +122,7 @@ class ModelUnderTest:
         name = getattr(config, "model_type", "") or type(config).__name__
         chosen = task or task_of(config)
         config = copy.deepcopy(config)
-        if chosen == "causal-lm" and getattr(config, "is_decoder", None) is False:
+        if chosen in ("causal-lm", "dpo") and getattr(config, "is_decoder", None) is False:
             config.is_decoder = True  # as transformers requires for such an encoder that predicts the next token
         lsh = LSHConfig.of_model(config.get_text_config())
         if lsh is None and inner_attention == LSH:
@@ -145,6 +151,18 @@ def validate_task(task: str | None, bidirectional: bool = False) -> None:
         )
     if task == "embedding" and importlib.util.find_spec("sentence_transformers") is None:
         raise ImportError("`task` ('embedding') needs sentence-transformers: `pip install hf-longctx[embedding]`.")
+    if task in ("dpo", "reward") and not all(importlib.util.find_spec(name) for name in ("trl", "peft")):
+        raise ImportError(f"`task` ({task!r}) needs TRL and PEFT: `pip install hf-longctx[trl]`.")
+
+
+def kinds_of_task(task: str | None, packed: bool) -> tuple[str, ...]:
+    """The kinds of rows that are compared for a task; `packed` adds those that hold several documents."""
+    if task == "embedding":
+        return EMBEDDING_KINDS
+    if task == "reward":
+        return REWARD_KINDS
+    kinds = DPO_KINDS if task == "dpo" else KINDS
+    return kinds if packed else kinds[:-1]
 
 
 def task_of(config: PretrainedConfig) -> str:

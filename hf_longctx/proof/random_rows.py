@@ -17,7 +17,7 @@ from ..parallel.shard import IGNORE_INDEX
 
 ROWS_OF_A_GROUP = 2
 _LEAST_TOKENS = 23
-_IGNORED = {"causal-lm": 0.2, "masked-lm": 0.6, "multimodal-lm": 0.2, "encoder": 0.0}
+_IGNORED = {"causal-lm": 0.2, "masked-lm": 0.6, "multimodal-lm": 0.2, "encoder": 0.0, "dpo": 0.2, "reward": 0.0}
 
 
 @dataclass(frozen=True)

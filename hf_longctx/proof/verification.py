@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from .model_under_test import EMBEDDING_KINDS, KINDS, ModelUnderTest, Setting, read_config, validate_task
+from .model_under_test import ModelUnderTest, Setting, kinds_of_task, read_config, validate_task
 from .ranks import Ranks, RanksError
 from .result import EXACT, WORST_FIRST, WRONG, RowsResult, VerifyResult
 
@@ -50,13 +50,15 @@ def verify(
         sequence_parallel_size (`int`, *optional*, defaults to 2): processes that share each row.
         data_parallel_size (`int`, *optional*, defaults to 1): groups of them, each with rows of its own.
         inner_attention (`str`, *optional*, defaults to `"auto"`): see [`LongContextConfig`].
-        packed (`bool`, *optional*, defaults to `False`): compare packed rows with their documents one by one, too.
+        packed (`bool`, *optional*, defaults to `False`): compare packed rows with their documents one by one, too;
+            with `"dpo"`, rows without their padding.
         wrapper (`str`, *optional*, defaults to `"none"`): `"ddp"` or `"fsdp2"` averages the gradients.
         dtype (`str`, *optional*, defaults to `"float32"`): in which what exceeds its tolerance is decided in float64;
             or `"float64"`.
         full (`bool`, *optional*, defaults to `False`): take the model with its own size and weights, once a process.
         task (`str`, *optional*): `"causal-lm"`, `"masked-lm"`, `"multimodal-lm"` (on text alone) or `"encoder"`, where
             a type is several. `"embedding"`: compare a sentence-transformer, packed and shared, with the padded one.
+            `"dpo"` and `"reward"`: pairs of answers, whose rows the model cuts itself.
         bidirectional (`bool`, *optional*, defaults to `False`): with `"embedding"`, a decoder without its causal mask.
         seconds (`float`, *optional*, defaults to 600): time limit.
 
@@ -65,14 +67,14 @@ def verify(
 
     Raises:
         ValueError: an argument that no proof could use, or a `model` that cannot be found.
-        ImportError: `"embedding"` without sentence-transformers.
+        ImportError: `"embedding"` without sentence-transformers, `"dpo"` or `"reward"` without TRL and PEFT.
 
     Communication: none with the caller's processes; it starts its own.
     """
     began = time.perf_counter()
-    kinds = EMBEDDING_KINDS if task == "embedding" else KINDS if packed else KINDS[:3]
-    setting = Setting(sequence_parallel_size, data_parallel_size, inner_attention, kinds, wrapper, dtype)
     validate_task(task, bidirectional)
+    kinds = kinds_of_task(task, packed)
+    setting = Setting(sequence_parallel_size, data_parallel_size, inner_attention, kinds, wrapper, dtype)
     with _config_and_weights(model, full) as (config, weights):
         if bidirectional:
             config = copy.deepcopy(config)

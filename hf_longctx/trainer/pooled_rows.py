@@ -64,7 +64,7 @@ class PooledRowsPatch(WholeRowsPatch, InstancePatch):
         # What an adapter or a wrapper has replaced since gets a patch of its own.
         parts: list[Any] = [_part(backbone, _BackbonePatch), *[_part(layer, _HeadPatch) for layer in gathering]]
         parts[0].counts_real_tokens, parts[0].sharing = self.counts_real_tokens, self.sharing
-        parts[0].gathers = head is None
+        parts[0].gathers, parts[0].reads_left_padding = head is None, self.reads_left_padding
         for part in parts[1:]:
             part.scores = head is not None
         call = _Call()

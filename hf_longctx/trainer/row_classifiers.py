@@ -20,7 +20,7 @@ from .memory_presets import apply_memory, tile_trainer_loss
 from .pooled_rows import pool_whole_rows, pools_rows
 from .run_watch import adopt_model
 from .whole_rows import RowSharing, rows_shared
-from .whole_rows_checks import prove_whole_rows
+from .whole_rows_checks import in_place, prove_whole_rows
 
 
 class RowClassifierMixin(GroupBatchesMixin, LanguageModelMixin):
@@ -71,7 +71,7 @@ class RowClassifierMixin(GroupBatchesMixin, LanguageModelMixin):
         apply_memory(self, self._preset, compares_plan=False)
         tile_trainer_loss(self, self._preset)
         if self.gives_whole_rows:
-            prove_whole_rows(self, self.model)
+            prove_whole_rows(self.model, self.sharing, self.attach_rows, in_place(self), self.accelerator.autocast)
         self._prepared = self.model
 
     def start_run(self) -> None:

@@ -44,9 +44,12 @@ class WholeRowsPatch:
         sharing ([`RowSharing`], *optional*): for the time of a block. It holds process groups, which no copy of a
             model may hold.
         counts_real_tokens (`bool`): the model numbers the tokens that its mask keeps, not all of them.
+        reads_left_padding (`bool`): in one process padding in front of a row changes what the row gives, in a way that
+            rows which are shared or flattened have not.
     """
 
     sharing: RowSharing | None = None
+    reads_left_padding = False
 
     def __init__(self, counts_real_tokens: bool = False) -> None:
         self.counts_real_tokens = counts_real_tokens
@@ -98,6 +101,11 @@ class WholeRows:
         self.shape = tuple(tokens.shape[:2])
         mask = given.get("attention_mask")
         self.real = torch.ones(self.shape, dtype=torch.bool, device=tokens.device) if mask is None else mask.bool()
+        if patch.reads_left_padding and not self.real[:, 0].all():
+            raise ValueError(
+                f"a row has padding on the left, and `{type(module).__name__}` reads it in one process (a state that "
+                "runs through it, a head on the first token): pad on the right."
+            )
         # A rotary embedding with planes counts in its own way, and so does a batch that brings positions.
         self.positions = given.get("position_ids")
         if self.positions is None:

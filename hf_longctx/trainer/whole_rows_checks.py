@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from ..attention.registry import packs_rows
 from ..attention.unadapted import refuse_token_mixing
 from ..families import text_marks
 from ..tiny_check import REORDERED_SUMS, random_tokens, whole_model
+from .pooled_rows import POOLED_ROWS
 from .sanity_check import run_sanity_check
-from .scored_rows import SCORED_ROWS
-from .whole_rows import rows_shared
+from .scored_rows import SCORED_ROWS, score_whole_rows
+from .whole_rows import RowSharing, rows_shared
 
 
 logger = logging.getLogger(__name__)
@@ -82,48 +84,83 @@ def check_flattened(model: Any) -> None:
     refuse_token_mixing(type(base).__name__, base.config)
 
 
-def prove_whole_rows(trainer: Any, model: Any) -> None:
+def in_place(trainer: Any, model: Any = None) -> bool:
+    """Whether the weights of a model are where a forward can use them: not under FSDP, which deals them later."""
+    model = trainer.model if model is None else model
+    return next(model.parameters()).device.type == trainer.args.device.type and not trainer.is_fsdp_enabled
+
+
+def prove_whole_rows(
+    model: Any, sharing: RowSharing, attach_rows: Callable, placed: bool = True, autocast: Callable = nullcontext
+) -> None:
     """Attach what a model needs, patch it, and compare what it gives for tiny rows with what it gave before.
+
+    Args:
+        model (`torch.nn.Module`): with TRL's head, or with one that pools rows.
+        sharing ([`RowSharing`]): how the rows of the run are shared.
+        attach_rows (`Callable`): `score_whole_rows` or `pool_whole_rows`.
+        placed (`bool`, *optional*, defaults to `True`): a forward can run; without it nothing is compared.
+        autocast (`Callable`, *optional*): makes a context manager around each forward.
 
     Raises:
         NotImplementedError: sharing or flattening rows changes it.
 
     Communication: that of the sanity check, and of one forward.
     """
-    inner, mesh, sharing = unwrap(model), trainer.mesh, trainer.sharing
+    inner = unwrap(model)
     attach_adapters(model)
     counts = False
-    placed = next(model.parameters()).device.type == trainer.args.device.type and not trainer.is_fsdp_enabled
     if placed:
         counts = run_sanity_check(
-            inner if trainer.attach_rows.__name__ == "score_whole_rows" else backbone_of(inner),
-            mesh,
+            inner if attach_rows is score_whole_rows else backbone_of(inner),
+            sharing.mesh,
             sharing.inner_attention,
             False,
             check_loss=False,
-            context=trainer.accelerator.autocast(),
+            context=autocast(),
             adds_router_loss=False,
         ).needs_position_ids
-    trainer.attach_rows(model, counts)
+    attach_rows(model, counts)
     if placed:
-        with whole_model(model), torch.no_grad(), trainer.accelerator.autocast():
-            _compare(inner, sharing)
+        with autocast():
+            compare_whole_rows(model, sharing)
 
 
-def _compare(model: Any, sharing: Any) -> None:
-    batch = _tiny_rows(model, 4 * sharing.mesh.sequence_parallel_size + 3)
+def compare_whole_rows(model: Any, sharing: RowSharing) -> None:
+    """Raise `NotImplementedError` where a patched model gives other numbers for tiny rows that are shared.
+
+    A model that gives others for rows with padding on the left is told to refuse these.
+    """
+    inner = unwrap(model)
+    with whole_model(model), torch.no_grad():
+        _compare(inner, sharing)
+        patch = patch_on(inner, SCORED_ROWS) or patch_on(inner, POOLED_ROWS)
+        if patch is not None and not patch.reads_left_padding:
+            patch.reads_left_padding = bool(_differences(inner, sharing, pads_left=True))
+
+
+def _compare(model: Any, sharing: RowSharing) -> None:
+    for name, error in _differences(model, sharing).items():
+        way = "flattened" if sharing.flatten else "shared"
+        raise NotImplementedError(
+            f"`{type(model).__name__}` gives other `{name}` where rows are {way} (largest relative difference "
+            f"{error:.1e}): one of its layers, or its head, mixes tokens; set `sequence_parallel_size` to 1 and "
+            "`flatten_rows` to False."
+        )
+
+
+def _differences(model: Any, sharing: RowSharing, pads_left: bool = False) -> dict[str, float]:
+    """By name, the numbers of tiny rows that differ by more than rounding, relative to the largest."""
+    batch = _tiny_rows(model, 4 * sharing.mesh.sequence_parallel_size + 3, pads_left)
     expected = _numbers(model, batch)
     with rows_shared(sharing, model):
         found = _numbers(model, batch)
-    for name, whole in expected.items():
-        error = float((found[name] - whole).abs().max() / whole.abs().max().clamp(min=1e-12))
-        if not error <= REORDERED_SUMS.of(next(model.parameters()).dtype):
-            way = "flattened" if sharing.flatten else "shared"
-            raise NotImplementedError(
-                f"`{type(model).__name__}` gives other `{name}` where rows are {way} (largest relative difference "
-                f"{error:.1e}): one of its layers, or its head, mixes tokens; set `sequence_parallel_size` to 1 and "
-                "`flatten_rows` to False."
-            )
+    allowed = REORDERED_SUMS.of(next(model.parameters()).dtype)
+    errors = {
+        name: float((found[name] - whole).abs().max() / whole.abs().max().clamp(min=1e-12))
+        for name, whole in expected.items()
+    }
+    return {name: error for name, error in errors.items() if not error <= allowed}
 
 
 def _numbers(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -134,14 +171,16 @@ def _numbers(model: Any, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tens
     return {"logits": model(**batch, use_cache=False).logits}
 
 
-def _tiny_rows(model: Any, num_tokens: int) -> dict[str, torch.Tensor]:
-    """Three rows, one of them much shorter, padded on the right, whose later half is scored."""
+def _tiny_rows(model: Any, num_tokens: int, pads_left: bool = False) -> dict[str, torch.Tensor]:
+    """Three rows, one of them much shorter, padded on one side, whose later half is scored."""
     config, device = model.config, next(model.parameters()).device
     ids = random_tokens(config.get_text_config().vocab_size, 3, num_tokens)
     mask, labels = torch.ones_like(ids), ids.clone()
     mask[1, 3:] = mask[2, num_tokens - 2 :] = 0
     labels[:, : num_tokens // 2] = -100
     labels[1] = ids[1]
+    if pads_left:
+        mask, labels[:, :-2] = mask.flip(1), -100
     labels[mask == 0] = -100
     pad = getattr(config.get_text_config(), "pad_token_id", None)
     if pad is not None:

@@ -20,6 +20,7 @@ from .memory_presets import apply_memory, prepare_memory, tile_trainer_loss
 from .whole_rows import RowSharing, rows_shared
 from .whole_rows_checks import (
     check_flattened,
+    in_place,
     named,
     prove_whole_rows,
     refuse_images,
@@ -100,7 +101,8 @@ class WholeRowsMixin(GroupBatchesMixin, TrainerBase):
             return
         for name, model in self.models().items():
             with named(name):
-                prove_whole_rows(self, model)
+                placed = in_place(self, model)
+                prove_whole_rows(model, self.sharing, self.attach_rows, placed, self.accelerator.autocast)
         self._are_rows_shared = True
 
     # What the library calls
