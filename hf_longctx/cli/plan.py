@@ -22,6 +22,8 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--cpu_memory", type=float, help="GiB of CPU memory of one node, for offloaded checkpoints")
     parser.add_argument("--target_tokens", help="tokens of a row that must fit, such as 131072, 128K or 1M")
     parser.add_argument("--optimizer", default="adamw", help="adamw, adafactor, sgd, or lora: AdamW on adapters")
+    parser.add_argument("--task", default="sft", help="sft, dpo (pairs, and a reference model) or reward (pairs)")
+    parser.add_argument("--precompute_ref_log_probs", action="store_true", help="with dpo: no reference model")
     parser.add_argument("--inner_attention", default="auto", help="lsh: LSH attention; else a flash kernel is planned")
     parser.add_argument("--wrapper", help="fsdp2 (default for several GPUs), ddp, or none (default for one)")
     parser.add_argument("--peak_tflops", type=float, default=989, help="of one GPU in bf16, for the estimated time")
@@ -31,7 +33,7 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     parser.add_argument("--hours_between_failures", type=float, help="of the whole run, for how often to save")
     parser.add_argument("--measure", action="store_true", help="run one short step here and correct the plan by it")
     parser.add_argument("--output", help="picture to draw, .png or .svg")
-    parser.add_argument("--write", help="YAML file to write for `hf-longctx sft`; never written over")
+    parser.add_argument("--write", help="YAML file to write for `hf-longctx` and the task; never written over")
     return parser
 
 

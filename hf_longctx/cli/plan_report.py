@@ -1,4 +1,4 @@
-"""How `hf-longctx plan` shows a plan: a table, a picture, and the YAML file of a run."""
+"""How `hf-longctx plan` shows a plan: a table and a picture."""
 
 from __future__ import annotations
 
@@ -6,10 +6,7 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-import yaml
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -23,6 +20,11 @@ from ..reporting.flops import ModelFlops, count_flops
 from .plan_saving import describe_saving
 
 
+_REFERENCES = {
+    "none": "no reference model",
+    "model": "a reference model without gradients and optimizer",
+    "adapter": "a reference that is the model without its adapters",
+}
 _PICTURES = (".png", ".svg")
 _NAMES = {"mlp": "MLP", "hidden": "hidden states"}
 # Short enough for all columns in 120 characters; longer names stand below the table.
@@ -35,7 +37,6 @@ _SHORT_NAMES = {
     "workspace": "work",
 }
 _COLORS = ("#264653", "#2a9d8f", "#8ab17d", "#e9c46a", "#f4a261", "#577590", "#e76f51", "#9d4edd", "#adb5bd")
-_ACCELERATE = {"ddp": "ddp_1node", "fsdp2": "fsdp2_8gpu"}
 
 
 @dataclass(frozen=True)
@@ -90,9 +91,11 @@ class Speed:
             "layers" if settings.checkpointing or settings.reversible else "mlp" if settings.mlp_tile_size else "none"
         )
         trained = 0.0 if settings.optimizer == "lora" else 1.0
-        step = self.flops.step([settings.tokens], recompute=recompute, trained_share=trained)
-        seconds = step.hardware / (settings.sequence_parallel_size * self.tflops * 1e12)
-        return format_number(step.model / 1e15), format_number(seconds)
+        lengths = [settings.tokens] * (settings.rows if settings.whole_rows else 1)
+        step = self.flops.step(lengths, recompute=recompute, trained_share=trained)
+        once_more = 0 if settings.reference == "none" else step.forward
+        seconds = (step.hardware + once_more) / (settings.sequence_parallel_size * self.tflops * 1e12)
+        return format_number((step.model + once_more) / 1e15), format_number(seconds)
 
 
 def print_facts(
@@ -107,6 +110,8 @@ def print_facts(
     facts.add_row("machine", f"{options.gpus} x {options.gpu_memory:g} GiB, {planned}{node}")
     kind = str(settings.weights_dtype).removeprefix("torch.")
     facts.add_row("training", f"{settings.optimizer}, weights in {kind}, bf16 compute, wrapper {settings.wrapper}")
+    if settings.whole_rows:
+        facts.add_row("pairs", f"{options.task}: two rows of these tokens a step, {_REFERENCES[settings.reference]}")
     kernel = "a flash kernel; without one, sliding windows and softcap take more"
     if settings.num_hashes is not None:
         kernel = f"LSH, {settings.num_hashes} rounds, queries and keys counted as if they were not tied"
@@ -148,7 +153,7 @@ def print_cells(console: Console, cells: list[Cell], best: Cell | None, target: 
     console.print(
         "P: GPUs that share a row · grads: gradients · optim: optimizer · hidden: hidden states · attn: attention"
         f"{' and recurrent layers' if has_recurrent else ''} · work: workspace\n"
-        "all: of one GPU · cpu: of one node · PFLOP and sec: of one row · longest: tokens of the longest that fits",
+        f"all: of one GPU · cpu: of one node · PFLOP and sec: of one {_unit(cells)} · longest: the longest that fits",
         style="dim",
     )
     if has_recurrent and (cell := best or cells[-1]).breakdown is not None:
@@ -161,6 +166,10 @@ def print_cells(console: Console, cells: list[Cell], best: Cell | None, target: 
             f"-> '{best.preset.name}' with {best.size} GPUs a row fits {best.longest:,} tokens; compared with the "
             f"preset before, it costs {best.preset.price}"
         )
+
+
+def _unit(cells: list[Cell]) -> str:
+    return "pair" if cells and cells[0].settings.whole_rows else "row"
 
 
 def _shown_bytes(breakdown: MemoryBreakdown, kind: str) -> int:
@@ -249,42 +258,3 @@ def validate_outputs(picture: str | None, recipe: str | None) -> None:
             raise ValueError(f"`--{name}` ({value}) must be a file in a folder that exists: make the folder first.")
     if recipe is not None and Path(recipe).exists():
         raise ValueError(f"`--write` ({recipe}) exists already and is not written over: choose another name.")
-
-
-def write_recipe(path: Path, model: str, cell: Cell, target: int | None) -> None:
-    """The YAML that `hf-longctx sft` takes, with the settings of `cell` and the tokens that were asked for."""
-    settings = cell.settings
-    precision = str(settings.weights_dtype).removeprefix("torch.")
-    values: dict[str, object] = {
-        "max_length": target or max(cell.longest // 1024 * 1024, min(cell.longest, 1024)),
-        "sequence_parallel_size": cell.size,
-        "memory": cell.preset.name,
-        "dtype": precision,
-        "bf16": settings.compute_dtype == torch.bfloat16,
-        "gradient_checkpointing": settings.checkpointing,
-        "per_device_train_batch_size": settings.rows,
-    }
-    if settings.checkpointing:
-        values["gradient_checkpointing_kwargs"] = {"use_reentrant": False, "offload": settings.offload}
-    if settings.optimizer == "lora":
-        values |= {"use_peft": True, "lora_r": settings.lora_rank, "lora_target_modules": "all-linear"}
-        values["lora_dropout"] = 0.0
-    elif settings.optimizer != "adamw":
-        values["optim"] = settings.optimizer
-    launch = ""
-    if settings.wrapper in _ACCELERATE:
-        launch = f" --accelerate_config {_ACCELERATE[settings.wrapper]} --num_processes {settings.world_size}"
-    needed = yaml.safe_dump({"model_name_or_path": model}).strip()
-    breakdown: Any = cell.breakdown  # of a row that fits
-    lines = [
-        f"# Planned: {breakdown.device / GIB:.1f} GiB of each of {settings.world_size} GPUs for rows of "
-        f"{breakdown.tokens:,} tokens; {cell.longest:,} would fit.",
-        f"#   hf-longctx sft --config {path.name}{launch}",
-        "",
-        f"{needed}  # <- a model on the Hub, or a folder",
-        "dataset_name: documents  # <- a folder of documents, a jsonl or parquet file, or a data set on the Hub",
-        "output_dir: runs/planned  # <- a new folder",
-        "",
-        yaml.safe_dump(values, sort_keys=False),
-    ]
-    path.write_text("\n".join(lines), encoding="utf-8")

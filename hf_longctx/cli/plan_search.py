@@ -7,6 +7,7 @@ import argparse
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -20,6 +21,7 @@ from ..planner.measure import can_measure, free_bytes, measure_in_process, short
 from ..planner.memory_plan import USABLE_SHARE, Planner
 from ..planner.presets import PRESETS, Preset
 from ..planner.settings import Settings
+from .plan_recipe import write_recipe
 from .plan_report import (
     GIB,
     Cell,
@@ -29,12 +31,12 @@ from .plan_report import (
     print_cells,
     print_facts,
     validate_outputs,
-    write_recipe,
 )
 from .plan_saving import GPUS_PER_NODE
 from .plan_sizes import print_sizes
 
 
+TASKS = ("sft", "dpo", "reward")
 _SAVING = ("save_seconds", "hours_between_failures")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
 _MEASURED_TOKENS = {"cpu": 1024, "cuda": 16384}
@@ -49,7 +51,7 @@ def plan_rows(console: Console, options: argparse.Namespace) -> None:
     target = None if options.target_tokens is None else parse_tokens(options.target_tokens)
     config = _read_config(options.model)
     settings = _settings(options, config)
-    planner = Planner(config)
+    planner = Planner(config, scores_rows=True) if options.task == "reward" else Planner(config)
     if settings.num_hashes is not None:
         refuse_unhashable(planner.model)
     if options.measure:
@@ -101,13 +103,18 @@ def _report(
     if best is None:
         raise ValueError(_why_not(planner, cells, target, options, *memory))
     if options.write:
-        write_recipe(Path(options.write), options.model, best, target)
+        write_recipe(Path(options.write), options.model, best, target, options.task)
         console.print(f"wrote {options.write}: change the lines marked `<-`", markup=False)
 
 
 def _presets(settings: Settings) -> list[Preset]:
     """Those that make sense: reversible layers keep nothing to checkpoint."""
-    return [preset for preset in PRESETS.values() if not (settings.reversible and preset.checkpointing)]
+    same = "loss" if settings.whole_rows else ""  # the losses of pairs are tiled without it
+    return [
+        preset
+        for preset in PRESETS.values()
+        if preset.name != same and not (settings.reversible and preset.checkpointing)
+    ]
 
 
 def _plan_cell(
@@ -214,7 +221,18 @@ def _settings(options: argparse.Namespace, config: PretrainedConfig) -> Settings
         reversible=options.reversible,
         accumulates=True,  # so that the plan holds for any number of accumulation steps
         num_hashes=None if lsh is None else lsh.num_hashes,
+        **_pairs(options),
     )
+
+
+def _pairs(options: argparse.Namespace) -> dict[str, Any]:
+    """What a task makes of a row: a pair of answers is two, and DPO compares them with a reference."""
+    if options.task == "sft":
+        return {}
+    reference = "none"
+    if options.task == "dpo" and not options.precompute_ref_log_probs:
+        reference = "adapter" if options.optimizer == "lora" else "model"
+    return {"rows": 2, "whole_rows": True, "reference": reference}
 
 
 def _read_config(model: str) -> PretrainedConfig:
@@ -234,6 +252,17 @@ def _check_options(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"`--{name}` ({value:g}) must be more than 0, and finite.")
+    if options.task not in TASKS:
+        raise ValueError(f"`--task` ({options.task}) must be one of {', '.join(TASKS)}.")
+    if options.precompute_ref_log_probs and options.task != "dpo":
+        raise ValueError(
+            f"`--precompute_ref_log_probs` leaves out the reference model of DPO, and `--task` is {options.task}: set "
+            "it to dpo, or leave the flag out."
+        )
+    if options.task != "sft" and options.reversible:
+        raise ValueError(
+            f"`--reversible` layers are not trained on pairs, and `--task` is {options.task}: leave one of them out."
+        )
     if options.utilisation > 1:
         raise ValueError(f"`--utilisation` ({options.utilisation:g}) is a share of the peak: give at most 1.")
     if options.reversible and options.write:

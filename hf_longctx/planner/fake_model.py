@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PretrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from ..attention.registry import known_to_transformers
 from .fake_attention import SHAPE_ONLY, SHAPE_ONLY_ATTENTION
+from .settings import Settings
 
 
 # Differ between layers that hold the same memory: numbers, and masks and positions, which attention does not keep.
@@ -54,10 +55,13 @@ class Stack:
         return fewer, fewer + self.period
 
 
-def model_on_meta(config: PretrainedConfig) -> torch.nn.Module:
-    """The model of a configuration, without memory, on the attention that plans."""
+def model_on_meta(config: PretrainedConfig, scores_rows: bool = False) -> torch.nn.Module:
+    """The model of a configuration, without memory, on the attention that plans; a reward model if it scores rows."""
+    config, auto = copy.deepcopy(config), AutoModelForCausalLM
+    if scores_rows:
+        config.num_labels, config.pad_token_id, auto = 1, 0, AutoModelForSequenceClassification
     with known_to_transformers(SHAPE_ONLY_ATTENTION), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=SHAPE_ONLY).train()
+        return auto.from_config(config, attn_implementation=SHAPE_ONLY).train()
 
 
 def find_stack(model: torch.nn.Module) -> Stack | None:
@@ -118,6 +122,11 @@ def fake_copy(
         layers = fake.get_submodule(stack.name)
         del layers[num_layers:]
     return fake
+
+
+def dtype_in_compute(settings: Settings, parameter: torch.nn.Parameter) -> torch.dtype:
+    """The precision of a parameter while the model runs."""
+    return settings.compute_dtype if settings.wrapper == "fsdp2" else settings.weights_dtype
 
 
 def _fake(tensor: torch.Tensor, dtype_of: Callable) -> torch.Tensor:

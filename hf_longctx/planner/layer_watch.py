@@ -17,12 +17,15 @@ from .fake_model import Stack
 from .tracker import StorageTracker, is_backward
 
 
-def watch_layers(model: torch.nn.Module, stack: Stack | None, tracker: StorageTracker) -> None:
+def watch_layers(
+    model: torch.nn.Module, stack: Stack | None, tracker: StorageTracker, forward: str = "forward"
+) -> None:
     """Set `tracker.phase` and `tracker.kind` from now on, whenever `model` runs.
 
     Phases: `"start"` until the first layer, `"forward i"`, `"loss"` from the last layer on and in its backward,
     `"backward i"`, `"end"` after the first layer. The layers of the last repetition are counted from the end, as -1,
-    -2 and so on, so that short and tall stacks have them in common.
+    -2 and so on, so that short and tall stacks have them in common. `forward` names the forward in the place of
+    `"forward"`.
     """
     tracker.kind = "hidden"
     if stack is None:
@@ -31,7 +34,7 @@ def watch_layers(model: torch.nn.Module, stack: Stack | None, tracker: StorageTr
     for index, layer in enumerate(layers):
         from_end = index - len(layers)
         name = str(from_end if -from_end <= stack.period and len(layers) > stack.period else index)
-        layer.register_forward_pre_hook(_Enter(tracker, name, index == 0))
+        layer.register_forward_pre_hook(_Enter(tracker, f"{forward} {name}", index == 0))
         layer.register_forward_hook(_Leave(tracker, name, index == len(layers) - 1))
         for child_name, child in layer.named_children():
             kind = _kind_of(child_name, child)
@@ -56,7 +59,7 @@ class _Enter:
     def __call__(self, module: torch.nn.Module, args: tuple) -> None:
         if is_backward():
             return
-        self.tracker.kind, self.tracker.phase = "hidden", f"forward {self.name}"
+        self.tracker.kind, self.tracker.phase = "hidden", self.name
         if self.is_first:
             _when_differentiated(args, self.tracker, "hidden", "end")
 

@@ -19,9 +19,11 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 from ..adapters.dense_mlps import find_dense_mlps
 from ..adapters.tiled_loss import tile_loss
 from ..families import values_of
+from ..losses.tiles import choose_tile_size
 from ..parallel.heads import validate_head_count
 from .fake_model import count_adapters, find_stack, model_on_meta
 from .presets import MLP_TILE_SIZE, PRESETS, Preset
+from .reference_forward import gathered_reference
 from .reversible_plan import reversible_peaks, reversible_settings, trained_numbers
 from .settings import Settings
 from .simulate import PhasePeaks, simulate
@@ -80,13 +82,14 @@ class Planner:
         config (`PretrainedConfig`): of a causal language model of transformers; of a multimodal one, the text part.
         factor (`float`, *optional*, defaults to 1.0): what the planned bytes of `STEP_KINDS` are multiplied by, from a
             measured step.
+        scores_rows (`bool`, *optional*, defaults to `False`): it is the base of a reward model.
 
     Raises:
         ValueError: transformers has no causal language model for this configuration.
         NotImplementedError: its layers have no attention heads.
     """
 
-    def __init__(self, config: PretrainedConfig, factor: float = 1.0) -> None:
+    def __init__(self, config: PretrainedConfig, factor: float = 1.0, scores_rows: bool = False) -> None:
         text = config.get_text_config()
         self.config, self.factor = text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else config, factor
         if type(self.config) not in MODEL_FOR_CAUSAL_LM_MAPPING or self.config.is_encoder_decoder:
@@ -100,7 +103,7 @@ class Planner:
                 f"`{type(config).__name__}` has no `num_attention_heads`: layers without attention cannot be planned."
             )
         self.num_heads: int = num_heads
-        self.model = model_on_meta(self.config)
+        self.model = model_on_meta(self.config, scores_rows)
         self.stack = find_stack(self.model)
         self.tiles_loss, self.tiles_mlp = _can_tile_loss(self.model), bool(find_dense_mlps(self.model)[0])
         self._peaks: dict[Settings, PhasePeaks] = {}
@@ -109,6 +112,8 @@ class Planner:
         """`settings` with a preset applied, without what this model cannot do."""
         preset = PRESETS[preset] if isinstance(preset, str) else preset
         settings = preset.apply(settings, self.config.vocab_size)
+        if settings.whole_rows:
+            settings = settings.of(loss_tile_size=choose_tile_size(None, self.config.vocab_size))
         if not self.tiles_loss:
             settings = settings.of(loss_tile_size=None)
         return settings if self.tiles_mlp else settings.of(mlp_tile_size=None)
@@ -201,7 +206,8 @@ class Planner:
         """The same with the buffers of the wrapper, and with the factor of a measured step."""
         device = {}
         for phase, kinds in peaks.device.items():
-            kinds = {**kinds, "workspace": kinds["workspace"] + self._buffers(settings, phase[0])}
+            buffers = self._buffers(settings, phase[0]) + gathered_reference(self.model, settings, phase[0])
+            kinds = {**kinds, "workspace": kinds["workspace"] + buffers}
             device[phase] = {kind: n * self.factor if kind in STEP_KINDS else n for kind, n in kinds.items()}
         return replace(peaks, device=device)
 

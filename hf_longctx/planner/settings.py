@@ -10,6 +10,7 @@ import torch
 
 GIB = 2**30  # bytes
 OPTIMIZERS = ("adamw", "adafactor", "sgd", "lora")
+REFERENCES = ("none", "model", "adapter")
 WRAPPERS = ("none", "ddp", "fsdp2")
 
 
@@ -41,6 +42,11 @@ class Settings:
         on_gpu (`bool`, *optional*, defaults to `True`): attention runs a flash kernel, whose backward has buffers that
             the CPU's has not.
         num_hashes (`int`, *optional*): rounds of LSH attention, which runs in the place of that kernel.
+        whole_rows (`bool`, *optional*, defaults to `False`): every rank holds a batch of whole rows, as trainers of
+            preference pairs do, and their losses run in tiles under every preset; `rows` are two a pair.
+        reference (`str`, *optional*, defaults to `"none"`): whose forward runs, without gradients, between forward and
+            backward of the trained model: `"model"`, another one with its own weights; `"adapter"`, the trained one
+            without its adapters; `"none"` where its numbers were computed ahead.
     """
 
     tokens: int
@@ -62,6 +68,8 @@ class Settings:
     on_gpu: bool = True
     reversible: bool = False
     num_hashes: int | None = None
+    whole_rows: bool = False
+    reference: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("tokens", "rows", "sequence_parallel_size", "world_size", "every_n_layers", "lora_rank"):
@@ -69,9 +77,14 @@ class Settings:
         for name in ("processes_per_node", "loss_tile_size", "mlp_tile_size", "num_hashes"):
             if getattr(self, name) is not None:
                 _validate_count(name, getattr(self, name))
-        for name, known in (("optimizer", OPTIMIZERS), ("wrapper", WRAPPERS)):
+        for name, known in (("optimizer", OPTIMIZERS), ("wrapper", WRAPPERS), ("reference", REFERENCES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"`{name}` ({getattr(self, name)!r}) must be one of {', '.join(known)}.")
+        if self.reference == "adapter" and self.optimizer != "lora":
+            raise ValueError(
+                f"`reference` ('adapter') switches the adapters of `optimizer` 'lora' off, and that is "
+                f"{self.optimizer!r}: set `reference` to 'model' or 'none'."
+            )
         if self.world_size % self.sequence_parallel_size:
             raise ValueError(
                 f"`sequence_parallel_size` ({self.sequence_parallel_size}) must divide `world_size` "

@@ -27,8 +27,9 @@ from ..adapters.tiled_mlp import tile_mlp
 from ..attention.registry import known_to_transformers
 from ..losses.tiles import choose_tile_size
 from .fake_attention import SHAPE_ONLY_ATTENTION, PlannedRows
-from .fake_model import FakeAnswers, Stack, add_adapters, fake_copy, fake_mode
+from .fake_model import FakeAnswers, Stack, add_adapters, dtype_in_compute, fake_copy, fake_mode
 from .layer_watch import watch_layers
+from .reference_forward import reference_model, whole_rows
 from .settings import Settings
 from .tracker import CPU, StorageTracker
 
@@ -89,8 +90,11 @@ def simulate(model: torch.nn.Module, settings: Settings, stack: Stack | None, nu
         tracker = StorageTracker()
         prepare(fake, settings, tracker)
         watch_layers(fake, stack, tracker)
+        reference = fake if settings.reference == "adapter" else None
+        if settings.reference == "model":
+            reference = reference_model(model, settings, stack, num_layers, tracker)
         try:
-            return run_step(fake, _batch(fake, settings), settings, tracker)
+            return run_step(fake, _batch(fake, settings), settings, tracker, reference)
         except RuntimeError as error:
             if isinstance(error, NotImplementedError):
                 raise
@@ -140,7 +144,11 @@ def _nothing(record: logging.LogRecord) -> bool:
 
 
 def run_step(
-    model: torch.nn.Module, batch: dict[str, object], settings: Settings, tracker: StorageTracker
+    model: torch.nn.Module,
+    batch: dict[str, object],
+    settings: Settings,
+    tracker: StorageTracker,
+    reference: torch.nn.Module | None = None,
 ) -> PhasePeaks:
     """A step of a run that has gone on for a while, so that the optimizer's state is there.
 
@@ -149,31 +157,35 @@ def run_step(
         batch (`dict`): what `model(**batch)` takes, with labels.
         settings ([`Settings`]): of the run.
         tracker ([`StorageTracker`]): not yet on.
+        reference (`torch.nn.Module`, *optional*): see [`Settings`].
     """
+    whole = whole_rows(settings) if settings.whole_rows else None
     masters = _Masters(model, settings, tracker)
     tracker.mark(model.buffers(), "weights")
-    tracker.mark((value for value in batch.values() if isinstance(value, torch.Tensor)), "workspace")
+    tracker.mark((value for value in (*batch.values(), whole) if isinstance(value, torch.Tensor)), "workspace")
     with tracker:
         masters.step()
         if settings.accumulates:
             masters.make_gradients()
         tracker.forget_peaks()
         tracker.phase = "start"
-        backward(model, batch, settings)
+        backward(model, batch, settings, reference)
         tracker.kind, tracker.phase = "workspace", "step"
         masters.step()
     return PhasePeaks(dict(tracker.peaks), tracker.cpu_peak, tracker.cpu_count)
 
 
-def backward(model: torch.nn.Module, batch: dict[str, Any], settings: Settings) -> None:
+def backward(
+    model: torch.nn.Module, batch: dict[str, Any], settings: Settings, reference: torch.nn.Module | None = None
+) -> None:
     """Forward and backward of one micro-batch, as a trainer under accelerate runs them."""
-    if settings.is_mixed:
-        with torch.autocast(batch["input_ids"].device.type, settings.compute_dtype):
-            outputs = model(**batch)
-        if getattr(outputs, "logits", None) is not None:
-            outputs.logits = outputs.logits.float()  # as accelerate hands them to the trainer
-    else:
+    with torch.autocast(batch["input_ids"].device.type, settings.compute_dtype, enabled=settings.is_mixed):
         outputs = model(**batch)
+        if reference is not None:  # in the same context, which keeps what it has cast of either model
+            with torch.no_grad():
+                reference(**batch)
+    if settings.is_mixed and getattr(outputs, "logits", None) is not None:
+        outputs.logits = outputs.logits.float()  # as accelerate hands them to the trainer
     loss = outputs.loss
     del outputs
     loss.backward()
@@ -242,15 +254,13 @@ MAKE_OPTIMIZER: dict[str, Callable[[Iterable[torch.Tensor]], torch.optim.Optimiz
 }
 
 
-def dtype_in_compute(settings: Settings, parameter: torch.nn.Parameter) -> torch.dtype:
-    """The precision of a parameter while the model runs."""
-    return settings.compute_dtype if settings.wrapper == "fsdp2" else settings.weights_dtype
-
-
 def _batch(model: torch.nn.Module, settings: Settings) -> dict[str, object]:
     shape = settings.rows, settings.local_tokens
-    names = ("input_ids", "labels", "shift_labels")
+    scores_rows = model.get_output_embeddings() is None  # a reward a row; its loss is next to nothing
+    names = ("input_ids",) if scores_rows else ("input_ids", "labels", "shift_labels")
     batch: dict[str, object] = {name: torch.empty(shape, dtype=torch.int64) for name in names}
+    if scores_rows:
+        batch["labels"] = torch.empty(settings.rows)
     size = settings.sequence_parallel_size
     rows = PlannedRows.of(size, settings.rows, settings.local_tokens, settings.on_gpu, settings.num_hashes)
     return {**batch, "sequence_shard": rows, "use_cache": False, "num_items_in_batch": 1}

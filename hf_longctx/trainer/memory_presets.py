@@ -79,11 +79,20 @@ def apply_memory(trainer, preset: Preset, compares_plan: bool = True) -> None:
     if trainer.memory.memory != "off" and compares_plan and not watches:
         watch = PlannedMemory(trainer.long_context, tiles_own_loss=not trainer.uses_model_loss)
         trainer.callback_handler.callbacks.insert(0, watch)  # before loggers and reports, which show what it adds
+    tile_model_mlps(trainer, trainer.model, preset)
+
+
+def tile_model_mlps(trainer, model, preset: Preset) -> None:
+    """Tile the MLPs of a model of the trainer where that is asked for.
+
+    Raises:
+        NotImplementedError: `mlp_tile_size` is set and the model has no MLP that can run in tiles.
+    """
     size = trainer.memory.mlp_tile_size
     if size is None and not preset.tiles_mlp:
         return
     try:
-        tile_mlp(unwrap(trainer.model), size or MLP_TILE_SIZE)
+        tile_mlp(unwrap(model), size or MLP_TILE_SIZE)
     except NotImplementedError as error:
         if size is not None:
             raise

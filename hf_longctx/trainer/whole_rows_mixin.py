@@ -16,7 +16,7 @@ from .base import TrainerBase
 from .checks import check_model
 from .group_accelerator import GroupAccelerator
 from .group_batches import GroupBatchesMixin
-from .memory_presets import apply_memory, prepare_memory, tile_trainer_loss
+from .memory_presets import apply_memory, prepare_memory, tile_model_mlps, tile_trainer_loss
 from .whole_rows import RowSharing, rows_shared
 from .whole_rows_checks import (
     check_flattened,
@@ -90,6 +90,8 @@ class WholeRowsMixin(GroupBatchesMixin, TrainerBase):
     def prepare_model(self) -> None:
         self._checks_packing = False  # rows are flattened here, and proven here
         apply_memory(self, self._preset, compares_plan=False)
+        if getattr(self, "ref_model", None) is not None:  # its forward runs where the policy's activations are kept
+            tile_model_mlps(self, self.ref_model, self._preset)
         tile_trainer_loss(self, self._preset)
         self.share_rows()
         # TRL divides its token counts by it: the ranks of a group count the same batch.
