@@ -44,6 +44,8 @@ def scored(case: dict, mesh=None) -> tuple[dict, dict]:
         dtype,
         **case.get("changes", {}),
     )
+    if hasattr(model.config, "_experts_implementation"):
+        model.set_experts_implementation("eager")  # transformers' grouped kernels do not run in float64
     fields = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
     add_fused_lm_head(model, outputs=fields)
     context = contextlib.nullcontext()
@@ -63,17 +65,26 @@ def scored(case: dict, mesh=None) -> tuple[dict, dict]:
     return numbers, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def scored_by_ranks(case: dict, size: int) -> tuple[dict, dict]:
-    """[`scored`] on a rank; gradients as a wrapper leaves them."""
-    import torch.distributed as dist
-
+def all_scored_by_ranks(cases: list[dict], size: int) -> list[tuple[dict, dict]]:
+    """[`scored`] on a rank, for each case; gradients as a wrapper leaves them."""
     from hf_longctx.parallel.mesh import SequenceMesh
 
-    numbers, gradients = scored(case, SequenceMesh.build(size))
-    for gradient in gradients.values():
-        dist.all_reduce(gradient)
-        gradient /= dist.get_world_size()
-    return numbers, gradients
+    mesh = SequenceMesh.build(size)
+    found = [scored(case, mesh) for case in cases]
+    for _, gradients in found:
+        average(gradients)
+    return found
+
+
+def average(gradients: dict) -> None:
+    """What a wrapper makes of gradients, in one collective and without rounding of its own."""
+    import torch.distributed as dist
+
+    flat = torch.cat([gradient.flatten().double() for gradient in gradients.values()])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for gradient, mean in zip(gradients.values(), flat.split([g.numel() for g in gradients.values()])):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def worst(ours: dict, theirs: dict) -> float:
@@ -169,7 +180,7 @@ def trainer_of(
     reset_state()
     stock = size == 0
     name = {"dpo": "DPO", "kto": "KTO", "reward": "Reward", "margin": "Reward"}[task]
-    attention = "sdpa" if stock else attention
+    attention = "sdpa" if stock and attention == "ulysses" else attention
     given = {
         "model": reward_model(attention, model) if name == "Reward" else build(model, attention),
         "args": getattr(trl, f"{name}Config")(**settings_of(**changes)),

@@ -12,6 +12,7 @@ import json
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -138,11 +139,17 @@ class RunReport(TrainerCallback):
             "settings": _settings(args, data_parallel_size, getattr(model, "dtype", None)),
             "versions": _versions(),
             "history": [{key: entry.get(key) for key in keys} for entry in history],
-            "eval_history": [{"step": entry["step"], "eval_loss": entry["eval_loss"]} for entry in evaluations],
+            "eval_history": [_evaluation(entry) for entry in evaluations],
             "train": {key: value for key, value in summary.items() if isinstance(value, (int, float))},
             "peak_memory": sorted(peaks, key=lambda peak: peak["rank"]),
             "fast_weights": getattr(getattr(model, "config", None), "ttt", None),
         }
+
+
+def _evaluation(entry: dict[str, Any]) -> dict[str, Any]:
+    """Of one evaluation: its loss, and what preference trainers say of rewards."""
+    rewards = {key: value for key, value in entry.items() if key.startswith("eval_rewards/")}
+    return {"step": entry["step"], "eval_loss": entry["eval_loss"], **rewards}
 
 
 def draw_curves(metrics: dict, path: Path, unit: str, name: str, points: list[tuple[int, float]]) -> bool:

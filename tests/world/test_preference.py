@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 
 pytest.importorskip("trl")
 
-from ..preference import scored, scored_by_ranks, trainer_of, worst
+from ..preference import all_scored_by_ranks, average, scored, trainer_of, worst
 
 
 CASES = {
@@ -18,21 +17,27 @@ CASES = {
     "one rank": {"lengths": [24, 24]},
     "windows": {"lengths": [19, 13], "model": "mistral"},
     "table": {"lengths": [13, 9], "model": "gpt2", "padding": "left"},
-    "experts": {"lengths": [13, 9], "model": "gpt_oss", "attention": "eager", "router": True, "dtype": torch.float32},
+    "experts": {"lengths": [13, 9], "model": "gpt_oss", "attention": "eager", "router": True},
 }
+
+
+@pytest.fixture(scope="module")
+def alone() -> dict[str, list]:
+    """By case, the numbers of one process for the rows of two groups."""
+    return {name: [scored({**case, "group": group}) for group in range(2)] for name, case in CASES.items()}
 
 
 @pytest.mark.parametrize("flatten", [False, True], ids=["padded", "flattened"])
 @pytest.mark.parametrize("size", [2, 4])
-def test_numbers_and_gradients_of_whole_rows(world4, size, flatten):
-    for name, case in CASES.items():
-        case = {**case, "flatten": flatten}
-        groups = [scored({**case, "group": group}) for group in range(world4.size // size)]
-        gradients = {key: sum(g[key] for _, g in groups) / len(groups) for key in groups[0][1]}
-        for rank, (numbers, ours) in enumerate(world4.run(scored_by_ranks, case, size)):
+def test_numbers_and_gradients_of_whole_rows(world4, alone, size, flatten):
+    cases = [{**case, "flatten": flatten} for case in CASES.values()]
+    for rank, results in enumerate(world4.run(all_scored_by_ranks, cases, size)):
+        for name, (numbers, ours) in zip(CASES, results, strict=True):
+            groups = alone[name][: world4.size // size]
+            gradients = {key: sum(g[key] for _, g in groups) / len(groups) for key in groups[0][1]}
             # The model is float64; TRL computes its head, and transformers its softmax, in float32.
-            assert worst(numbers, groups[rank // size][0]) <= 5e-6, name
-            assert worst(ours, gradients) <= 5e-6, name
+            assert worst(numbers, groups[rank // size][0]) <= 1e-6, name
+            assert worst(ours, gradients) <= 1e-6, name
 
 
 LOSSES = (
@@ -54,9 +59,16 @@ def test_every_loss_of_dpo(world4):
     for size in (4, 2):
         for results in world4.run(losses_of, size, SETTINGS):
             assert_same_losses(results, expected, SETTINGS, 5.5e-6)
-    # Attention adds up the keys of flattened rows in another order.
+    # The gradient of discopop cancels, so it moves where attention adds up keys in another order: by as much as
+    # between two kernels of the host, which is twice the others' bound.
+    cancels = SETTINGS.index({"loss_type": ["discopop"], "label_smoothing": 0.0})
+    ((_, moved),) = losses_of(0, [SETTINGS[cancels]], {"attention": "eager"})
+    noise = worst(moved, expected[cancels][1])
+    assert 5.5e-6 < noise < 2e-5
     for results in world4.run(losses_of, 2, SETTINGS, {"flatten": True}):
-        assert_same_losses(results, expected, SETTINGS, 1e-5)
+        rest = [[*part[:cancels], *part[cancels + 1 :]] for part in (results, expected, SETTINGS)]
+        assert_same_losses(*rest, 5.5e-6)
+        assert_same_losses(results[cancels:][:1], expected[cancels:][:1], SETTINGS[cancels:][:1], noise)
 
 
 @pytest.mark.parametrize("task", ["kto", "margin"])
@@ -77,8 +89,6 @@ def assert_same_losses(results: list, expected: list, settings: list[dict], tole
 
 def losses_of(size: int, settings: list[dict], options: dict | None = None) -> list[tuple[float, dict]]:
     """The loss and the gradients of one batch, for each of these settings of one trainer."""
-    import torch.distributed as dist
-
     options = {"use_weighting": True} | (options or {}) if "task" not in (options or {}) else options
     trainer, results = trainer_of(size, **options), []
     columns = [name for name in trainer.train_dataset.column_names if name.endswith("_ids") or name in KEPT]
@@ -93,9 +103,8 @@ def losses_of(size: int, settings: list[dict], options: dict | None = None) -> l
         loss = trainer.compute_loss(trainer.model, {**batch})
         loss.backward()
         gradients = {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
-        for gradient in gradients.values() if size else ():
-            dist.all_reduce(gradient)
-            gradient /= dist.get_world_size()
+        if size:
+            average(gradients)
         results.append((float(loss), gradients))
     return results
 
