@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,14 @@ raises.install()  # before anything of the package is imported
 from hf_longctx.proof.ranks import Imports  # noqa: E402
 
 from .harness import World  # noqa: E402
+from .left_over import LeftOver  # noqa: E402
 
+
+ROOT = Path(__file__).parents[1]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(ROOT / "build" / "hypothesis"))
 _WORLDS: dict[int, World] = {}
 _IMPORTS = Imports()
 
@@ -62,6 +67,8 @@ def _one_thread():
 
 def pytest_configure(config) -> None:
     raises.begin_worker(getattr(config, "workerinput", {}).get("workerid", "main"))
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(LeftOver(ROOT))
 
 
 def pytest_runtest_setup(item) -> None:
