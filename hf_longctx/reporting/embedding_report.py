@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, ModelCardData
 
-from .model_card import code_block, markdown_table, run_results, run_settings
+from .model_card import code_block, markdown_table, merge_metadata, run_results, run_settings
+from .proven import proof_of
 from .redaction import redact_text
 from .report import METRICS_FILE, RunReport
 
@@ -18,6 +19,7 @@ from .report import METRICS_FILE, RunReport
 HEADING = "## How it was trained with hf_longctx"
 _TAGS = ("hf_longctx", "long-context")
 _MOST_NAMED = 20
+_NO_NAME = "sentence_transformers_model_id"  # in the usage of a card whose model was not given a name
 
 
 class EmbeddingReport(RunReport):
@@ -29,7 +31,7 @@ class EmbeddingReport(RunReport):
         kwargs: those of [`RunReport`]; `row_tokens` is the longest text.
     """
 
-    loss_unit = "loss (nats per query)"
+    loss_unit = "nats per query"
 
     def __init__(self, *, sources: dict | None = None, score: str | None = None, **kwargs) -> None:
         super().__init__(**kwargs)
@@ -57,16 +59,16 @@ class EmbeddingReport(RunReport):
         if not path.is_file():  # sentence-transformers writes its card with the model
             return
         card = ModelCard.load(path, ignore_metadata_errors=True)
-        card.data.tags = sorted({*(card.data.tags or []), *_TAGS})
-        card.text = f"{card.text.split(HEADING)[0].rstrip()}\n\n{_section(metrics, picture)}"
-        card.save(path)
+        data = ModelCardData(**merge_metadata(card.data.to_dict(), metrics, _TAGS), ignore_metadata_errors=True)
+        text = card.text.split(HEADING)[0].rstrip().replace(_NO_NAME, metrics["hub_model_id"] or metrics["name"])
+        ModelCard(f"---\n{data.to_yaml()}\n---\n{text}\n\n{_section(metrics, picture)}").save(path)
 
 
 def _section(metrics: dict, picture: str | None) -> str:
     parts = [HEADING]
     if picture is not None:
         parts.append(f"![Loss, score and throughput]({picture})")
-    results = run_results(metrics, "nats per query")
+    results = run_results(metrics)
     first, last = (metrics["scores"] or [{}])[0], (metrics["scores"] or [{}])[-1]
     for name, value in last.items():
         if name.endswith(("accuracy@1", "mrr@10", "ndcg@10")):
@@ -77,6 +79,8 @@ def _section(metrics: dict, picture: str | None) -> str:
     if metrics["sources"]:
         parts += ["### Sources", *_sources(metrics["sources"])]
     parts += ["### Command", f"From the folder with the recipes:\n\n{code_block(metrics['command'])}"]
+    proof = proof_of(metrics)
+    parts += ["### Exactness", proof] if proof is not None else []
     parts += ["### Libraries", markdown_table("Library", "Version", metrics["versions"])]
     return "\n\n".join([*parts, f"Numbers of every step: `{METRICS_FILE}`."]) + "\n"
 

@@ -10,7 +10,9 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,13 @@ from accelerate.utils import gather_object
 from transformers import Trainer, TrainerCallback
 
 from .blend_report import sources_read
+from .curves import draw_curves
 from .launch_command import launch_command
 from .meter import ThroughputMeter, cpu_memory, device_memory
-from .model_card import is_hub_name, write_model_card
+from .model_card import write_model_card
+from .origin import base_model_of, check_license, hub_datasets, license_of
 from .redaction import redact_text
+from .usage import config_of, kind_of
 
 
 logger = logging.getLogger(__name__)
@@ -48,16 +53,26 @@ class RunReport(TrainerCallback):
         sequence_parallel_size (`int`, *optional*, defaults to 1): processes that share a row.
         row_tokens (`int`, *optional*): longest row, in tokens: the context length that was trained.
         base_model (`str`, *optional*): name of the model that training started from; otherwise the model's own name.
+            A folder is not shown; the card names the model that its files say it comes from.
         dataset (`str`, *optional*): name of the data.
+        datasets (`Sequence[str]`, *optional*):
+            Where the data comes from, for the card's `datasets`: names on the Hub, of which other places are left
+            out; defaults to `dataset`.
+        license (`str`, *optional*):
+            Licence of the trained model, by its identifier on the Hub; defaults to that of the base model, where its
+            card is known.
 
     Use [`RunReport.attach`] rather than `callbacks=[...]`: it brings a [`ThroughputMeter`], without which the report
     has no throughput.
+
+    Raises:
+        ValueError: `license` is no identifier on the Hub.
 
     Communication: one gather of a few numbers at the end of training, and the meter's; every rank must have the
     callback.
     """
 
-    loss_unit = "loss (nats per token)"
+    loss_unit: str | None = None  # from the trainer's arguments and the model
 
     def __init__(
         self,
@@ -66,9 +81,13 @@ class RunReport(TrainerCallback):
         row_tokens: int | None = None,
         base_model: str | None = None,
         dataset: str | None = None,
+        datasets: Sequence[str] | None = None,
+        license: str | None = None,
     ) -> None:
+        check_license(license)
         self.sequence_parallel_size, self.row_tokens = sequence_parallel_size, row_tokens
         self.base_model, self.dataset = base_model, dataset
+        self.datasets, self.license = datasets, license
         self.metrics: dict | None = None
         self._earlier_card: str | None = None
 
@@ -107,7 +126,8 @@ class RunReport(TrainerCallback):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / METRICS_FILE).write_text(json.dumps(self.metrics, indent=2) + "\n", encoding="utf-8")
         name, points = self._evaluations(self.metrics)
-        drawn = draw_curves(self.metrics, folder / PICTURE_FILE, self.loss_unit, name, points)
+        unit = f"loss ({self.metrics['loss_unit']})"
+        drawn = draw_curves(self.metrics, folder / PICTURE_FILE, unit, name, points)
         self._write_card(folder, self.metrics, PICTURE_FILE if drawn else None)
 
     def _evaluations(self, metrics: dict) -> tuple[str, list[tuple[int, float]]]:
@@ -123,13 +143,17 @@ class RunReport(TrainerCallback):
         evaluations = [entry for entry in state.log_history if "eval_loss" in entry]
         summary: dict = next((entry for entry in reversed(state.log_history) if "train_runtime" in entry), {})
         keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "achieved_tflops", "mfu")
-        name = getattr(getattr(model, "config", None), "_name_or_path", None)
         data_parallel_size = args.world_size // self.sequence_parallel_size
+        kind = kind_of(model)
         return {
             "name": (args.hub_model_id or Path(args.output_dir).resolve().name).split("/")[-1],
+            "hub_model_id": args.hub_model_id,
             "command": launch_command(),
-            "base_model": redact_text(self.base_model) if self.base_model else name if is_hub_name(name) else None,
-            "dataset": self.dataset and redact_text(self.dataset),
+            **self._origin(model),
+            **kind,
+            "dataset": self.dataset and redact_text(_public(self.dataset)),
+            "datasets": hub_datasets([self.dataset] if self.datasets is None else self.datasets),
+            "loss_unit": self.loss_unit or _loss_unit(args, kind["pipeline_tag"]),
             "row_tokens": self.row_tokens,
             "world_size": args.world_size,
             "data_parallel_size": data_parallel_size,
@@ -145,6 +169,16 @@ class RunReport(TrainerCallback):
             "fast_weights": getattr(getattr(model, "config", None), "ttt", None),
         }
 
+    def _origin(self, model) -> dict:
+        """What the model was before: in words, by its name on the Hub, and its licence."""
+        place = getattr(config_of(model), "_name_or_path", None)
+        place = place if isinstance(place, str) else None
+        found = base_model_of(self.base_model or place)
+        words = redact_text(_public(self.base_model)) if self.base_model else None
+        license = {} if self.license else license_of(place or self.base_model, found)
+        facts = {"license": license, "license_given": self.license}
+        return {"base_model": found or words, "base_model_id": found, **facts}
+
 
 def _evaluation(entry: dict[str, Any]) -> dict[str, Any]:
     """Of one evaluation: its loss, and what preference trainers say of rewards."""
@@ -152,46 +186,18 @@ def _evaluation(entry: dict[str, Any]) -> dict[str, Any]:
     return {"step": entry["step"], "eval_loss": entry["eval_loss"], **rewards}
 
 
-def draw_curves(metrics: dict, path: Path, unit: str, name: str, points: list[tuple[int, float]]) -> bool:
-    """Draw loss, `points` of an evaluation and throughput; `False`, with a warning, where matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        logger.warning("`%s` was not drawn, matplotlib is missing: run `pip install hf-longctx[demo]`", path.name)
-        return False
-    history = metrics["history"]
-    figure = Figure(figsize=(11, 4), dpi=150, layout="constrained")
-    losses, speeds = figure.subplots(1, 2)
-    few = "o" if len(history) <= 50 else None
-    steps = [entry["step"] for entry in history]
-    losses.plot(steps, [entry["loss"] for entry in history], marker=few, color="tab:blue", label="training")
-    if points:
-        panel = losses if name == "evaluation" else losses.twinx()  # a score has a scale of its own
-        panel.plot(*zip(*points), marker="s", color="tab:orange", label=name)
-        figure.legend(frameon=False, loc="outside lower left", ncols=2)
-    losses.set(title="Loss", xlabel="optimizer step", ylabel=unit)
-    measured = [(entry["step"], entry["tokens_per_second"]) for entry in history if entry["tokens_per_second"]]
-    if measured:
-        speeds.plot(*zip(*measured), marker=few, color="tab:green")
-        speeds.set_ylim(bottom=0)
-    speeds.set(title="Throughput", xlabel="optimizer step", ylabel="tokens per second (all processes)")
-    for panel in (losses, speeds):
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(_headline(metrics), fontsize=11)
-    figure.savefig(path)
-    return True
+def _public(place: str) -> str:
+    """The last part of a path, whose other parts are of this machine; a name as it is."""
+    is_path = os.path.isabs(place) or os.path.exists(place)
+    return Path(place).resolve().name if is_path else place
 
 
-def _headline(metrics: dict) -> str:
-    words = [metrics["base_model"] or "model"]
-    if metrics["row_tokens"]:
-        words.append(f"{metrics['row_tokens']:,} tokens per row")
-    words.append(
-        f"{metrics['data_parallel_size']} data-parallel x {metrics['sequence_parallel_size']} sequence-parallel"
-    )
-    return ", ".join(words)
+def _loss_unit(args, task: str | None) -> str:
+    """What the loss is divided by."""
+    kinds = {kind.__name__ for kind in type(args).__mro__}
+    if kinds & {"DPOConfig", "RewardConfig"}:
+        return "nats per pair"
+    return "nats per row" if "KTOConfig" in kinds or task == "text-classification" else "nats per token"
 
 
 def _settings(args, data_parallel_size: int, dtype: torch.dtype | None) -> dict[str, object]:

@@ -37,6 +37,7 @@ from ..data.sources.rows import LABEL_COLUMNS
 from ..embedding.tiled_ranking_loss import TiledMultipleNegativesRankingLoss
 from ..embedding.trainer import LongContextSentenceTransformerTrainer
 from ..reporting.embedding_report import EmbeddingReport
+from ..reporting.origin import hub_datasets
 from .embed_model import EmbeddingModelArguments, load_embedder
 from .embed_sources import (
     SourceArguments,
@@ -70,6 +71,10 @@ class EmbedArguments:
     matryoshka_dims: list[int] | None = field(
         default=None, metadata={"help": "Widths of the embedding that shall work on their own."}
     )
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Licence of the trained model, for its card: an identifier of the Hub, such as apache-2.0."},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into `output_dir` though it is not empty; same names are replaced."}
     )
@@ -100,6 +105,7 @@ def read_sources(args: SourceArguments, config: SourcesConfig, seed: int):
     eval_rows = hold_out(present, args, seed)
     facts = describe_absent(wanted, absent)
     facts["present"] = {name: None if args.streaming else len(rows) for name, rows in present.items()}
+    facts["datasets"] = hub_datasets(source.place for source in wanted if source.name in present)
     weights = present_weights(wanted, present, config.source_weights)
     return present, eval_rows, dataclasses.replace(config, source_weights=weights), facts
 
@@ -192,5 +198,7 @@ def main() -> None:
         dataset=", ".join(list(present)[:5]) + (", ..." if len(present) > 5 else ""),
         sources=facts,
         score="eval_held_out_cosine_mrr@10" if eval_rows else None,
+        datasets=facts["datasets"],
+        license=recipe.license,
     )
     train_and_save(trainer, report, args)

@@ -35,6 +35,7 @@ from ..config.watches import WatchConfig
 from ..data.documents import load_documents
 from ..data.files import irregular
 from ..data.model_files import check_model_files
+from ..reporting.origin import check_license
 from ..reporting.report import METRICS_FILE, PICTURE_FILE, RunReport
 from ..resilience.checkpoint_advisor import CheckpointAdvisor
 from ..resilience.kill_switch import KillSwitch
@@ -74,13 +75,18 @@ class RecipeArguments:
     base_model: str | None = field(
         default=None, metadata={"help": "Name on the Hub of a model that is loaded from a folder, for the model card."}
     )
+    license: str | None = field(
+        default=None,
+        metadata={"help": "Licence of the trained model, for its card: an identifier of the Hub, such as apache-2.0."},
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into `output_dir` though it is not empty; same names are replaced."}
     )
 
 
 def check_output_dir(recipe: RecipeArguments, args) -> None:
-    """Raise `ValueError` rather than write over an earlier run."""
+    """Raise `ValueError` rather than write over an earlier run, and for a licence that the Hub does not know."""
+    check_license(getattr(recipe, "license", None))
     folder = Path(args.output_dir)
     if folder.is_dir() and any(folder.iterdir()) and not (recipe.overwrite_output_dir or args.resume_from_checkpoint):
         raise ValueError(
@@ -132,6 +138,7 @@ def load_model(
         model = AutoModelForCausalLM.from_config(
             config, **{key: options[key] for key in ("dtype", "attn_implementation")}
         )
+        model.config._name_or_path = model.name_or_path = ""  # its weights are not those of the name
     else:
         quantization = get_quantization_config(model_args)
         if recipe.gguf_file and hasattr(transformers, "GgufConfig"):  # without it, weights may stay packed and frozen
@@ -230,6 +237,8 @@ def make_report(recipe: RecipeArguments, long_context, row_tokens: int | None) -
         row_tokens=row_tokens,
         base_model=recipe.base_model,
         dataset=dataset,
+        datasets=[] if recipe.dataset_name in BUILT_IN_DATASETS else [recipe.dataset_name or ""],
+        license=recipe.license,
     )
 
 

@@ -99,5 +99,6 @@ def main() -> None:
     report = make_report(recipe, long_context, recipe.row_tokens)
     if blend.blend_sources:
         report.dataset = "a blend of " + ", ".join(rows.names)
+        report.datasets = [source.partition("=")[2] for source in blend.blend_sources]
         BlendReport().attach(trainer)
     train_and_save(trainer, report, args)

@@ -11,6 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from sentence_transformers import SentenceTransformer
 
+from ..cards import check_card
 from ..embedding import embedder, texts
 from .test_recipes import TORCHRUN, start
 
@@ -58,6 +59,7 @@ def test_embed_on_two_processes_leaves_an_ordinary_embedder_with_its_report(tmp_
     assert [entry["step"] for entry in shared["scores"]] == [0, 2]
     assert all(entry["tokens_per_second"] > 0 for entry in shared["history"])
     assert (run / "loss_and_throughput.png").read_bytes().startswith(b"\x89PNG")
+    assert check_card(run)["library_name"] == "sentence-transformers"
     card = ModelCard.load(run / "README.md")
     assert {"hf_longctx", "sentence-transformers"} <= set(card.data.tags)
     assert card.text.count("## How it was trained with hf_longctx") == 1 and "1 of 2 sources: gone" in card.text

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from hf_longctx import cli
 from hf_longctx.data.documents import load_documents
 
+from ..cards import check_card
 from ..models import build
 from ..training import reset_state
 from .test_recipes import ROOT, start, write_config
@@ -65,7 +66,8 @@ def test_the_demo_in_small_learns_and_two_processes_log_what_one_logs(inputs, tm
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] > losses[0][-1] + 0.01
     assert shared["eval_history"][0]["eval_rewards/accuracies"] >= 0.9
     assert shared["train"]["num_input_tokens_seen"] == alone["train"]["num_input_tokens_seen"]
-    assert (folder / "shared" / "README.md").is_file()
+    assert check_card(folder / "shared")["pipeline_tag"] == "text-generation"
+    assert "| Training loss, nats per pair |" in (folder / "shared" / "README.md").read_text()
 
 
 def test_pairs_of_the_demo_hold_their_answer():
@@ -77,11 +79,13 @@ def test_pairs_of_the_demo_hold_their_answer():
 
 
 def test_reward_trains_on_pairs_and_a_file_without_them_is_refused(inputs, tmp_path, capsys):
-    changes = {"max_length": 64, "bf16": False, "center_rewards_coefficient": 0.01}
+    changes = {"max_length": 64, "bf16": False, "center_rewards_coefficient": 0.01, "license": "mit"}
     config = write_config(tmp_path / "run.yaml", inputs, **changes)
     done = start("-m", "hf_longctx", "reward", "--config", config)
     assert done.returncode == 0, done.stdout + done.stderr
     assert all(entry["loss"] > 0 for entry in metrics_of(tmp_path / "run")["history"])
+    metadata = check_card(tmp_path / "run")
+    assert metadata["pipeline_tag"] == "text-classification" and metadata["license"] == "mit"
     config = write_config(tmp_path / "dpo.yaml", inputs, max_length=64, bf16=False, output_dir=str(tmp_path / "dpo"))
     load_documents(inputs["documents"], text_field=None).remove_columns("rejected").to_json(tmp_path / "half.jsonl")
     reset_state()

@@ -31,6 +31,8 @@ from hf_longctx.data.documents import load_documents, split_into_rows
 from hf_longctx.tasks import pretrain, sft
 from hf_longctx.tasks.inputs import read_functions
 
+from ..cards import check_card
+
 
 ROOT = Path(__file__).parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -112,6 +114,7 @@ def test_pretrain_on_two_processes_leaves_a_model_with_its_report(inputs, tmp_pa
     assert [peak["rank"] for peak in metrics["peak_memory"]] == [0, 1]
 
     assert (run / "loss_and_throughput.png").read_bytes().startswith(b"\x89PNG")
+    assert check_card(run)["pipeline_tag"] == "text-generation"
     card = ModelCard.load(run / "README.md")
     assert {"hf_longctx", "long-context", "sequence-parallel"} <= set(card.data.tags)
     assert "torchrun --standalone --nproc_per_node 2 recipes/pretrain.py --config" in card.text
@@ -135,6 +138,8 @@ def test_sft_on_one_process_trains_whole_documents_with_lora(inputs, tmp_path):
     tokens = sum(len(row["input_ids"]) for row in rows)
     assert metrics["train"]["num_input_tokens_seen"] == tokens  # a whole epoch: nothing was truncated away
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+    metadata = check_card(tmp_path / "run")
+    assert metadata["pipeline_tag"] == "text-generation" and "base_model" not in metadata and "licence" not in metadata
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert card.data.library_name == "peft"
     assert "hf_longctx" in card.data.tags

@@ -189,6 +189,8 @@ def test_a_card_of_fast_weights_says_how_to_load_them(tmp_path):
     }
     from hf_longctx.reporting.model_card import write_model_card
 
+    for name in ("config.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text("{}")
     card = write_model_card(tmp_path, metrics, None).read_text()
     assert "To run, the saved model needs `hf_longctx`." in card and "TTTForCausalLM.from_pretrained" in card
     assert "| Chunk tokens | 4 |" in card and "for that use full attention" in card

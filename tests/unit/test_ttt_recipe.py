@@ -13,6 +13,7 @@ import torch
 from hf_longctx import TTTForCausalLM
 from hf_longctx.cli.command_line import main
 from hf_longctx.tasks import ttt_eval, ttt_toy
+from tests.cards import check_card
 from tests.fast_weights import tiny_base, tiny_ttt, tokens
 from tests.tokenizer import tiny_tokenizer
 
@@ -113,6 +114,7 @@ def test_the_recipe_on_documents_measures_before_and_after(base_folder, document
     assert len(before["TTT"]) == 3 and before["TTT"][0] == pytest.approx(before["window only"][0], abs=1e-6)
     assert before["TTT"][1] != before["window only"][1]
     assert (folder / "adapter_model.safetensors").is_file()
+    assert check_card(folder, runs=False)["library_name"] == "hf_longctx"
 
 
 def test_convert_and_eval(base_folder, documents, tmp_path, capsys):
