@@ -1,7 +1,7 @@
 # `make demo`, `make demo-embed` and `make test` do all their own set-up in .venv. `make lint` checks style and types, `make floor`
 # the oldest libraries, `make newest` the newest ones, `make conformance` every model type of the installed transformers,
 # `make conformance_embeddings` those that embed. `make constraints` renews the tested versions, `make docs` builds the
-# pages as a site. `make gpu` tests and measures on a GPU, with the Python that is there.
+# pages as a site. `make release-check` builds and tries what is published. `make gpu` tests and measures on a GPU, with the Python that is there.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -18,7 +18,8 @@ WORKERS := -n 2
 # Where the tests record which refusals they provoke.
 RAISES := build/raises
 
-.PHONY: demo demo-embed test gpu floor newest constraints conformance conformance_embeddings lint refusals docs setup clean
+.PHONY: demo demo-embed test gpu floor newest constraints conformance conformance_embeddings lint refusals docs release-check setup \
+	clean
 
 setup: $(VENV)/.ready
 
@@ -101,6 +102,10 @@ lint: setup
 # The page of all refusals, from the code and what the last `make test` recorded. It fails if a message has no test.
 refusals:
 	$(PYTHON) docs/refusals.py
+
+# What a stranger gets from a package index: built, checked, installed into a fresh environment, every command tried.
+release-check:
+	$(PYTHON) .ci/release_check.py
 
 # The pages as a site in build/site; a broken link or a docstring that cannot be read is an error.
 docs: $(VENV)/.docs-ready refusals

@@ -20,6 +20,7 @@ import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
 
@@ -150,7 +151,7 @@ def free_bytes(device: str) -> int:
     """Memory that is free on this machine."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
-    return _kilobytes("/proc/meminfo", "MemAvailable")
+    return psutil.virtual_memory().available
 
 
 def resident_bytes() -> int | None:

@@ -72,7 +72,16 @@ class Rank(Protocol):
 
 
 def start_interpreter(pipe: Connection, *place) -> subprocess.Popen:
-    """Start a fresh interpreter that calls `serve(pipe, *place)`."""
+    """Start a fresh interpreter that calls `serve(pipe, *place)`.
+
+    Raises:
+        NotImplementedError: on Windows, where a pipe has no number that another process could open.
+    """
+    if sys.platform == "win32":
+        raise NotImplementedError(
+            "`verify` hands pipes to its processes by their number, which Windows cannot: run it in WSL, on Linux or "
+            "on macOS."
+        )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part or os.getcwd() for part in sys.path)}
     environment.setdefault("TOKENIZERS_PARALLELISM", "false")
     command = [sys.executable, "-c", _SERVE, json.dumps([pipe.fileno(), *place])]

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import resource
 import sys
 import time
 from typing import Any
@@ -259,6 +258,13 @@ def known_peak_tflops(device: torch.device) -> float | None:
 
 def cpu_memory() -> int:
     """The largest resident set of this process so far, in bytes."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil  # accelerate needs it everywhere
+
+        facts = psutil.Process().memory_info()
+        return getattr(facts, "peak_wset", facts.rss)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

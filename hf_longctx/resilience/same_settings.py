@@ -25,7 +25,7 @@ from ..parallel.collectives import gather_integer_rows, gather_integers
 # What may differ: places on a node, secrets, who logs and pushes, how many workers read.
 _LOCAL = re.compile(
     r"local_rank|_n_gpu|ddp_timeout|(resume_from_checkpoint|run_name|report_to|disable_tqdm|project)|"
-    r"(log_level|log_on_each|hub_|push_to_hub|trackio|dataloader_(num_workers|prefetch|persistent|pin))\w*|"
+    r"(log_level|log_on_each|hub_|push_to_hub|trackio|dataloader_(num_workers|multiprocessing|prefetch|persistent|pin))\w*|"
     r"(__)?(cached_setup_devices|distributed_state|deepspeed_plugin|_mixed_precision)\w*|dataset_num_proc|"
     r"\w*(_dir|_folder|_path|_file|password|secret|api_key)"
 )

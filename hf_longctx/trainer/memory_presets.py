@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 
+import psutil
 import torch
 
 from ..adapters.reversible import make_reversible
@@ -221,7 +222,7 @@ def _device_bytes(args) -> int:
     """Memory of this process's device; on a CPU, its part of the machine's."""
     if args.device.type == "cuda":
         return torch.cuda.get_device_properties(args.device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // _local_world_size()
+    return psutil.virtual_memory().total // _local_world_size()
 
 
 def _local_world_size() -> int:

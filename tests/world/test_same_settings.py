@@ -63,7 +63,8 @@ DIFFERENT = [
 ]
 EQUAL = [
     {"report_to": ("none", []), "disable_tqdm": (True, False), "run_name": ("a", "b"), "hub_token": ("a", "b")},
-    {"dataloader_num_workers": (0, 2), "log_level": ("error", "info"), "seed": (1, 2), "data_seed": (3, 3)},
+    {"dataloader_num_workers": (0, 2), "dataloader_multiprocessing_context": (None, "spawn")},
+    {"log_level": ("error", "info"), "seed": (1, 2), "data_seed": (3, 3)},
     {"sizes": (2, 2)},
 ]
 
