@@ -1,4 +1,4 @@
-"""Package metadata. `pip install .` for the core; extras: trl, embedding, demo, cards, docs, release, dev."""
+"""Package metadata. `pip install .` for the core; extras: trl, qlora, embedding, demo, cards, docs, release, dev."""
 
 import posixpath
 import re
@@ -17,6 +17,7 @@ version = next(
     if "__version__ =" in line
 )
 
+QLORA = ["bitsandbytes>=0.50"]  # 4-bit weights, on GPUs and CPUs
 TRL = ["trl>=1.16", "peft>=0.21"]
 CARDS = ["detect-secrets>=1.5"]  # what a model card must not show
 EMBEDDING = ["sentence-transformers>=6.2", "datasets>=4"]
@@ -79,11 +80,21 @@ setup(
     extras_require={
         "trl": TRL,
         "embedding": EMBEDDING,
+        "qlora": [*TRL, *QLORA],
         "demo": DEMO,
         "cards": CARDS,
-        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"],
+        "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29", "latex2mathml>=3.78"],
         "release": ["build>=1.2", "twine>=6"],
-        "dev": [*DEMO, *CARDS, "pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.130", "ruff>=0.14", "mypy>=1.18"],
+        "dev": [
+            *DEMO,
+            *CARDS,
+            *QLORA,
+            "pytest>=8",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.130",
+            "ruff>=0.14",
+            "mypy>=1.18",
+        ],
     },
     entry_points={"console_scripts": ["hf-longctx = hf_longctx.cli:main"]},
     classifiers=[

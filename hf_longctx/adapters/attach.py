@@ -7,6 +7,7 @@ import torch
 from ..parallel.adapted import Adapted, mark, unmark
 from .axial_positions import follow_axial_positions
 from .embedding_norm import follow_embedding_norm
+from .few_bits import keep_gradients
 from .instance_forward import PatchHandle, take_off
 from .loop_batches import LOOP_BATCHES
 from .no_rotation import follow_alibi
@@ -59,6 +60,7 @@ def attach_adapters(model: torch.nn.Module, adapted: Adapted | None = None) -> A
     Raises:
         NotImplementedError: an adapter does not know this version of the model.
     """
+    keep_gradients(model)
     follow_axial_positions(model)  # these two are what the model is, and no adapters that `remove` takes off
     follow_reversible(model)
     names = [name for follow in _ADAPTERS for name in follow(model).names]

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch.nn.parallel import DistributedDataParallel
 
 from ..families import ROW_ADAPTER_FIELDS, ROW_ADAPTERS
+from .few_bits import check_outlier_columns
 
 
 # How rows are held, and the way out, for [`check_peft`].
@@ -16,7 +17,7 @@ PACKED_ROWS = "in a row of several documents", "pad documents instead of packing
 
 
 def check_peft(model, way: str, remedy: str) -> None:
-    """Refuse adapters whose effect on a token depends on other tokens that this process holds.
+    """Refuse adapters, and 8-bit layers, whose effect on a token depends on other tokens that this process holds.
 
     Args:
         model (`torch.nn.Module`): with or without adapters.
@@ -27,6 +28,7 @@ def check_peft(model, way: str, remedy: str) -> None:
         NotImplementedError: it has one.
     """
     model = model.module if isinstance(model, DistributedDataParallel) else model
+    check_outlier_columns(model, way, remedy)
     for adapter in getattr(model, "peft_config", {}).values():
         reason = _reason(adapter)
         if reason is not None:

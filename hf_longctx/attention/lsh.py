@@ -63,7 +63,7 @@ def lsh_attention(
 
     Args:
         query (`torch.Tensor` of shape `(B, N, T, H)`): shared queries and keys; a key is divided by its length.
-        value (`torch.Tensor` of shape `(B, N, T, H_v)`).
+        value (`torch.Tensor` of shape `(B, N, T, H_v)`): one vector a token and head.
         num_hashes, window, num_buckets, layout: see [`LSHConfig`]; `seed` is its `hash_seed`.
         causal (`bool`, *optional*, defaults to `True`): a query sees nothing that is later.
         segments (`torch.Tensor` of shape `(B, T)`, *optional*): the document of every token, -1 for padding.

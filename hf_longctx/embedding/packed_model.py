@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..adapters.few_bits import keep_gradients
 from ..adapters.instance_forward import InstancePatch, PatchHandle, patch_on, put_on
 from ..adapters.pass_shard import CALLER, pass_shard
 from ..adapters.recurrent.layers import RECURRENT, follow_recurrences
@@ -84,6 +85,7 @@ def pack_embeddings(
     Gradient: equal to the padded model's. Every rank of a group holds all embeddings, so any loss works.
     """
     transformers = check_packable(model)
+    keep_gradients(model)
     layout = RowLayout(mesh, inner_attention)
     if layout.mesh is not None:
         check_shardable(model, layout.mesh.sequence_parallel_size, inner_attention)

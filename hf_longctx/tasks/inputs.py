@@ -25,8 +25,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 
 try:
+    import trl  # noqa: F401
     from datasets import Dataset
-    from trl import get_quantization_config
 except ImportError as error:
     raise ImportError("The recipes need trl and datasets: `pip install hf-longctx[trl]`.") from error
 
@@ -42,6 +42,7 @@ from ..resilience.kill_switch import KillSwitch
 from ..resilience.slow_rank_watch import SlowRankWatch
 from ..resilience.spike_guard import LossSpikeGuard
 from ..trainer.ending import end_training
+from .few_bit_base import prepare_few_bits, read_quantization
 
 
 PACKAGE, STDLIB, STDLIB_FUNCTIONS = "package:", "stdlib:", "stdlib_functions:"
@@ -78,6 +79,13 @@ class RecipeArguments:
     license: str | None = field(
         default=None,
         metadata={"help": "Licence of the trained model, for its card: an identifier of the Hub, such as apache-2.0."},
+    )
+    prepare_kbit: bool = field(
+        default=False,
+        metadata={
+            "help": "With `load_in_4bit` or `load_in_8bit`: raise norms, embeddings and head to float32, as PEFT's "
+            "`prepare_model_for_kbit_training` does. Hidden states then take twice the memory of bfloat16."
+        },
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Write into `output_dir` though it is not empty; same names are replaced."}
@@ -124,6 +132,11 @@ def load_model(
     The seed is set first, so that weights made after it (LoRA, from scratch) are the same for any number of processes.
     """
     set_seed(args.seed)
+    quantization = read_quantization(model_args, recipe.gguf_file, from_scratch)
+    if recipe.prepare_kbit and not quantization:
+        raise ValueError(
+            "`prepare_kbit` (True) prepares a base model of 4 or 8 bits: set `load_in_4bit: true`, or drop it."
+        )
     source = model_folder(model_args.model_name_or_path)
     check_model_files(source, weights=not from_scratch)
     options = {"revision": model_args.model_revision}
@@ -140,12 +153,12 @@ def load_model(
         )
         model.config._name_or_path = model.name_or_path = ""  # its weights are not those of the name
     else:
-        quantization = get_quantization_config(model_args)
         if recipe.gguf_file and hasattr(transformers, "GgufConfig"):  # without it, weights may stay packed and frozen
-            quantization = transformers.GgufConfig(dequantize=True)
-        if quantization is not None:
-            options["quantization_config"] = quantization
-        model = auto_class.from_pretrained(source, **options, **changes)
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        model = auto_class.from_pretrained(source, **options, **quantization, **changes)
+        if quantization:
+            checkpointing = args.gradient_checkpointing
+            prepare_few_bits(model, raise_to_float32=recipe.prepare_kbit, checkpointing=checkpointing)
     if recipe.base_model:  # an adapter should point to the Hub, not to a folder of this machine
         model.config._name_or_path = model.name_or_path = recipe.base_model
     return model, tokenizer

@@ -10,6 +10,7 @@ import inspect
 
 import torch
 from torch.distributed import DistError
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
@@ -85,8 +86,10 @@ def adapt(model: torch.nn.Module, mesh: SequenceMesh, *, inner_attention: str = 
             # A tiled loss makes no logits, which the checks compare; it has a proof of its own.
             tiled = patch_on(inner, TILED_LOSS) is not None
             with TiledLossHandle(inner).paused() if tiled else contextlib.nullcontext():
-                needs = run_sanity_check(inner, mesh, inner_attention, shifts, check_loss=has_loss)
-                leaks = _known_across_documents(model) or _find_leaks(inner, mesh, inner_attention, needs)
+                # FSDP2 gathers weights where a forward enters the module that it wrapped last, which PEFT's may be.
+                runs = model if isinstance(model, FSDPModule) else inner
+                needs = run_sanity_check(runs, mesh, inner_attention, shifts, check_loss=has_loss)
+                leaks = _known_across_documents(model) or _find_leaks(runs, mesh, inner_attention, needs)
             put_on(inner, LoopBatches(adapted, needs, leaks, SparseRowsWatch(inner)))
     except Exception:
         handle.remove()

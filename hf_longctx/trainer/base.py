@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
 
+from ..adapters.few_bits import keep_gradients
 from ..config.audiences import take_configs
 from ..config.run import LongContextConfig
 from ..data.packing.collator import PackingCollator, fills_rows
@@ -72,6 +73,7 @@ class TrainerBase(FaultToleranceMixin):
         check_trainer(self)
         check_streams(self)
         self.check_model()
+        keep_gradients(self.model)
         self._noise = check_noise(self)
         warn_about_draws(self.model, self.long_context.sequence_parallel_size)
         self.build_mesh()

@@ -12,7 +12,7 @@ def complete_settings(settings: TTTConfig, base: Any) -> TTTConfig:
     """Fill in what the configuration of a base model decides, and refuse what it does not allow.
 
     Args:
-        settings ([`TTTConfig`]).
+        settings ([`TTTConfig`]): what the user wants.
         base: the base model's configuration.
 
     Raises:

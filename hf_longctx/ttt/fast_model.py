@@ -41,7 +41,7 @@ class TTTForCausalLM(GeneratingMixin, PreTrainedModel, GenerationMixin):
     next-token loss after every chunk that is read, and training differentiates through these steps.
 
     Args:
-        config ([`TTTModelConfig`]).
+        config ([`TTTModelConfig`]): of the base model and of the fast weights.
         base (*optional*): the base model; built from the configuration if it is not given.
 
     Build it with [`TTTForCausalLM.from_base`], and load what `save_pretrained` wrote with `from_pretrained`.
@@ -104,7 +104,7 @@ class TTTForCausalLM(GeneratingMixin, PreTrainedModel, GenerationMixin):
 
         Args:
             base (`str` or `PreTrainedModel`): hub id, folder, or a causal language model, which is held, not copied.
-            settings ([`TTTConfig`], *optional*).
+            settings ([`TTTConfig`], *optional*): of the fast weights.
             kwargs: for `AutoModelForCausalLM.from_pretrained`. `attn_implementation` is that of the layers before the
                 suffix, by default `"packed"`, which makes no `T x T` mask.
 
@@ -169,7 +169,7 @@ class TTTForCausalLM(GeneratingMixin, PreTrainedModel, GenerationMixin):
         """Read rows, each of one document, and learn from them chunk by chunk.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, T)`).
+            input_ids (`torch.Tensor` of shape `(B, T)`): rows of tokens.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): padding on the right.
             position_ids (`torch.Tensor`, *optional*): from 0 up, if given.
             cache ([`TTTCache`], *optional*): what was read before; `past_key_values` is its older name.
