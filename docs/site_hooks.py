@@ -1,4 +1,5 @@
-"""What the site needs next to the pages: files that they link to outside of docs/, docstrings, pages not in `nav`.
+"""What the site needs next to the pages: files that they link to outside of docs/, docstrings, formulas, pages not in
+`nav`.
 
 On GitHub `../recipes/sft.py` is the file itself. The site has no such place, so every file that a page links to
 outside of docs/ becomes a page under `source/`, and the link is turned there. A link to nothing is an error.
@@ -6,11 +7,13 @@ outside of docs/ becomes a page under `source/`, and the link is turned there. A
 
 from __future__ import annotations
 
+import html as markup
 import posixpath
 import re
 from importlib import import_module
 from pathlib import Path
 
+from latex2mathml.converter import convert
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -29,6 +32,8 @@ OWN_NAME = re.compile(r'<autoref (?=[^>]*identifier="hf_longctx\.)')
 # The column of types shows what the docstring has, marks and all: `int`, *optional*, defaults to `1`.
 TYPE = re.compile(r"<code>([^<]*`[^<]*)</code>")
 MARKS = re.compile(r"[`*]|\[(?=`)|(?<=`)\]")
+# What pymdownx.arithmatex leaves of $...$ and $$...$$.
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 CODE_PAGE = "---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n`````{language}\n{code}\n`````\n"
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".sh": "bash", ".toml": "toml"}
 
@@ -110,7 +115,14 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return LINK.sub(turn, markdown)
 
 
+def mathml(match: re.Match) -> str:
+    """A formula as MathML, which browsers typeset by themselves: no script, no fonts, also from disk."""
+    block = match[2] == "["
+    return convert(markup.unescape(match[3]), display="block" if block else "inline")
+
+
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Docstrings in the libraries' form: no marks in types, no brackets and links of names without a page."""
+    html = FORMULA.sub(mathml, html)
     html = TYPE.sub(lambda match: f"<code>{MARKS.sub('', match[1])}</code>", html)
     return OWN_NAME.sub("<autoref optional ", CODE_IN_BRACKETS.sub(r"\1", html))
