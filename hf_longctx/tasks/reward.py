@@ -9,6 +9,7 @@ without a `prompt` before them, and may have a `margin`.
 
 from __future__ import annotations
 
+import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 
@@ -37,9 +38,15 @@ def main() -> None:
     check_output_dir(recipe, args)
     if args.include_num_input_tokens_seen == "no":  # the report's throughput counts real tokens
         args.include_num_input_tokens_seen = "non_padding"
+    model_args.lora_task_type = "SEQ_CLS"  # PEFT then trains the new head too; TRL's default is a language model's
     model, tokenizer = load_model(
         recipe, args, model_args, long_context, auto_class=AutoModelForSequenceClassification, num_labels=1
     )
+    if getattr(model, "is_quantized", False) and model.score.weight.dtype != torch.bfloat16 and not args.bf16:
+        raise NotImplementedError(
+            f"`dtype` ({model_args.dtype}) of a reward model with weights of 4 or 8 bits: TRL casts the new head to "
+            "bfloat16, which then meets other hidden states; set `dtype: bfloat16`, or `bf16: true`."
+        )
     pairs, eval_pairs = read_pairs(recipe, args)
     trainer = LongContextRewardTrainer(
         model=model,

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_longctx import LongContextConfig, SequenceMesh, adapt
 from hf_longctx.adapters.peft_kinds import PACKED_ROWS, check_peft
-from hf_longctx.tasks import sft
+from hf_longctx.tasks import reward, sft
 from hf_longctx.tasks.few_bit_base import read_quantization
 from hf_longctx.tasks.inputs import RecipeArguments, load_model
 from hf_longctx.trainer.checks import check_model
@@ -124,7 +125,6 @@ def trained(tmp_path_factory) -> Path:
 @needs_bitsandbytes
 def test_the_recipe_saves_adapters_that_merge_into_whole_weights(trained):
     from peft import PeftModel
-    from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
     saved = load_file(trained / "run" / "adapter_model.safetensors")
@@ -153,3 +153,34 @@ def test_k_bit_preparation(raised):
     assert model.model.norm.weight.dtype == model.lm_head.weight.dtype == expected
     assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
     assert model.get_input_embeddings()(torch.tensor([[3]])).requires_grad
+
+
+@pytest.fixture
+def reward_run(tmp_path, monkeypatch):
+    """Starts the recipe `reward` with adapters, on a tiny model, with more arguments."""
+    build("llama", "sdpa").save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    pairs = [{"prompt": f"w{i} w3 ", "chosen": f"w{i + 2} w7", "rejected": f"w{i + 1} w5"} for i in range(8)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    command = f"reward --model_name_or_path {tmp_path / 'base'} --dataset_name {tmp_path / 'pairs.jsonl'} --use_peft"
+    command += f" true --output_dir {tmp_path / 'run'} --use_cpu true --bf16 false --max_steps 1 --save_strategy no"
+    command += " --report_to none --gradient_checkpointing false "
+
+    def start(more: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", (command + more).split())
+        reset_state()
+        reward.main()
+        return list(load_file(tmp_path / "run" / "adapter_model.safetensors"))
+
+    return start
+
+
+def test_adapters_of_a_reward_model_come_with_its_new_head(reward_run):
+    more = " --load_in_4bit true" if INSTALLED else ""
+    assert [name for name in reward_run(f"--dtype bfloat16{more}") if "score" in name]
+
+
+@needs_bitsandbytes
+def test_a_head_that_trl_casts_is_refused_next_to_other_hidden_states(reward_run):
+    with pytest.raises(NotImplementedError, match=r"`dtype` \(float32\).*casts the new head.*`dtype: bfloat16`"):
+        reward_run("--dtype float32 --load_in_4bit true")
