@@ -7,9 +7,11 @@ import importlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 
@@ -43,6 +45,16 @@ def start(*arguments: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 240}
     return subprocess.run([sys.executable, *arguments], **options)
+
+
+def start_two_nodes(*arguments: str) -> list[subprocess.CompletedProcess]:
+    """One process on each of two launchers, which find each other by address and port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    node = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1"]
+    with ThreadPoolExecutor(2) as both:
+        return list(both.map(lambda rank: start(*node, "--master_port", port, "--node_rank", rank, *arguments), "01"))
 
 
 def train_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -216,10 +228,9 @@ def test_the_hybrid_recipe_trains_shared_packed_rows(inputs, pairs, tmp_path):
         del settings[name]
     changes = {"model_name_or_path": str(tmp_path / "model"), "dataset_name": pairs["file"], "max_length": 64}
     changes |= {"bf16": False, "max_steps": 2, "num_train_epochs": 1, "save_strategy": "no"}
-    done = start(
-        *TORCHRUN, "recipes/sft.py", "--config", write_config(tmp_path / "run.yaml", inputs, **{**settings, **changes})
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    config = write_config(tmp_path / "run.yaml", inputs, **{**settings, **changes})
+    for done in start_two_nodes("recipes/sft.py", "--config", config):
+        assert done.returncode == 0, done.stdout + done.stderr
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert (metrics["sequence_parallel_size"], metrics["num_steps"]) == (2, 2)
     assert all(entry["loss"] > 0 and entry["grad_norm"] > 0 for entry in metrics["history"])
