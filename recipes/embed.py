@@ -8,8 +8,10 @@ Arguments are those of `SentenceTransformerTrainingArguments`, of `LongContextCo
 with their rows and weight, and left out. What is saved is an ordinary sentence-transformer.
 """
 
-from hf_longctx.tasks.embed import main
+import sys
+
+from hf_longctx.cli.train import run_task
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_task("embed"))

@@ -6,8 +6,10 @@ Arguments are those of `TrainingArguments`, of `LongContextConfig`, `MemoryConfi
 the toy; the command line overrides the YAML file.
 """
 
-from hf_longctx.tasks.indexer_warmup import main
+import sys
+
+from hf_longctx.cli.train import run_task
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_task("indexer_warmup"))

@@ -3,8 +3,10 @@
 python recipes/lsh_duplication.py --output_dir runs/lsh_duplication
 """
 
-from hf_longctx.tasks.lsh_duplication import main
+import sys
+
+from hf_longctx.cli.train import run_task
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_task("lsh_duplication"))

@@ -3,8 +3,10 @@
 python recipes/lsh_pretrain.py --config recipes/lsh_pretrain_stdlib.yaml
 """
 
-from hf_longctx.tasks.lsh_pretrain import main
+import sys
+
+from hf_longctx.cli.train import run_task
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_task("lsh_pretrain"))

@@ -8,8 +8,10 @@ of `TrainingArguments`, of TRL's `ModelConfig`, of `LongContextConfig` and `Memo
 command line overrides the YAML file.
 """
 
-from hf_longctx.tasks.pretrain import main
+import sys
+
+from hf_longctx.cli.train import run_task
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_task("pretrain"))

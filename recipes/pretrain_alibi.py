@@ -7,8 +7,10 @@ One model has ALiBi (`hf_longctx.use_alibi` on a Llama), one rotary embeddings (
 files that none has seen, with 64, 128 and 256 bytes up to the last of them. Writes `alibi.json` and `alibi.png`.
 """
 
-from hf_longctx.tasks.pretrain_alibi import main
+import sys
+
+from hf_longctx.cli.train import run_task
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_task("pretrain_alibi"))

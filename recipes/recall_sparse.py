@@ -3,8 +3,10 @@
 python recipes/recall_sparse.py --output_dir runs/recall_sparse
 """
 
-from hf_longctx.tasks.recall_sparse import main
+import sys
+
+from hf_longctx.cli.train import run_task
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_task("recall_sparse"))

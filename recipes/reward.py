@@ -7,8 +7,10 @@ of `inputs.RecipeArguments`; the command line overrides the YAML file. Rows have
 without a `prompt` before them, and may have a `margin`.
 """
 
-from hf_longctx.tasks.reward import main
+import sys
+
+from hf_longctx.cli.train import run_task
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_task("reward"))

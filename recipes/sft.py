@@ -8,8 +8,10 @@ consecutive rows; nothing is truncated away. Conversations (`messages`, or `prom
 beyond `max_length`, truncated by TRL, as always; `packing: true` puts several of them in a row, kept apart.
 """
 
-from hf_longctx.tasks.sft import main
+import sys
+
+from hf_longctx.cli.train import run_task
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_task("sft"))

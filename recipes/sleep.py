@@ -3,8 +3,10 @@
 python recipes/sleep.py --config recipes/sleep_rule110_cpu.yaml
 """
 
-from hf_longctx.tasks.sleep import main
+import sys
+
+from hf_longctx.cli.train import run_task
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_task("sleep"))

@@ -3,8 +3,10 @@
 python recipes/ttt.py --config recipes/ttt_markov_toy.yaml
 """
 
-from hf_longctx.tasks.ttt import main
+import sys
+
+from hf_longctx.cli.train import run_task
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_task("ttt"))

@@ -1,73 +1,81 @@
-"""`hf-longctx`: look before a run, and run. `env` prints what is installed, `check` says whether and how a model is
-sharded, `pack` what packing would do to a data set, `plan` what fits on which GPUs, `ttt` adds fast weights to a
-model, `verify` proves that sharding is exact; `sft`, `pretrain`, `dpo`, `reward` and `embed` train."""
+"""`hf-longctx`: look before a run, and run.
+
+`env` prints what is installed, `check` says whether and how a model is sharded, `pack` what packing would do to a
+data set, `plan` what fits on which GPUs, `verify` proves that sharding is exact, `ttt` adds fast weights to a model.
+`sft`, `pretrain`, `dpo`, `reward`, `kto` and `embed` train; `run` starts any other script with our attention names.
+"""
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import sys
 from typing import Any
 
-from . import check, env, pack, plan, ttt, verify
+from . import check, completion, env, pack, plan, run_program, ttt, verify
+from .answer import Answer, add_json
+from .parser import CommandParser
 from .train import TASKS, TrainingCommand
 
 
-# A command has `add_parser(commands)`, which must import nothing that takes time, and `run(options)`.
-COMMANDS: tuple[Any, ...] = (env, check, pack, plan, ttt, verify, *map(TrainingCommand, TASKS))
+# A command has `add_parser(commands)`, which must import nothing that takes time, and `run(options, answer)`.
+COMMANDS: tuple[Any, ...] = (
+    env,
+    check,
+    pack,
+    plan,
+    verify,
+    ttt,
+    *map(TrainingCommand, TASKS),
+    run_program,
+    completion,
+)
+# Their output is a program's own.
+_WITHOUT_JSON = (run_program, completion)
+# What wrong input raises; other errors are faults.
+_EXPECTED = (ValueError, NotImplementedError, ImportError, OSError)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the console command; returns the exit code."""
-    parser = _Parser(prog="hf-longctx", description=__doc__, allow_abbrev=False)
+    options = _parse(sys.argv[1:] if arguments is None else list(arguments))
+    if options.run in [command.run for command in _WITHOUT_JSON]:
+        return options.run(options)
+    if options.takes_more:  # imports nothing of its own before the recipe's libraries
+        return options.run(options)
+    answer = Answer(options)
+    try:
+        answer.validate()
+        code = options.run(options, answer)
+    except _EXPECTED as error:
+        code = answer.refuse(error)
+    return answer.end(code)
+
+
+def build_parser() -> CommandParser:
+    """The parser of all commands."""
+    parser = CommandParser(prog="hf-longctx", description=__doc__, allow_abbrev=False)
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="command", parser_class=CommandParser, title="commands"
+    )
     for command in COMMANDS:
         chosen = command.add_parser(commands)
-        chosen.set_defaults(run=command.run, takes_more=getattr(command, "takes_more", False), parser=chosen)
-    options, more = parser.parse_known_args(arguments)
+        leaves = chosen.subcommands() or [chosen]
+        for leaf in leaves:
+            if command not in _WITHOUT_JSON:
+                add_json(leaf)
+            own = leaf.get_default("takes_more")
+            takes_more = getattr(command, "takes_more", False) if own is None else own
+            leaf.set_defaults(run=leaf.get_default("run") or command.run, takes_more=takes_more, parser=leaf)
+    return parser
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    options, more = build_parser().parse_known_args(words)
     if more and not options.takes_more:
         options.parser.refuse(more)
     options.more = more
-    return options.run(options)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Help in 80 columns with defaults, and the nearest name for a wrong one."""
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **{"formatter_class": _Help, **kwargs})
-
-    def refuse(self, words: list[str]) -> None:
-        """End with what was not known and the nearest argument."""
-        known = [name for action in self._actions for name in action.option_strings]
-        near = difflib.get_close_matches(words[0].partition("=")[0], known, 1)
-        self.error(f"unrecognized arguments: {' '.join(words)}{f'; did you mean {near[0]}?' if near else ''}")
-
-    def _check_value(self, action: argparse.Action, value: Any) -> None:
-        try:
-            super()._check_value(action, value)
-        except argparse.ArgumentError as error:
-            near = difflib.get_close_matches(str(value), [str(choice) for choice in action.choices or ()], 1)
-            if near:
-                error.message += f"; did you mean {near[0]}?"
-            raise
-
-
-class _Help(argparse.HelpFormatter):
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=79)
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        text, default = action.help, action.default
-        if (
-            text
-            and action.option_strings
-            and default not in (None, False, argparse.SUPPRESS)
-            and "default" not in text
-        ):
-            return f"{text} (default: %(default)s)"
-        return text
+    return options
 
 
 class _Version(argparse.Action):

@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 from ..tested_versions import read_tested_versions
+
+
+if TYPE_CHECKING:
+    from .answer import Answer
 
 
 PACKAGES = (
@@ -29,30 +34,31 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     )
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, answer: Answer) -> int:
     """Print versions, devices and kernels; returns the exit code, always 0."""
-    from rich.console import Console
     from rich.table import Table
 
     from .. import __version__
 
-    console = Console(soft_wrap=True)
     table = Table("package", "version", "tested up to")
     table.add_row("hf_longctx", __version__, "")
-    tested, newer = read_tested_versions(), []
+    tested, newer, packages = read_tested_versions(), [], {}
     for package in PACKAGES:
         installed, limit = _version_of(package), tested.get(package, "")
         table.add_row(package, installed, limit)
-        if limit and is_newer(installed, limit):
+        packages[package] = {"installed": installed, "tested": limit or None, "newer": is_newer(installed, limit)}
+        if packages[package]["newer"]:
             newer.append(f"`{package}` {installed} is newer than tested ({limit})")
-    console.print(table)
+    answer.console.print(table)
     for message in newer:
-        console.print(f"{message}: run `hf-longctx verify` on your model, or install the tested version.")
+        answer.print(f"{message}: run `hf-longctx verify` on your model, or install the tested version.")
     import torch
 
     devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
-    console.print(f"devices: {', '.join(devices)}")
-    console.print(f"inner kernels available: {', '.join(_available_kernels())}")
+    kernels = _available_kernels()
+    answer.print(f"devices: {', '.join(devices)}")
+    answer.print(f"inner kernels available: {', '.join(kernels)}")
+    answer.facts |= {"packages": packages, "devices": devices, "inner_kernels": kernels}
     return 0
 
 

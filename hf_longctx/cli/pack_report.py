@@ -10,22 +10,20 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..data.documents import check_texts, load_documents
-from ..data.packing.datasets import measure_lengths
 from ..data.packing.lengths import STRATEGIES, Packing, cut_documents, pack_lengths, packing_cost
-from ..data.streams import is_stream
+from .pack_inputs import read_lengths
 
 
-_LENGTH_COLUMN = "length"
-_COUNTED = (_LENGTH_COLUMN, "input_ids")  # columns that make a tokenizer needless
+if TYPE_CHECKING:
+    from .answer import Answer
+
 _PICTURES = (".png", ".svg")
 _SEED = 0
 
@@ -52,9 +50,10 @@ class Padded:
         return cls(1 - float(lengths.sum() / computed.sum()), packing_cost(computed, linear_tokens))
 
 
-def report_packing(console: Console, options: argparse.Namespace) -> None:
+def report_packing(answer: Answer, options: argparse.Namespace) -> None:
     """Print the table and draw the picture."""
-    lengths, source = _read_lengths(options)
+    console = answer.console
+    lengths, source = read_lengths(options)
     # Empty documents are left out below; the check comes before, so that it tells the row numbers of the data set.
     cut_documents(np.maximum(lengths, 1), options.max_tokens, options.long_documents)
     documents = lengths[lengths > 0]
@@ -83,6 +82,21 @@ def report_packing(console: Console, options: argparse.Namespace) -> None:
         table.add_row(name, f"{len(packing):,}", f"{packing.efficiency:.2%}", spread)
     console.print(table)
     speedup = padded.cost / packing_cost(pieces, linear_tokens)
+    answer.facts |= {
+        "dataset": options.dataset,
+        "lengths_from": source,
+        "documents": len(documents),
+        "empty_documents": len(lengths) - len(documents),
+        "tokens": documents.sum(),
+        "longest": documents.max(),
+        "median": np.median(documents),
+        "max_tokens": options.max_tokens,
+        "over_max_tokens": (documents > options.max_tokens).sum(),
+        "padded": {"batch_size": options.batch_size, "waste": padded.waste},
+        "strategies": {name: _facts_of(packing, linear_tokens) for name, packing in packings.items()},
+        "speedup": speedup,
+        "picture": None,
+    }
     console.print(
         f"expected speed-up of packing over padding: {speedup:.2f} times, an estimate that counts operations for a "
         f"hidden size of {options.hidden_size}; measure before you rely on it"
@@ -90,12 +104,22 @@ def report_packing(console: Console, options: argparse.Namespace) -> None:
     if options.output is None:
         return
     if draw_packing(Path(options.output), documents, packings, padded, options):
-        console.print(f"wrote {options.output}", markup=False)
+        answer.facts["picture"] = options.output
+        answer.print(f"wrote {options.output}")
     else:
         missing = (
             f"warning: `{options.output}` was not drawn, matplotlib is missing: run `pip install hf-longctx[demo]`"
         )
-        console.print(missing, markup=False)
+        answer.print(missing)
+
+
+def _facts_of(packing: Packing, linear_tokens: float) -> dict[str, float]:
+    costs = packing.costs(linear_tokens)
+    return {
+        "rows": len(packing),
+        "efficiency": packing.efficiency,
+        "costliest_row_to_mean": float(costs.max() / costs.mean()),
+    }
 
 
 def draw_packing(
@@ -139,49 +163,3 @@ def validate_options(options: argparse.Namespace) -> None:
         raise ValueError(f"`--output` ({path}) must be a picture, which may be written over: end it in .png or .svg.")
     if not path.parent.is_dir():
         raise ValueError(f"the folder of `--output` ({path}) does not exist: make it first.")
-
-
-def _read_lengths(options: argparse.Namespace) -> tuple[np.ndarray, str]:
-    """Tokens of every document, and where the numbers come from."""
-    where = {"split": options.split, "config_name": options.config_name, "streaming": options.streaming}
-    dataset = load_documents(options.dataset, text_field=options.text_field, or_columns=_COUNTED, **where)
-    if options.limit is not None:
-        dataset = dataset.take(options.limit)
-    row: dict[str, Any] = next(iter(dataset), {})
-    if isinstance(row.get(_LENGTH_COLUMN), int):
-        column = _LENGTH_COLUMN
-    elif "input_ids" in row:
-        column = "input_ids"
-    else:
-        lengths = _count_tokens(dataset, list(row), options)
-        return lengths, f"{options.model_name_or_path} on the column `{options.text_field}`"
-    if is_stream(dataset):
-        values = (row[column] for row in dataset)
-        lengths = np.fromiter((value if column == _LENGTH_COLUMN else len(value) for value in values), np.int64)
-    else:
-        lengths = measure_lengths(dataset, _LENGTH_COLUMN)
-    return lengths, f"the column `{column}`"
-
-
-def _count_tokens(dataset, names: list[str], options: argparse.Namespace) -> np.ndarray:
-    if not names:
-        raise ValueError(f"`{options.dataset}` has no rows in `--split` {options.split}: check what was read.")
-    if options.text_field not in names:
-        raise ValueError(
-            f"`{options.dataset}` has none of the columns `{_LENGTH_COLUMN}`, `input_ids` and `{options.text_field}`, "
-            f"only {', '.join(names)}: name the column of the text with `--text_field`."
-        )
-    if options.model_name_or_path is None:
-        raise ValueError(
-            f"`{options.dataset}` holds text, whose tokens only a tokenizer can count: name it with "
-            "`--model_name_or_path`, a hub id or a folder."
-        )
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(options.model_name_or_path)
-    lengths: list[int] = []
-    for batch in dataset.iter(batch_size=1000):
-        texts = batch[options.text_field]
-        check_texts(texts, options.text_field, range(len(lengths), len(lengths) + len(texts)), f"`{options.dataset}`")
-        lengths += map(len, tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"])
-    return np.array(lengths, dtype=np.int64)

@@ -85,8 +85,15 @@ class Speed:
 
     def cells(self, settings: Settings) -> tuple[str, str]:
         """10^15 model FLOPs of one row, and seconds until the ranks that share it are through."""
-        if self.flops is None:
+        flops, seconds = self.of_row(settings)
+        if flops is None or seconds is None:
             return "-", "-"
+        return format_number(flops / 1e15), format_number(seconds)
+
+    def of_row(self, settings: Settings) -> tuple[float | None, float | None]:
+        """The same as numbers: model FLOPs, and seconds."""
+        if self.flops is None:
+            return None, None
         recompute = (
             "layers" if settings.checkpointing or settings.reversible else "mlp" if settings.mlp_tile_size else "none"
         )
@@ -95,7 +102,7 @@ class Speed:
         step = self.flops.step(lengths, recompute=recompute, trained_share=trained)
         once_more = 0 if settings.reference == "none" else step.forward
         seconds = (step.hardware + once_more) / (settings.sequence_parallel_size * self.tflops * 1e12)
-        return format_number((step.model + once_more) / 1e15), format_number(seconds)
+        return step.model + once_more, seconds
 
 
 def print_facts(

@@ -7,10 +7,9 @@ import argparse
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.console import Console
 from transformers import AutoConfig, PretrainedConfig
 
 from ..adapters.hashed import refuse_unhashable
@@ -21,6 +20,8 @@ from ..planner.measure import can_measure, free_bytes, measure_in_process, short
 from ..planner.memory_plan import USABLE_SHARE, Planner
 from ..planner.presets import PRESETS, Preset
 from ..planner.settings import Settings
+from .plan_cells import num_workers, plan_all
+from .plan_json import facts_of
 from .plan_recipe import write_recipe
 from .plan_report import (
     GIB,
@@ -36,6 +37,10 @@ from .plan_saving import GPUS_PER_NODE
 from .plan_sizes import print_sizes
 
 
+if TYPE_CHECKING:
+    from .answer import Answer
+
+
 TASKS = ("sft", "dpo", "reward")
 _SAVING = ("save_seconds", "hours_between_failures")
 _UNITS = {"": 1, "K": 2**10, "M": 2**20}
@@ -45,7 +50,7 @@ _MEASURED_LAYERS = 2
 _LEAST_TOKENS = 1024
 
 
-def plan_rows(console: Console, options: argparse.Namespace) -> None:
+def plan_rows(answer: Answer, options: argparse.Namespace) -> None:
     """Print the plan, draw and write what is asked for; raise the message if it is refused."""
     _check_options(options)
     target = None if options.target_tokens is None else parse_tokens(options.target_tokens)
@@ -55,8 +60,8 @@ def plan_rows(console: Console, options: argparse.Namespace) -> None:
     if settings.num_hashes is not None:
         refuse_unhashable(planner.model)
     if options.measure:
-        planner = _calibrate(console, planner)
-    _report(console, options, planner, settings, target)
+        planner = _calibrate(answer, planner)
+    _report(answer, options, planner, settings, target)
 
 
 def parse_tokens(text: str) -> int:
@@ -78,33 +83,41 @@ def recommend(cells: list[Cell], target: int | None) -> Cell | None:
 
 
 def _report(
-    console: Console, options: argparse.Namespace, planner: Planner, settings: Settings, target: int | None
+    answer: Answer, options: argparse.Namespace, planner: Planner, settings: Settings, target: int | None
 ) -> None:
-    memory = int(options.gpu_memory * GIB), _bytes(options.cpu_memory)
-    cells = []
-    for size in _sizes(options.gpus, planner):
+    console, memory = answer.console, (int(options.gpu_memory * GIB), _bytes(options.cpu_memory))
+    wanted = [(size, preset) for size in _sizes(options.gpus, planner) for preset in _presets(settings)]
+
+    def plan(task: tuple[int, Preset]) -> Cell:
+        size, preset = task
         sharing = settings.of(tokens=target or size, sequence_parallel_size=size)
-        for preset in _presets(settings):
-            with console.status(f"simulating '{preset.name}', {size} a row"):
-                cells.append(_plan_cell(planner, preset, sharing, target, *memory))
+        return _plan_cell(planner, preset, sharing, target, *memory)
+
+    what = f"simulating {len(wanted)} ways to run it: presets, and GPUs that share a row"
+    with answer.working(what):
+        tell = lambda done: answer.progress(f"{what}; {done} done")
+        cells: list[Cell] = plan_all(planner, plan, wanted, tell, 1 if options.measure else num_workers(len(wanted)))
     best = recommend(cells, target)
     speed = Speed.of(planner.config, options.peak_tflops, options.utilisation)
     if settings.num_hashes is not None:
         speed = Speed(None, "the operations of LSH attention are not counted", speed.tflops)
+    answer.facts |= facts_of(options, planner, settings, cells, best, target, speed)
     print_facts(console, options, planner, settings, speed)
     print_cells(console, cells, best, target, speed)
     if settings.reversible and target is not None:
-        print_sizes(console, planner.config, cells[-1].settings.of(tokens=target), memory[0])
+        print_sizes(answer, planner.config, cells[-1].settings.of(tokens=target), memory[0])
     if options.output and draw_plan(Path(options.output), planner, cells, best or cells[-1], memory[0]):
-        console.print(f"wrote {options.output}", markup=False)
+        answer.facts["picture"] = options.output
+        answer.print(f"wrote {options.output}")
     elif options.output:
         missing = f"warning: `{options.output}` was not drawn, matplotlib is missing:"
-        console.print(f"{missing} run `pip install hf-longctx[demo]`", markup=False)
+        answer.print(f"{missing} run `pip install hf-longctx[demo]`")
     if best is None:
         raise ValueError(_why_not(planner, cells, target, options, *memory))
     if options.write:
         write_recipe(Path(options.write), options.model, best, target, options.task)
-        console.print(f"wrote {options.write}: change the lines marked `<-`", markup=False)
+        answer.facts["recipe"] = options.write
+        answer.print(f"wrote {options.write}: change the lines marked `<-`")
 
 
 def _presets(settings: Settings) -> list[Preset]:
@@ -173,7 +186,7 @@ def _sizes(gpus: int, planner: Planner) -> list[int]:
     return [size for size in range(1, gpus + 1) if gpus % size == 0 and size <= planner.num_heads]
 
 
-def _calibrate(console: Console, planner: Planner) -> Planner:
+def _calibrate(answer: Answer, planner: Planner) -> Planner:
     """A planner corrected by one measured step of a few layers on this machine."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not can_measure(device):
@@ -190,7 +203,7 @@ def _calibrate(console: Console, planner: Planner) -> Planner:
             f"`--measure` needs {planned.device / GIB:.1f} GiB for {_MEASURED_LAYERS} layers and {tokens:,} tokens, "
             f"and {free / GIB:.1f} GiB are free on this machine: leave it out, or measure on a larger one."
         )
-    with console.status("measuring one step"):
+    with answer.working("measuring one step"):
         measured = measure_in_process(config, settings, device)
     states = planned.weights + planned.gradients + planned.optimizer
     factor = (measured - states) / (planned.device - states)
@@ -199,7 +212,8 @@ def _calibrate(console: Console, planner: Planner) -> Planner:
             f"`--measure` found {measured / GIB:.2f} GiB, less than the weights alone: this machine cannot tell what "
             "a step takes; leave it out."
         )
-    console.print(
+    answer.facts["measured"] = {"bytes": measured, "planned_bytes": planned.device, "factor": factor}
+    answer.print(
         f"measured on this {device.upper()} with {_MEASURED_LAYERS} layers and {tokens:,} tokens: "
         f"{measured / GIB:.2f} GiB; planned {planned.device / GIB:.2f} GiB ({planned.device / measured - 1:+.1%}); "
         f"activations are multiplied by {factor:.3f}"
@@ -267,8 +281,8 @@ def _check_options(options: argparse.Namespace) -> None:
         raise ValueError(f"`--utilisation` ({options.utilisation:g}) is a share of the peak: give at most 1.")
     if options.reversible and options.write:
         raise ValueError(
-            "`--write` makes a file for `recipes/sft.py`, which trains a model further, and `--reversible` is for new "
-            "ones: leave one of them out, and put `reversible_layers: true` into a file for `recipes/pretrain.py`."
+            "`--write` makes a file for `hf-longctx sft`, which trains a model further, and `--reversible` is for new "
+            "ones: leave one of them out, and put `reversible_layers: true` into a file for `hf-longctx pretrain`."
         )
     validate_outputs(options.output, options.write)
     validate_inner_attention(options.inner_attention)

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..config.run import INNER_ATTENTIONS
 from ..proof.result import EXACT, EXIT_CODES, REFUSED, UNBUILDABLE, WRONG, RowsResult, VerifyResult
 
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from .answer import Answer
 
 _STYLES = {EXACT: "bold green", WRONG: "bold red", REFUSED: "bold yellow", UNBUILDABLE: "bold yellow"}
 _WORDS = {EXACT: "exact", WRONG: "WRONG", REFUSED: "refused", UNBUILDABLE: "could not be built"}
@@ -26,111 +27,103 @@ _TABLE_WIDTH = 150
 def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     """Add the command's name, help and options."""
     parser = commands.add_parser("verify", help="prove that a model shared by processes is the model of one process")
+    kernels = f"{', '.join(INNER_ATTENTIONS)} (against itself)"
     parser.add_argument("model", help="hub id, folder or model type such as qwen3")
-    parser.add_argument("--sequence_parallel_size", type=int, default=2, help="processes that share one sequence")
+    parser.add_argument(
+        "--sequence_parallel_size", type=int, default=2, metavar="P", help="processes that share one sequence"
+    )
     parser.add_argument("--data_parallel_size", type=int, default=1, help="groups of them")
-    parser.add_argument("--inner_attention", default="auto", help="kernel that `ulysses` runs; lsh against lsh")
+    parser.add_argument("--inner_attention", default="auto", help=f"kernel that `ulysses` runs: {kernels}")
     parser.add_argument("--packed", action="store_true", help="packed rows too, and pairs without padding")
     parser.add_argument("--wrapper", default="none", help="none, ddp or fsdp2: who averages gradients")
     parser.add_argument("--dtype", default="float32", help="float32 (doubts are settled in float64) or float64")
     parser.add_argument(
-        "--task", help="causal-lm, masked-lm or encoder where a type is several; embedding; dpo; reward"
+        "--task",
+        help="causal-lm, masked-lm, multimodal-lm or encoder, for a type that is several; or embedding, dpo or "
+        "reward; default: what it is first of all",
     )
     parser.add_argument("--bidirectional", action="store_true", help="with --task embedding: no causal mask")
     parser.add_argument("--ttt", action="store_true", help="the type with fast weights (TTT-E2E), in one process")
     parser.add_argument("--full", action="store_true", help="the model's own size and weights, not a tiny random one")
     parser.add_argument("--sleep", action="store_true", help="that it sleeps exactly instead: one process, tiny model")
-    parser.add_argument("--json", help="file to write the result to")
     return parser
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, answer: Answer) -> int:
     """Print the proof and return the exit code."""
-    from rich.console import Console
-
     from ..proof.model_under_test import Setting, validate_task
     from ..proof.verification import verify
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = answer.console
     console.width = max(console.width, _TABLE_WIDTH)
     if options.sleep:
-        return _run_sleep(console, options)
-    try:
-        setting = Setting(
-            options.sequence_parallel_size,
-            options.data_parallel_size,
-            options.inner_attention,
-            wrapper=options.wrapper,
-            dtype=options.dtype,
-        )
-        validate_task(options.task, options.bidirectional)
-        _validate_writable(options.json)
-    except (ValueError, ImportError) as error:
-        return _end(console, REFUSED, str(error))
+        return _run_sleep(answer, options)
+    setting = Setting(
+        options.sequence_parallel_size,
+        options.data_parallel_size,
+        options.inner_attention,
+        wrapper=options.wrapper,
+        dtype=options.dtype,
+    )
+    validate_task(options.task, options.bidirectional)
     if options.ttt:
-        return _verify_fast_weights(console, options)
+        return _verify_fast_weights(answer, options)
     cores = os.cpu_count() or 1
     if setting.world_size > cores:
-        console.print(f"warning: {setting.world_size} processes on {cores} cores take turns: right, but slow")
+        answer.print(f"warning: {setting.world_size} processes on {cores} cores take turns: right, but slow")
     names = ("sequence_parallel_size", "data_parallel_size", "inner_attention", "packed", "wrapper", "dtype", "full")
     settings = {name: getattr(options, name) for name in (*names, "bidirectional")}
     try:
-        with console.status(f"{setting.world_size} processes and {options.model}"):
+        with answer.working(f"{setting.world_size} processes and {options.model}"):
             result = verify(options.model, task=options.task, **settings)
     except ValueError as error:
-        return _end(console, UNBUILDABLE, str(error))
+        return _end(answer, UNBUILDABLE, str(error))
     _print(console, options, result)
-    if options.json:
-        Path(options.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-        console.print(f"wrote {options.json}", markup=False)
+    answer.facts |= result.to_dict()
+    answer.outcome, answer.message = result.outcome, result.message
     return result.exit_code
 
 
-def _verify_fast_weights(console: Console, options: argparse.Namespace) -> int:
+def _verify_fast_weights(answer: Answer, options: argparse.Namespace) -> int:
     from rich.table import Table
 
     from ..proof.fast_weights import verify_fast_weights
 
     try:
-        with console.status(f"fast weights in {options.model}"):
+        with answer.working(f"fast weights in {options.model}"):
             result = verify_fast_weights(options.model)
     except ValueError as error:
-        return _end(console, UNBUILDABLE, str(error))
+        return _end(answer, UNBUILDABLE, str(error))
     table = Table("fast weights", "worst error", "allowed (float64)", box=None)
     for check in result.checks:
         table.add_row(check.name, f"{check.error:.1e}", f"{check.allowed:.0e}")
-    console.print(f"{result.model} (tiny random weights), one process", markup=False)
+    answer.print(f"{result.model} (tiny random weights), one process")
     if result.checks:
-        console.print(table)
-    if options.json:
-        Path(options.json).write_text(json.dumps(dataclasses.asdict(result), indent=2) + "\n")
-    return _end(console, result.outcome, result.message or f"{len(result.checks)} rows in {result.seconds:.1f} s")
+        answer.console.print(table)
+    answer.facts |= dataclasses.asdict(result)
+    return _end(answer, result.outcome, result.message or f"{len(result.checks)} rows in {result.seconds:.1f} s")
 
 
-def _run_sleep(console: Console, options: argparse.Namespace) -> int:
+def _run_sleep(answer: Answer, options: argparse.Namespace) -> int:
     """The proof of [`verify_sleep`][hf_longctx.proof.sleeping]: a line a property, and its exit code."""
     from ..proof.sleeping import verify_sleep
 
     try:
-        _validate_writable(options.json)
+        with answer.working(f"windows and passes of {options.model}"):
+            result = verify_sleep(options.model)
     except ValueError as error:
-        return _end(console, REFUSED, str(error))
-    try:
-        result = verify_sleep(options.model)
-    except ValueError as error:
-        return _end(console, UNBUILDABLE, str(error))
+        return _end(answer, UNBUILDABLE, str(error))
     for name, off in result.errors.items():
-        console.print(f"{name:20} off by {off:.1e}, allowed {result.allowed[name]:.1e}", markup=False)
-    if options.json:
-        Path(options.json).write_text(json.dumps(result.to_dict(), indent=2) + "\n")
-        console.print(f"wrote {options.json}", markup=False)
-    return _end(console, result.outcome, result.message or "windows, states, gradients, rows and generation")
+        answer.print(f"{name:20} off by {off:.1e}, allowed {result.allowed[name]:.1e}")
+    answer.facts |= result.to_dict()
+    return _end(answer, result.outcome, result.message or "windows, states, gradients, rows and generation")
 
 
-def _end(console: Console, outcome: str, message: str) -> int:
+def _end(answer: Answer, outcome: str, message: str) -> int:
     from rich.markup import escape
 
-    console.print(f"[{_STYLES[outcome]}]{_WORDS[outcome]}[/]: {escape(message)}")
+    answer.outcome, answer.message = outcome, "" if outcome == EXACT else message
+    answer.console.print(f"[{_STYLES[outcome]}]{_WORDS[outcome]}[/]: {escape(message)}")
     return EXIT_CODES[outcome]
 
 
@@ -187,16 +180,3 @@ def _cells(rows: RowsResult) -> list[str]:
     numbers = [f"{value:.1e}" for value in (errors.loss, errors.logits, errors.gradient)]
     allowed = f"{rows.tolerance:.1e} ({rows.dtype})"
     return [rows.rows, *numbers, escape(errors.parameter), f"{errors.evaluation:.1e}", allowed, outcome, seconds]
-
-
-def _validate_writable(output: str | None) -> None:
-    """Refuse before the work what could not be written after it."""
-    if output is None:
-        return
-    path = Path(output)
-    if path.is_dir():
-        raise ValueError(f"`--json` ({output}) is a folder: name a file in it.")
-    if not path.parent.is_dir():
-        raise ValueError(f"the folder of `--json` ({output}) does not exist: make it first.")
-    if not os.access(path.parent, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
-        raise ValueError(f"`--json` ({output}) cannot be written: name a file in a folder that you may write to.")

@@ -31,7 +31,8 @@ DOCUMENT_EXTENSIONS = tuple(
     ".txt .md .markdown .rst .org .adoc .tex .html .py .pyi .ipynb .c .h .cc .cpp .hpp .cu .cuh .rs .go .java .kt "
     ".scala .js .jsx .ts .tsx .swift .rb .php .pl .lua .r .jl .sh .sql .hs .ml .ex .erl .zig .cs".split()
 )
-DATA_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+DATA_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+_ONLY_WHERE_NAMED = (".json", ".csv")  # in a folder these are settings and tables, as a rule
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -49,7 +50,7 @@ def load_documents(
 
     Args:
         path_or_name (`str`):
-            A folder of documents, a folder of jsonl or parquet files, one such file, a glob such as
+            A folder of documents, a folder of jsonl or parquet files, one such file or a CSV file, a glob such as
             `"notes/**/*.md"`, or the name of a dataset on the Hub. In a folder of documents every file is one row with
             the columns `text` and `path`; hidden files are left out. Undecodable, binary and empty ones, and what is
             no regular file inside the folder (pipes, devices, links that lead out), are skipped and counted in the
@@ -252,7 +253,7 @@ def _choose_files(
         return "documents", documents
     formats = dict(DATA_FORMATS)
     if Path(name).expanduser().is_dir():
-        del formats[".json"]  # in a folder these are settings, as a rule
+        formats = {ending: kind for ending, kind in formats.items() if ending not in _ONLY_WHERE_NAMED}
     data = [file for file in files if _extension(file) in formats]
     if not documents and not data:
         found = ", ".join(sorted({shown(file.suffix or file.name) for file in files})[:10]) or "no file"

@@ -106,7 +106,7 @@ class Planner:
         self.model = model_on_meta(self.config, scores_rows)
         self.stack = find_stack(self.model)
         self.tiles_loss, self.tiles_mlp = _can_tile_loss(self.model), bool(find_dense_mlps(self.model)[0])
-        self._peaks: dict[Settings, PhasePeaks] = {}
+        self.simulated: dict[Settings, PhasePeaks] = {}
 
     def preset(self, preset: Preset | str, settings: Settings) -> Settings:
         """`settings` with a preset applied, without what this model cannot do."""
@@ -146,7 +146,7 @@ class Planner:
         for _ in range(4):  # rows that turn out short are solved for again, from short ones
             line = self._line(settings, start)
             tokens = line.longest(device_bytes * USABLE_SHARE)
-            if tokens >= start or start == 1:
+            if tokens >= start or start == 1 or line.first.states > device_bytes * USABLE_SHARE:
                 break
             start = max(1, tokens // 2)
         if cpu_bytes is not None and settings.offload:
@@ -175,9 +175,9 @@ class Planner:
         """The whole model at a length: simulated, or continued from two short stacks."""
         validate_head_count(self.num_heads, settings.sequence_parallel_size)
         settings = settings.of(tokens=local_tokens * settings.sequence_parallel_size, processes_per_node=None)
-        if settings.reversible and settings not in self._peaks:
-            self._peaks[settings] = self._reversible(settings, local_tokens)
-        if settings not in self._peaks:
+        if settings.reversible and settings not in self.simulated:
+            self.simulated[settings] = self._reversible(settings, local_tokens)
+        if settings not in self.simulated:
             stack = self.stack
             if stack is not None and settings.checkpointing:
                 stack = replace(stack, period=math.lcm(stack.period, settings.every_n_layers))
@@ -186,8 +186,8 @@ class Planner:
             if more and stack is not None:
                 steps = (stack.num_layers - sizes[0]) / (sizes[1] - sizes[0])
                 peaks = peaks.towards(more[0], steps)
-            self._peaks[settings] = self._with_buffers(peaks, settings)
-        return self._peaks[settings]
+            self.simulated[settings] = self._with_buffers(peaks, settings)
+        return self.simulated[settings]
 
     def _reversible(self, settings: Settings, local_tokens: int) -> PhasePeaks:
         """Two streams instead of checkpoints; FSDP2 gathers the whole model, since its layers run as one."""

@@ -48,6 +48,14 @@ class PhasePeaks:
     cpu: float
     num_checkpoints: float
 
+    @property
+    def states(self) -> float:
+        """Bytes of weights, gradients and optimizer in the phase that has most of them; no row is so short that they
+        are fewer."""
+        return max(
+            sum(kinds[kind] for kind in ("weights", "gradients", "optimizer")) for kinds in self.device.values()
+        )
+
     def towards(self, other: PhasePeaks, steps: float) -> PhasePeaks:
         """This and `steps` times the difference to `other`, in the phases that both have."""
         device = {

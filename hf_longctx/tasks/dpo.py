@@ -24,6 +24,7 @@ from ..config.pair_rows import PreferenceConfig
 from ..config.run import LongContextConfig
 from ..data.documents import column_names
 from ..trainer.preference import LongContextDPOTrainer
+from .data_kinds import other_data
 from .inputs import RecipeArguments, check_output_dir, load_model, make_report, read_documents, train_and_save
 from .recipe_file import parse_recipe
 
@@ -32,15 +33,16 @@ PAIRS = ("chosen", "rejected")
 ARGUMENTS = (RecipeArguments, DPOConfig, ModelConfig, LongContextConfig, MemoryConfig, PreferenceConfig)
 
 
-def read_pairs(recipe: RecipeArguments, args) -> tuple:
+def read_pairs(recipe: RecipeArguments, args, command: str = "dpo") -> tuple:
     """Pairs to train on, and to evaluate or `None`; `ValueError` where they have no `chosen` or `rejected`."""
     with args.main_process_first(desc="reading pairs"):
         pairs, eval_pairs = read_documents(recipe, args, None, PAIRS)
     missing = [name for name in PAIRS if name not in column_names(pairs)]
     if missing:
+        found = other_data(column_names(pairs), command)
         raise ValueError(
             f"`dataset_name` ({recipe.dataset_name}) has the columns {', '.join(sorted(column_names(pairs)))} and no "
-            f"`{missing[0]}`: pairs need `chosen` and `rejected`."
+            f"`{missing[0]}`: pairs need `chosen` and `rejected`{f'; these are {found}' if found else ''}."
         )
     return pairs, eval_pairs
 

@@ -19,7 +19,7 @@ except ImportError as error:
     raise ImportError("`load_embedder` needs sentence-transformers: `pip install hf-longctx[embedding]`.") from error
 
 from ..data.model_files import check_model_files
-from .inputs import PACKAGE, model_folder
+from .document_places import PACKAGE, model_folder
 
 
 @dataclass

@@ -1,19 +1,9 @@
-"""What every recipe reads and writes the same way: model, documents, output folder.
-
-Names that keep machine paths out of YAML files: the model `package:NAME` is the folder of an installed Python package
-(found, not imported), the data set `stdlib:` is the long files among the Python standard library's own sources, and
-`stdlib_functions:` is the functions in all of them: signature and docstring as prompts, bodies as completions.
-"""
+"""What every recipe reads and writes the same way: model, documents, output folder."""
 
 from __future__ import annotations
 
-import ast
-import glob
-import importlib.util
 import os
-import sysconfig
-import textwrap
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,15 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 
 try:
+    import datasets  # noqa: F401  without it, trl raises a RuntimeError
     import trl  # noqa: F401
-    from datasets import Dataset
 except ImportError as error:
     raise ImportError("The recipes need trl and datasets: `pip install hf-longctx[trl]`.") from error
 
 from ..config.run import LongContextConfig
 from ..config.watches import WatchConfig
-from ..data.documents import load_documents
-from ..data.files import irregular
 from ..data.model_files import check_model_files
 from ..reporting.origin import check_license
 from ..reporting.report import METRICS_FILE, PICTURE_FILE, RunReport
@@ -42,15 +30,9 @@ from ..resilience.kill_switch import KillSwitch
 from ..resilience.slow_rank_watch import SlowRankWatch
 from ..resilience.spike_guard import LossSpikeGuard
 from ..trainer.ending import end_training
+from .data_kinds import explain_documents, refuse_other_data
+from .document_places import BUILT_IN_DATASETS, model_folder, open_documents
 from .few_bit_base import prepare_few_bits, read_quantization
-
-
-PACKAGE, STDLIB, STDLIB_FUNCTIONS = "package:", "stdlib:", "stdlib_functions:"
-BUILT_IN_DATASETS = {
-    STDLIB: "the long sources of Python's standard library",
-    STDLIB_FUNCTIONS: "the functions of Python's standard library",
-}
-LONG_SOURCE = 80_000  # characters; about 18,000 tokens
 
 
 @dataclass
@@ -103,19 +85,6 @@ def check_output_dir(recipe: RecipeArguments, args) -> None:
         )
 
 
-def model_folder(name: str | None) -> str:
-    """A hub name or folder as it is; `package:NAME` as the folder of that installed package."""
-    if not name:
-        raise ValueError("`model_name_or_path` is missing: give a model on the Hub, a folder, or `package:NAME`.")
-    if not name.startswith(PACKAGE):
-        return name
-    package = name[len(PACKAGE) :]
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"`{name}` names no installed package: run `pip install {package.replace('_', '-')}`.")
-    return spec.submodule_search_locations[0]
-
-
 def load_model(
     recipe: RecipeArguments,
     args,
@@ -165,9 +134,14 @@ def load_model(
 
 
 def read_documents(
-    recipe: RecipeArguments, args, text_field: str | None = "text", or_columns: Collection[str] = ()
+    recipe: RecipeArguments,
+    args,
+    text_field: str | None = "text",
+    or_columns: Collection[str] = (),
+    command: str | None = None,
 ) -> tuple[Any, Any]:
-    """Training and evaluation documents; the latter may be `None`."""
+    """Training and evaluation documents; the latter may be `None`. `command` is the one that wants them, for messages
+    about data of another."""
     if not recipe.dataset_name:
         raise ValueError(
             "`dataset_name` is missing: give a folder of documents, a jsonl or parquet file, or a hub name."
@@ -176,51 +150,21 @@ def read_documents(
         raise ValueError(
             "`num_eval_documents` needs a data set that is read at once: set `dataset_streaming` to false."
         )
-    if recipe.dataset_name == STDLIB:
-        documents = load_documents(_stdlib_pattern()).filter(lambda row: len(row["text"]) >= LONG_SOURCE)
-    elif recipe.dataset_name == STDLIB_FUNCTIONS:
-        documents = Dataset.from_list(list(read_functions(sorted(glob.glob(_stdlib_pattern())))))
-    else:
-        place = recipe.dataset_name
-        documents = load_documents(
-            model_folder(place) if place.startswith(PACKAGE) else place,
-            split=recipe.dataset_split,
-            text_field=text_field,
-            config_name=recipe.dataset_config,
-            extensions=recipe.document_extensions,
-            streaming=recipe.dataset_streaming,
-            or_columns=or_columns,
-        )
+    place = recipe.dataset_name
+    where: dict[str, Any] = {"split": recipe.dataset_split, "config_name": recipe.dataset_config}
+    where |= {"extensions": recipe.document_extensions, "streaming": recipe.dataset_streaming}
+    try:
+        documents = open_documents(place, text_field=text_field, or_columns=or_columns, **where)
+    except ValueError as error:
+        if command is None:
+            raise
+        raise explain_documents(error, place, command, **where) from error
+    if command is not None:
+        refuse_other_data(place, documents, command, text_field, or_columns)
     if not recipe.num_eval_documents:
         return documents, None
     parts = documents.train_test_split(test_size=recipe.num_eval_documents, seed=args.seed)
     return parts["train"], parts["test"]
-
-
-def _stdlib_pattern() -> str:
-    return os.path.join(glob.escape(sysconfig.get_paths()["stdlib"]), "*.py")
-
-
-def read_functions(files: Iterable[str]) -> Iterator[dict[str, str]]:
-    """Every function and method that has a docstring and a body, less the indentation that its lines share.
-
-    The prompt ends with the docstring and the completion begins with the line break after it, because tokenizers merge
-    a line break with the indentation behind it: a prompt that ended with one would end inside a token.
-    """
-    for file in files:
-        if irregular(file) is not None:
-            continue
-        source = Path(file).read_text(encoding="utf-8")
-        lines = source.split("\n")
-        for node in ast.walk(ast.parse(source)):
-            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) or ast.get_docstring(node) is None:
-                continue
-            docstring, *body = node.body
-            if not body or docstring.end_lineno is None or body[0].lineno == docstring.end_lineno:
-                continue
-            text = textwrap.dedent("\n".join(lines[node.lineno - 1 : node.end_lineno])).split("\n")
-            end = docstring.end_lineno - node.lineno + 1
-            yield {"prompt": "\n".join(text[:end]).rstrip(), "completion": "\n" + "\n".join(text[end:])}
 
 
 def make_watches(config: WatchConfig) -> list[TrainerCallback]:

@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, HfArgumentParser
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ..adapters.hashed import use_lsh
 from ..adapters.tied_query_key import tie_query_key
 from ..config.lsh_settings import LSHConfig
+from .recipe_file import parse_toy, refuse_earlier_numbers
 
 
 NUMBERS_FILE, TABLE_FILE = "lsh_duplication.json", "lsh_duplication.md"
@@ -165,7 +166,8 @@ def as_markdown(found: list[dict]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    (toy,) = HfArgumentParser(DuplicationArguments).parse_args_into_dataclasses(arguments)
+    toy = parse_toy(DuplicationArguments, arguments)
+    refuse_earlier_numbers(Path(toy.output_dir), NUMBERS_FILE, TABLE_FILE)
     folder, table = Path(toy.output_dir), Table("trained with", "steps", *RUN)
     folder.mkdir(parents=True, exist_ok=True)
     found = []

@@ -10,6 +10,7 @@ It reads the sources of Python's standard library; every tenth file is held out.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -23,7 +24,7 @@ from ..config.run import LongContextConfig
 from ..trainer.causal_lm import LongContextTrainer
 from ..trainer.ending import end_training
 from .pretrain_alibi import BYTES, read_bytes, rows_of
-from .recipe_file import parse_recipe
+from .recipe_file import parse_recipe, refuse_earlier_numbers
 
 
 @dataclass
@@ -48,6 +49,7 @@ def main() -> None:
             f"`max_steps` ({args.max_steps}) must be positive, and `width` ({recipe.width}) a multiple of twice "
             f"`heads` ({recipe.heads}): a rotation turns pairs."
         )
+    refuse_earlier_numbers(Path(args.output_dir), "config.json")
     if recipe.threads is not None:
         torch.set_num_threads(recipe.threads)
     training, held_out = read_bytes(recipe.sources)

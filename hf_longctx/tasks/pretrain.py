@@ -81,7 +81,7 @@ def main() -> None:
         else:
             rows, eval_rows = (
                 part and split_into_rows(part, tokenizer, recipe.row_tokens, **options)
-                for part in read_documents(recipe, args, recipe.text_field)
+                for part in read_documents(recipe, args, recipe.text_field, command="pretrain")
             )
     trainer = LongContextTrainer(
         model=model,

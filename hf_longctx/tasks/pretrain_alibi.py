@@ -32,7 +32,7 @@ from transformers import (
 from ..adapters.no_rotation import use_alibi
 from ..config.run import LongContextConfig
 from ..trainer.causal_lm import LongContextTrainer
-from .recipe_file import parse_recipe
+from .recipe_file import parse_recipe, refuse_earlier_numbers
 
 
 KINDS = ("alibi", "rotary", "learned")
@@ -59,6 +59,7 @@ ARGUMENTS = (AlibiArguments, TrainingArguments, LongContextConfig)
 def main() -> None:
     recipe, args, long_context = parse_recipe(ARGUMENTS)
     validate(recipe, args, long_context)
+    refuse_earlier_numbers(Path(args.output_dir), "alibi.json")
     torch.set_num_threads(recipe.threads)
     training, held_out = read_bytes(recipe.sources)
     rows = rows_of(training, args.max_steps * args.per_device_train_batch_size, recipe.row_tokens, args.seed)

@@ -20,7 +20,6 @@ from rich.table import Table
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    HfArgumentParser,
     Trainer,
     TrainingArguments,
     default_data_collator,
@@ -30,6 +29,7 @@ from transformers import (
 from ..config.indexer import IndexerConfig
 from ..trainer.causal_lm import LongContextTrainer
 from .recall_rows import AtStep, RecallRows, copy_model
+from .recipe_file import parse_toy, refuse_earlier_numbers
 
 
 LAYERS = 2
@@ -179,7 +179,8 @@ def draw(curves: dict[str, list[dict[str, float]]], toy: RecallArguments, path: 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    (toy,) = HfArgumentParser(RecallArguments).parse_args_into_dataclasses(arguments)
+    toy = parse_toy(RecallArguments, arguments)
+    refuse_earlier_numbers(Path(toy.output_dir), NUMBERS_FILE)
     curves = compare(toy)
     folder, console, table = Path(toy.output_dir), Console(), Table("layers", "first point", "last point")
     folder.mkdir(parents=True, exist_ok=True)

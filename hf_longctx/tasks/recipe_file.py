@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import Field, fields
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from ..config.audiences import TRAINERS
 from ..data.files import describe, read_text, shown
+from .commands import COMMANDS
 
 
 # Names that TRL's parser reads itself.
@@ -25,8 +28,10 @@ def parse_recipe(arguments: Sequence[type]) -> tuple[Any, ...]:
     Raises:
         ValueError: the file is none, is not UTF-8 or no YAML mapping; the message names file, line and column.
     """
-    from trl import TrlParser
-
+    try:
+        from trl import TrlParser
+    except ImportError as error:
+        raise ImportError("The recipes read their arguments with trl: `pip install hf-longctx[trl]`.") from error
     words = sys.argv[1:]
     check_names([*check_recipe_file(words), *_names_in(words)], arguments)
     try:
@@ -52,21 +57,45 @@ def check_names(names: Sequence[str], arguments: Sequence[type]) -> None:
         if {name, plain, plain.removeprefix("no_")} & (known | _OF_THE_PARSER):
             continue
         owner = next((kind.__name__ for kind in _CONFIGS if plain in {field.name for field in fields(kind)}), None)
+        commands = " and ".join(f"`hf-longctx {command}`" for command in commands_with(plain))
         if owner is not None:
-            raise ValueError(f"`{name}` is a setting of `{owner}`, which this recipe does not take: leave it out.")
+            takes = f" and {commands} does: leave it out, or run that command." if commands else ": leave it out."
+            raise ValueError(f"`{name}` is a setting of `{owner}`, which this recipe does not take{takes}")
+        if commands:
+            raise ValueError(
+                f"`{name}` is no argument of this recipe, but of {commands}: leave it out, or run that command."
+            )
         near = difflib.get_close_matches(plain, sorted(known), 1)
         remedy = f"did you mean `{near[0]}`?" if near else "leave it out."
         raise ValueError(f"`{name}` is no argument of this recipe: {remedy}")
 
 
-def _aliases(field) -> list[str]:
+def commands_with(name: str) -> list[str]:
+    """The commands that have an argument of this name, of those whose libraries are here."""
+    found = []
+    for task, command in COMMANDS.items():
+        try:
+            kinds = importlib.import_module(f".{task}", __package__).ARGUMENTS
+        except ImportError:
+            continue
+        if any(name in (field.name, *_aliases(field)) for kind in kinds for field in fields(kind)):
+            found.append(command)
+    return found
+
+
+def _aliases(field: Field) -> list[str]:
     return [alias.lstrip("-").replace("-", "_") for alias in field.metadata.get("aliases", ())]
 
 
 def check_recipe_file(words: Sequence[str]) -> list[str]:
     """The names in the YAML mapping of the file that follows `--config`; `ValueError` if it is none."""
+    return list(read_recipe_file(words))
+
+
+def read_recipe_file(words: Sequence[str]) -> dict[str, Any]:
+    """The YAML mapping of the file that follows `--config`, empty without one; `ValueError` if it is none."""
     if "--config" not in words:
-        return []
+        return {}
     if words[-1] == "--config":
         raise ValueError("`--config` has no value: name the YAML file of the run behind it.")
     path = words[words.index("--config") + 1]
@@ -84,4 +113,26 @@ def check_recipe_file(words: Sequence[str]) -> list[str]:
     for name in content:
         if not isinstance(name, str):
             raise ValueError(f"`{shown(path)}` has the name {name!r}, which is no text: names are those of arguments.")
-    return list(content)
+    return content
+
+
+def parse_toy(kind: type, words: Sequence[str] | None = None) -> Any:
+    """One dataclass from the command line and the file behind `--config`; needs no trl."""
+    from transformers import HfArgumentParser
+
+    words = list(sys.argv[1:] if words is None else words)
+    content = read_recipe_file(words)
+    check_names([*content, *_names_in(words)], (kind,))
+    parser = HfArgumentParser(kind)
+    parser.set_defaults(**content)
+    if content:
+        place = words.index("--config")
+        del words[place : place + 2]
+    return parser.parse_args_into_dataclasses(words)[0]
+
+
+def refuse_earlier_numbers(folder: Path, *names: str) -> None:
+    """Raise `ValueError` rather than write over the numbers of an earlier run."""
+    for name in names:
+        if (folder / name).exists():
+            raise ValueError(f"`output_dir` ({folder}) holds the `{name}` of an earlier run: choose another folder.")

@@ -47,7 +47,7 @@ def main() -> None:
             f"`dtype` ({model_args.dtype}) of a reward model with weights of 4 or 8 bits: TRL casts the new head to "
             "bfloat16, which then meets other hidden states; set `dtype: bfloat16`, or `bf16: true`."
         )
-    pairs, eval_pairs = read_pairs(recipe, args)
+    pairs, eval_pairs = read_pairs(recipe, args, "reward")
     trainer = LongContextRewardTrainer(
         model=model,
         args=args,

@@ -74,7 +74,7 @@ def main() -> None:
         args.include_num_input_tokens_seen = "all" if is_flat else "non_padding"
     model, tokenizer = load_model(recipe, args, model_args, long_context)
     with args.main_process_first(desc="reading documents"):
-        documents, eval_documents = read_documents(recipe, args, args.dataset_text_field, CONVERSATIONS)
+        documents, eval_documents = read_documents(recipe, args, args.dataset_text_field, CONVERSATIONS, "sft")
         rows, eval_rows = (
             make_rows(part, tokenizer, args, recipe.join_documents) for part in (documents, eval_documents)
         )

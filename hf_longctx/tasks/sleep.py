@@ -26,7 +26,7 @@ from ..config.sleep import SleepConfig, SleepWarmup
 from ..trainer.causal_lm import LongContextTrainer
 from .muon_adamw import MuonAdamW
 from .recall_rows import AtStep
-from .recipe_file import parse_recipe
+from .recipe_file import parse_recipe, refuse_earlier_numbers
 from .sleep_rows import DepoRows, Rule110Rows, SumRows, ThoughtRows
 
 
@@ -260,6 +260,7 @@ ARGUMENTS = (SleepArguments, TrainingArguments)
 
 def main() -> None:
     toy, args = parse_recipe(ARGUMENTS)
+    refuse_earlier_numbers(Path(args.output_dir), NUMBERS_FILE)
     found = compare(toy, args)
     path, console, table = write(found, toy, args), Console(), Table("curve", "step", "CPU s", "exact", "answers")
     if importlib.util.find_spec("matplotlib") is not None:

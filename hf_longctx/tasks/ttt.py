@@ -61,13 +61,13 @@ class TTTArguments(RecipeArguments):
 ARGUMENTS = (TTTArguments, TrainingArguments, ModelConfig, LongContextConfig, TTTConfig)
 
 
-@record
 def arguments_of(words: list[str]) -> tuple[type, ...]:
     """The dataclasses of a run on documents, or of a toy."""
     check_recipe_file(words)
     return (ttt_toy.ToyArguments,) if _is_toy(words) else ARGUMENTS
 
 
+@record
 def main() -> None:
     arguments = arguments_of(sys.argv[1:])
     if arguments != ARGUMENTS:
@@ -89,7 +89,7 @@ def main() -> None:
         options = {"text_field": recipe.text_field, "num_proc": recipe.dataset_num_proc}
         rows, eval_rows = (
             part and split_into_rows(part, tokenizer, recipe.row_tokens, **options).filter(_is_full(recipe.row_tokens))
-            for part in read_documents(recipe, args, recipe.text_field)
+            for part in read_documents(recipe, args, recipe.text_field, command="pretrain")
         )
     trainer = LongContextTrainer(
         model=model,

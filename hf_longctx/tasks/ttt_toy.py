@@ -25,6 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, defau
 from ..config.test_time import TTTConfig
 from ..trainer.causal_lm import LongContextTrainer
 from ..ttt.fast_model import TTTForCausalLM
+from .recipe_file import refuse_earlier_numbers
 
 
 NUMBERS_FILE = "ttt_toy.json"
@@ -165,6 +166,7 @@ def last_quarter(losses: list[float]) -> float:
 def main(toy: ToyArguments) -> list[dict]:
     """Print every seed's losses by eighths, and write them."""
     console, folder, results = Console(), Path(toy.output_dir), []
+    refuse_earlier_numbers(folder, NUMBERS_FILE)
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(toy.seeds):
         table = Table("arm", *(f"{part + 1}/{PARTS}" for part in range(PARTS)), title=f"seed {seed}")

@@ -1,4 +1,4 @@
-"""`docs/conformance.md` and `docs/conformance.json`: what the sweep found, and whether it got worse."""
+"""`docs/conformance.md` and the table in the wheel: what the sweep found, and whether it got worse."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def _newly_unnoticed(before: list[dict], results: list[dict]) -> list[str]:
     ]
 
 
-def write_pages(folder: Path, results: list[dict], versions: dict[str, str]) -> None:
+def write_pages(page: Path, table: Path, results: list[dict], versions: dict[str, str]) -> None:
     """Write both. Numbers that differ from machine to machine stay out, so that equal results are equal files."""
     models = [
         {
@@ -59,8 +59,8 @@ def write_pages(folder: Path, results: list[dict], versions: dict[str, str]) -> 
     ]
     lines = ",\n".join(json.dumps(model) for model in models)  # one line a model, so that a change is one line
     text = f'{{"versions": {json.dumps(versions)}, "models": [\n{lines}\n]}}\n'
-    (folder / "conformance.json").write_text(text)
-    (folder / "conformance.md").write_text("\n".join(_page(results, versions)) + "\n")
+    table.write_text(text)
+    page.write_text("\n".join(_page(results, versions)) + "\n")
 
 
 def _outcomes(record: dict) -> dict[str, str]:

@@ -4,7 +4,7 @@ A tiny random model of each type is shared by two processes that exchange over g
 own attention in one: loss, outputs and every gradient, on dense, padded and packed rows. Processes live on from type
 to type. Each result is appended to a file at once, so that `--resume` goes on where a run ended.
 
-The exit code is 1 if any type is wrong, or worse than `docs/conformance.json` says.
+The exit code is 1 if any type is wrong, or worse than `hf_longctx/proof/conformance.json` says.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_longctx.proof.bare_loop import prove_bare_loop
+from hf_longctx.proof.known_types import TABLE
 from hf_longctx.proof.model_under_test import KINDS, ModelUnderTest, Setting, default_config
 from hf_longctx.proof.ranks import Ranks, RanksError
 from hf_longctx.proof.result import REFUSED, UNBUILDABLE, WRONG
@@ -172,12 +173,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--redo", nargs="*", default=(), help="with --resume: outcomes or types to prove again")
     parser.add_argument("--records", type=Path, default=ROOT / "runs" / "conformance.jsonl")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 1) // SIZE))
-    parser.add_argument("--pages", type=Path, default=ROOT / "docs", help="folder of conformance.md and .json")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "conformance.md")
+    parser.add_argument("--table", type=Path, default=TABLE)
     options = parser.parse_args(arguments)
     began = time.perf_counter()
     versions = {"versions": {name: version(name) for name in ("torch", "transformers")}}
-    committed = options.pages / "conformance.json"
-    before = json.loads(committed.read_text())["models"] if committed.exists() else []
+    before = json.loads(options.table.read_text())["models"] if options.table.exists() else []
     with Terminal() as terminal:
         every = models_under_test(options.multimodal)
         wanted = [item for item in every if not options.types or item[1] in options.types]
@@ -197,7 +198,7 @@ def main(arguments: list[str] | None = None) -> int:
     for problem in problems:
         print(f"FAILED: {problem}")
     if not options.types and not options.multimodal:
-        write_pages(options.pages, results, versions["versions"])
+        write_pages(options.page, options.table, results, versions["versions"])
     return 1 if problems else 0
 
 

@@ -31,7 +31,7 @@ from trl import TrlParser
 from hf_longctx import LongContextConfig, LongContextSFTTrainer
 from hf_longctx.data.documents import load_documents, split_into_rows
 from hf_longctx.tasks import pretrain, sft
-from hf_longctx.tasks.inputs import read_functions
+from hf_longctx.tasks.document_places import read_functions
 
 from ..cards import check_card
 

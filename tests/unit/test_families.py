@@ -23,6 +23,7 @@ from transformers.models.auto.modeling_auto import (
 import hf_longctx
 from hf_longctx import families
 from hf_longctx.adapters import rotary_lengths
+from hf_longctx.proof.known_types import TABLE
 from hf_longctx.proof.tiny import shrink
 
 
@@ -290,7 +291,7 @@ def test_logits_are_scaled_by_the_field(field, prefix, power):
 
 def test_every_kind_of_sharded_layer_is_in_a_model_that_the_sweep_found_exact():
     """The proof itself is the sweep; here it is read."""
-    models = json.loads((ROOT.parent / "docs" / "conformance.json").read_text(encoding="utf-8"))["models"]
+    models = json.loads(TABLE.read_text(encoding="utf-8"))["models"]
     exact = {m["type"] for m in models if all(rows["outcome"] == "exact" for rows in m["rows"])}
     kinds: set[str] = set()
     for name in sorted(exact & set(CONFIG_MAPPING_NAMES)):

@@ -20,7 +20,7 @@ from hf_longctx.proof.model_under_test import read_config
 from hf_longctx.reporting.model_card import write_model_card
 from hf_longctx.reporting.report import RunReport
 from hf_longctx.tasks import docstrings
-from hf_longctx.tasks.inputs import read_functions
+from hf_longctx.tasks.document_places import read_functions
 from hf_longctx.tasks.recipe_file import check_recipe_file, parse_recipe
 
 

@@ -14,6 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_longctx.cli import main
 from hf_longctx.proof.build import build_model
+from hf_longctx.proof.known_types import TABLE
 from hf_longctx.proof.model_under_test import KINDS, ModelUnderTest, Setting, read_config, task_of
 from hf_longctx.proof.numbers import Numbers, compare
 from hf_longctx.proof.random_rows import make_rows, num_tokens_of
@@ -279,7 +280,7 @@ def test_setting_counts_its_processes():
 
 def test_the_committed_page_has_nothing_wrong_and_every_refusal_has_a_sentence():
     docs = Path(__file__).parents[2] / "docs"
-    models = json.loads((docs / "conformance.json").read_text())["models"]
+    models = json.loads(TABLE.read_text())["models"]
     page = (docs / "conformance.md").read_text()
     exact = Counter()
     for model in models:
