@@ -50,14 +50,17 @@ def add_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def run(options: argparse.Namespace, answer: Answer) -> int:
     """Print who gets which heads and return the exit code: 2, with the message, if the model is refused."""
-    from ..proof.result import EXACT, EXIT_CODES, REFUSED, UNBUILDABLE
-    from .check_model import prove, read_model, split_of, table_evidence
+    from ..proof.result import EXACT, REFUSED, UNBUILDABLE
+    from .check_model import NoDefaultsError, prove, read_model, split_of, table_evidence
 
     size = options.sequence_parallel_size
     answer.facts |= {"model": options.model, "sequence_parallel_size": size, "can_be_sharded": False}
     if options.sleep:
         return _check_sleep(options, answer)
-    model = read_model(options)
+    try:
+        model = read_model(options)
+    except NoDefaultsError as error:
+        return _unbuildable(answer, str(error))
     answer.facts |= {"model_type": model.config.model_type, "task": model.task}
     evidence = table_evidence(model, options) if size > 1 else None
     if evidence is None or evidence.outcome == EXACT:
@@ -69,10 +72,7 @@ def run(options: argparse.Namespace, answer: Answer) -> int:
         if evidence.outcome == REFUSED:
             return answer.refuse(evidence.message)
         if evidence.outcome == UNBUILDABLE and model.is_type:
-            answer.outcome, answer.message = UNBUILDABLE, evidence.message
-            answer.console.print("[bold yellow]could not be built[/]:", end=" ")
-            answer.print(f"{evidence.message} Nothing is proven of this type.")
-            return EXIT_CODES[UNBUILDABLE]
+            return _unbuildable(answer, evidence.message)
     answer.facts |= {"can_be_sharded": True, **_heads(split), "gathering_layers": gathering}
     answer.console.print(f"[bold green]can be sharded[/] over {size} processes")
     if split is not None:
@@ -89,6 +89,15 @@ def run(options: argparse.Namespace, answer: Answer) -> int:
     if evidence is None or evidence.outcome != EXACT:
         answer.print("A tiny forward is compared with one process when a trainer starts.")
     return 0
+
+
+def _unbuildable(answer: Answer, message: str) -> int:
+    from ..proof.result import EXIT_CODES, UNBUILDABLE
+
+    answer.outcome, answer.message = UNBUILDABLE, message
+    answer.console.print("[bold yellow]could not be built[/]:", end=" ")
+    answer.print(f"{message} Nothing is proven of this type.")
+    return EXIT_CODES[UNBUILDABLE]
 
 
 def _heads(split: HeadSplit | None) -> dict[str, Any]:

@@ -78,11 +78,16 @@ class Evidence:
         return {name: getattr(self, name) for name in ("source", "outcome", "rows", "versions")}
 
 
+class NoDefaultsError(ValueError):
+    """A type whose defaults make no configuration, so that there is nothing to look at."""
+
+
 def read_model(options: argparse.Namespace) -> CheckedModel:
     """The model that was named.
 
     Raises:
         ValueError: there is none, or it is no text model.
+        NoDefaultsError: only a type was named, and it has no configuration by default.
     """
     if options.trust_remote_code:
         check_model_files(options.model)
@@ -90,12 +95,10 @@ def read_model(options: argparse.Namespace) -> CheckedModel:
         return CheckedModel(options.model, config, options.task or "causal-lm", False, True)
     try:
         config = read_config(options.model)
-    except (TypeError, AttributeError, ImportError) as error:
-        raise ValueError(_no_defaults(options.model, error)) from error
-    except ValueError:
-        raise
-    except Exception as error:  # strict configurations raise an error of their own class
-        raise ValueError(_no_defaults(options.model, error)) from error
+    except Exception as error:
+        if options.model not in CONFIG_MAPPING_NAMES:
+            raise
+        raise NoDefaultsError(_no_defaults(options.model, error)) from error
     return CheckedModel(
         options.model, config, options.task or task_of(config), options.model in CONFIG_MAPPING_NAMES, False
     )

@@ -26,7 +26,7 @@ try:
     from sentence_transformers.sentence_transformer.losses import MatryoshkaLoss
 except ImportError as error:
     raise ImportError(
-        "The recipe `embed` needs sentence-transformers, datasets and trl: `pip install hf-longctx[embedding,trl]`."
+        "The recipe `embed` needs sentence-transformers, datasets and trl: `pip install hf-longctx[embedding]`."
     ) from error
 
 from ..config.run import LongContextConfig

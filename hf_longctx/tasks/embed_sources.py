@@ -30,7 +30,7 @@ except ImportError as error:
 
 from ..config.sources import read_mapping
 from ..data.data_files import is_utf8
-from ..data.documents import DOCUMENT_EXTENSIONS
+from ..data.documents import DOCUMENT_EXTENSIONS, load_documents
 from ..data.files import irregular, is_inside
 from ..data.sources.plan import load_source_weights
 from ..data.sources.rows import LABEL_COLUMNS
@@ -195,7 +195,10 @@ def open_source(name: str, place: str, args: SourceArguments):
         rows = partial(MINED[mined], place[len(mined) :])
         dataset = IterableDataset.from_generator(rows) if args.streaming else Dataset.from_list(list(rows()))
     elif place.endswith(LINES) or (kind and is_here and os.path.lexists(place)):
-        dataset = open_file(place, columns, args.num_texts, args.streaming)
+        try:
+            dataset = open_file(place, columns, args.num_texts, args.streaming)
+        except ValueError as error:
+            raise _of_other_data(name, place, columns, error) from error
     elif os.path.isdir(place):
         dataset = open_folder(place, columns, args.num_texts, args.streaming)
     if dataset is None:
@@ -247,6 +250,15 @@ def _refuse_rows_without_pairs(name: str, place: str, dataset, columns: list[str
         f"source `{name}`: `{place}` holds {what}; an embedder learns from pairs of texts: give two columns, which "
         "`source_columns` can name."
     )
+
+
+def _of_other_data(name: str, place: str, columns: list[str] | None, error: ValueError) -> ValueError:
+    """A better error for a file that could not be read, where its columns say that it is another command's."""
+    try:
+        _refuse_rows_without_pairs(name, place, load_documents(place, text_field=None), columns)
+    except ValueError as better:
+        return better if str(better).startswith("source ") else error
+    return error
 
 
 def _reason(error: BaseException) -> str:

@@ -125,7 +125,7 @@ def test_a_wrong_argument_is_told_with_the_nearest(capsys):
         (
             ["sft", "--sources_per_batch", "3"],
             "`sources_per_batch` is a setting of `SourcesConfig`, which this recipe does not take and `hf-longctx "
-            "embed` does",
+            "embed` does: leave it out, or run that command.",
         ),
         (["sft", "--accelerate_config", "fsdp3"], "`--accelerate_config` (fsdp3) is neither a file nor one of ddp_1"),
         (
