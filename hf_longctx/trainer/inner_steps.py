@@ -18,6 +18,7 @@ from .mixin import SequenceParallelMixin
 
 
 _EPOCH_LOGS = 10  # steps between two measured ones where logs come once an epoch
+_LOGGED = ("inner_grad_norm", "inner_step_norm", "inner_gain")
 
 
 class InnerLearningRateWarmup(TrainerCallback):
@@ -27,7 +28,8 @@ class InnerLearningRateWarmup(TrainerCallback):
         start (`float`, *optional*, defaults to 0.1): the part that the first step has, from 0 to 1.
         ratio (`float`, *optional*, defaults to 0.1): part of the run's steps after which it is whole, from 0 to 1.
 
-    It depends on the number of the step alone, so a run that is resumed goes on where it was.
+    It depends on the number of the step alone, so a run that is resumed goes on where it was. Evaluations between
+    steps read at the whole rate, as a checkpoint of that step does when it is loaded.
     """
 
     def __init__(self, start: float = 0.1, ratio: float = 0.1) -> None:
@@ -54,16 +56,20 @@ class InnerLearningRateWarmup(TrainerCallback):
             state.global_step, state.max_steps
         )
 
-    def on_train_end(self, args, state, control, model=None, **kwargs):
+    def on_step_end(self, args, state, control, model=None, **kwargs):
         model = unwrap(model)
         model.inner_learning_rate = model.settings.inner_learning_rate
+
+    on_train_end = on_step_end
 
 
 class InnerStepMixin(SequenceParallelMixin):
     """In front of a library's trainer class, like the mixins below; does nothing for a model without fast weights.
 
     Logs `inner_grad_norm` and `inner_step_norm`, means over rows and chunks, and `inner_gain`: how much lower the loss
-    of a chunk is for the step before it, measured in the steps that are logged; `loss` is the outer loss.
+    of a chunk is for the step before it, measured in the steps that are logged; `loss` is the outer loss. Where logs
+    come once an epoch, it is measured in the first step of each and in every tenth, and in a run that ends before its
+    first log, in the last step, for the summary.
 
     Args:
         args, kwargs: see [`SequenceParallelMixin`].
@@ -82,8 +88,14 @@ class InnerStepMixin(SequenceParallelMixin):
             _refuse_built(self)
         super().check_model()
 
+    _logged_steps = False
+    _measured_step: int | None = None  # the first one since the last log
+
     def _inner_training_loop(self, *args, **kwargs):
         library: Any = super()
+        self._logged_steps, self._measured_step = False, None
+        if has_fast_weights(self.model):
+            unwrap(self.model).step_record.clear()
         try:
             return library._inner_training_loop(*args, **kwargs)
         finally:  # a run that is interrupted leaves no rate of its warm-up behind
@@ -94,24 +106,33 @@ class InnerStepMixin(SequenceParallelMixin):
         library: Any = super()
         inputs = library._prepare_inputs(inputs)
         if has_fast_weights(self.model):
-            unwrap(self.model).measures_gain = not self._is_evaluating and self._logs_next()
+            unwrap(self.model).measures_gain = not self._is_evaluating and self._measures_next()
         return inputs
 
-    def _logs_next(self) -> bool:
+    def _measures_next(self) -> bool:
         library: Any = self
-        step, args = library.state.global_step + 1, library.args
-        if args.logging_strategy == "steps":
-            return step % library.state.logging_steps == 0 or (args.logging_first_step and step == 1)
-        return args.logging_strategy != "no" and step % _EPOCH_LOGS == 0
+        state, args = library.state, library.args
+        step = state.global_step + 1
+        if self._measured_step is None:
+            self._measured_step = step
+        if args.logging_strategy == "epoch":
+            return step % _EPOCH_LOGS == 0 or step == self._measured_step
+        if args.logging_strategy == "no":
+            return False
+        logs = step % state.logging_steps == 0 or (args.logging_first_step and step == 1)
+        return logs or (step == state.max_steps and not self._logged_steps)
 
     def log(self, logs, *args, **kwargs):
-        if has_fast_weights(self.model) and "loss" in logs:
-            model = unwrap(self.model)
-            sums = self.accelerator.reduce(model.step_record.take(self.args.device), "sum")
-            for name, (total, count) in zip(("inner_grad_norm", "inner_step_norm", "inner_gain"), sums.tolist()):
-                if count:
-                    logs[name] = total / count
-            logs["inner_learning_rate"] = model.inner_learning_rate
+        # A run that is over before its first log says it in its summary.
+        is_summary = "train_loss" in logs and not self._logged_steps
+        if has_fast_weights(self.model) and ("loss" in logs or is_summary):
+            self._logged_steps, self._measured_step = True, None
+            record = unwrap(self.model).step_record
+            rate = record.learning_rate
+            sums = self.accelerator.reduce(record.take(self.args.device), "sum")
+            logs.update({name: total / count for name, (total, count) in zip(_LOGGED, sums.tolist()) if count})
+            if rate is not None:
+                logs["inner_learning_rate"] = rate
         library: Any = super()
         return library.log(logs, *args, **kwargs)
 

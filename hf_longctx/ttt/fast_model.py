@@ -125,12 +125,17 @@ class TTTForCausalLM(GeneratingMixin, PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load what `save_pretrained` wrote; arguments are transformers'."""
+        """Load what `save_pretrained` wrote; arguments are transformers'.
+
+        Raises:
+            ValueError: the weights were trained with another window or chunk length than the configuration's.
+        """
         kwargs.setdefault("attn_implementation", "packed")
-        loaded = super().from_pretrained(*args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model.primes.check_loaded({name.removeprefix("primes.") for name in info["missing_keys"]})
         compare_parts(model.base, model.parts)
-        return loaded
+        return (model, info) if wants_info else model
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         if isinstance(module, PrimeMLP):

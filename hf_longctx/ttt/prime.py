@@ -78,16 +78,48 @@ class PrimeMLPs(nn.Module):
         """What the prime MLP of suffix layer `index` adds to `(B, t, D)`, row by row with its own weights."""
         return apply_prime(self.prime_layers[index].prime_norm(hidden_states), *fast)
 
+    @torch.no_grad()
+    def check_loaded(self, missing: set[str]) -> None:
+        """Raise `ValueError` where a loader that fills tensors by itself filled in weights of other settings.
+
+        Args:
+            missing (`set` of `str`): names below this module that the checkpoint did not have.
+        """
+        found = [name for name in self.state_dict() if _is_matrix(name) and name not in missing]
+        if "prime_facts" not in missing:
+            self._validate_facts(tuple(self.prime_facts.tolist()))
+        elif found:
+            raise ValueError(_without_facts(found[0]))
+        else:
+            self.prime_facts.copy_(torch.tensor(self.facts))
+
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         saved = state_dict.get(prefix + "prime_facts")
-        if saved is not None and tuple(saved.tolist()) != self.facts:
-            there = ", ".join(f"`{name}` {value}" for name, value in zip(self.NAMES, saved.tolist()))
+        if saved is not None:
+            self._validate_facts(tuple(saved.tolist()))
+        elif found := [name for name in state_dict if name.startswith(prefix) and _is_matrix(name)]:
+            raise ValueError(_without_facts(found[0]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _validate_facts(self, saved: tuple[int, ...]) -> None:
+        if saved != self.facts:
+            there = ", ".join(f"`{name}` {value}" for name, value in zip(self.NAMES, saved))
             here = ", ".join(f"`{name}` {value}" for name, value in zip(self.NAMES, self.facts))
             raise ValueError(
                 f"the checkpoint was trained with {there}, but this model has {here}: fast weights start from what "
                 "suits one chunk length; build the model with the checkpoint's settings, or start from its base."
             )
-        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _is_matrix(name: str) -> bool:
+    return name.rpartition(".")[2] in MATRICES
+
+
+def _without_facts(name: str) -> str:
+    return (
+        f"the weights hold `{name}` but no `prime_facts`, so it is unknown which window and chunk length they were "
+        "trained for: load all that was saved, or leave the prime MLPs out to start them anew."
+    )
 
 
 def apply_prime(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:

@@ -12,13 +12,22 @@ class StepRecord:
 
     `gradient` is the norm of the inner gradient before it is clipped, `step` that of the step, `gain` how much lower
     the loss of a chunk is for the step before it, on the forwards that measured it.
+
+    Attributes:
+        learning_rate (`float`, *optional*): that of the last forward.
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.learning_rate: float | None = None
         self._sums: dict[str, tuple[torch.Tensor, int]] = {}
 
     def add(self, output: RowsOutput, learning_rate: float, max_grad_norm: float) -> None:
         """Count one forward."""
+        self.learning_rate = learning_rate
         norms = output.squares.detach().sum(1).sqrt()
         self._count("gradient", norms)
         self._count("step", learning_rate * norms.clamp(max=max_grad_norm))

@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import save_file
 
 from hf_longctx import TTTCache, TTTConfig, TTTForCausalLM
 from hf_longctx.attention.cache_names import OUTPUT_NAME
@@ -303,6 +304,29 @@ def test_a_saved_model_generates_the_same_tokens(tmp_path, tied):
         tf.AutoModelForCausalLM.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="hf_longctx_ttt_e2e"):
         tf.AutoConfig.from_pretrained(tmp_path)
+
+
+def test_weights_of_another_window_or_chunk_are_refused_however_they_are_loaded(tmp_path):
+    model = tiny_ttt(torch.float32)
+    model.save_pretrained(tmp_path)
+    state = {name: weight for name, weight in model.state_dict().items() if not name.endswith("prime_facts")}
+    with pytest.raises(ValueError, match="hold `primes.prime_layers.0.prime_gate` but no `prime_facts`"):
+        tiny_ttt(torch.float32).load_state_dict(state, strict=False)
+    slow = {name: weight for name, weight in state.items() if "prime" not in name}
+    assert tiny_ttt(torch.float32).load_state_dict(slow, strict=False).unexpected_keys == []
+
+    config = TTTForCausalLM.config_class.from_pretrained(tmp_path)
+    config.ttt = {**config.ttt, "chunk_tokens": 4}
+    with pytest.raises(ValueError, match="trained with `window` 8, `chunk_tokens` 6, but this model has .* 4"):
+        TTTForCausalLM.from_pretrained(tmp_path, config=config)
+    path = tmp_path / "model.safetensors"
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="hold `prime_layers.0.prime_gate` but no `prime_facts`"):
+        TTTForCausalLM.from_pretrained(tmp_path)
+    save_file(slow, path, metadata={"format": "pt"})
+    anew, info = TTTForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert anew.primes.prime_facts.tolist() == [8, 6] and "primes.prime_facts" in info["missing_keys"]
+    assert not anew.primes.prime_layers[0].prime_down.any() and anew.primes.prime_layers[0].prime_gate.any()
 
 
 def test_half_precision_keeps_fast_weights_in_float32():

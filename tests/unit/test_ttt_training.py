@@ -113,6 +113,55 @@ def test_the_inner_learning_rate_warms_up_and_a_resumed_run_goes_on(tmp_path):
         trained(Trainer, tmp_path, other, resume=str(tmp_path / "checkpoint-2"))
 
 
+@pytest.mark.parametrize("trainer", [Trainer, LongContextTrainer])
+def test_evaluations_of_the_warmup_read_at_the_whole_rate(trainer, tmp_path):
+    """Such as a checkpoint of that step does when it is loaded."""
+
+    class Looks(TrainerCallback):
+        rates: list[float] = []
+
+        def on_evaluate(self, args, state, control, model=None, **kwargs):
+            self.rates.append(model.inner_learning_rate)
+
+    looks = Looks()
+    looks.rates = []
+    model, data = tiny_ttt(torch.float32), rows(4)
+    run = trainer(
+        model=model,
+        args=arguments(tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1),
+        train_dataset=data,
+        eval_dataset=data[:2],
+        data_collator=default_data_collator,
+        callbacks=[InnerLearningRateWarmup(start=0.1, ratio=1.0), looks],
+    )
+    run.train()
+    assert looks.rates == [1.0, 1.0]
+    ids = torch.stack([row["input_ids"] for row in data[:2]])
+    saved = TTTForCausalLM.from_pretrained(tmp_path / "checkpoint-1", attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        assert history(run, "eval_loss")[0] == pytest.approx(float(saved(ids, labels=ids).loss), rel=1e-4)
+    if trainer is LongContextTrainer:
+        assert history(run, "inner_learning_rate") == pytest.approx([0.1, 0.55])
+
+
+@pytest.mark.parametrize(
+    ("changes", "logs"),
+    [
+        ({"max_steps": 2, "logging_steps": 500}, 1),  # its summary is the only log
+        ({"max_steps": -1, "num_train_epochs": 2, "logging_strategy": "epoch"}, 2),
+    ],
+)
+def test_short_runs_and_logs_by_epoch_have_a_gain(changes, logs, tmp_path):
+    run = trained(LongContextTrainer, tmp_path, data=rows(6), **changes)
+    for name in ("inner_gain", "inner_grad_norm", "inner_step_norm", "inner_learning_rate"):
+        assert len(history(run, name)) == logs
+
+
+def test_a_run_that_logged_has_no_second_gain_in_its_summary(tmp_path):
+    run = trained(LongContextTrainer, tmp_path, max_steps=3, logging_steps=2)
+    assert len(history(run, "inner_gain")) == 1 and "inner_gain" not in run.state.log_history[-1]
+
+
 def test_an_interrupted_run_leaves_no_rate_of_its_warmup(tmp_path):
     class Interrupts(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
