@@ -75,6 +75,11 @@ class LayerWindow:
         """What the tokens that are `behind` see of those before them."""
         return self.keys.last(self.window - 1, behind), self.values.last(self.window - 1, behind)
 
+    def fill(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Hold these, and nothing before them."""
+        self.keys.length = self.values.length = 0
+        self.update(key, value)
+
     def keep(self, count: int) -> None:
         self.keys.keep(count)
         self.values.keep(count)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..parallel.shard import IGNORE_INDEX
+from .clipped_step import clipped_step
 from .prime import Fast, PrimeMLPs
 from .prime_blocks import Carried, run_suffix
 
@@ -131,13 +132,5 @@ def take_step(fast: Fast, means: torch.Tensor, step: Step, builds: bool) -> tupl
     exact = builds and step.exact
     with torch.autocast(means.device.type, enabled=False):
         gradients = torch.autograd.grad(means.sum(), fast, create_graph=exact, retain_graph=builds)
-        each = torch.stack([gradient.square().sum((1, 2)) for gradient in gradients])
-        squares = each.view(-1, 3, each.shape[1]).sum(1)
-        whole = squares.sum(0)
-        # The root has no gradient at 0, where a row has nothing to learn from.
-        over = whole > step.max_grad_norm**2
-        scale = torch.where(over, step.max_grad_norm / torch.where(over, whole, 1).sqrt(), 1)
-        # A norm that is not finite must not be lost in a division by it.
-        scale = torch.where(torch.isfinite(whole), scale, torch.nan)
-        size = (step.learning_rate * scale)[:, None, None]
-        return [weight - size * gradient for weight, gradient in zip(fast, gradients)], squares
+        after, each = clipped_step(fast, list(gradients), step.learning_rate, step.max_grad_norm)
+        return after, each.view(-1, 3, each.shape[1]).sum(1)

@@ -123,9 +123,13 @@ def _without_facts(name: str) -> str:
 
 
 def apply_prime(x: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """`down (silu(gate x) * up x)` with a matrix a row: `(B, t, D)` to `(B, t, D)`, in the precision of `x`."""
-    gate, up, down = (weight.to(x.dtype).transpose(1, 2) for weight in (gate, up, down))
-    return torch.bmm(F.silu(torch.bmm(x, gate)) * torch.bmm(x, up), down)
+    """`down (silu(gate x) * up x)` with a matrix a row: `(B, t, D)` to `(B, t, D)`, in the precision of `x`.
+
+    Tokens are columns, so that a matrix's gradient comes out laid out as the matrix is.
+    """
+    gate, up, down = (weight.to(x.dtype) for weight in (gate, up, down))
+    columns = x.transpose(1, 2)
+    return torch.bmm(down, F.silu(torch.bmm(gate, columns)) * torch.bmm(up, columns)).transpose(1, 2)
 
 
 def _widened(parameter: torch.Tensor) -> torch.Tensor:

@@ -63,6 +63,11 @@ def read_tokens(reader: Reader, cache: TTTCache, input_ids: torch.Tensor, learn:
             window.keep(reader.window - 1)
     begin = 0
     while begin < input_ids.shape[1]:
+        following = begin + reader.chunk_tokens
+        if learn and cache.pending.length == 0 and following < input_ids.shape[1]:
+            yield _read_chunk(reader, cache, input_ids[:, begin:following], input_ids[:, following])
+            begin = following
+            continue
         if learn and cache.pending.length == reader.chunk_tokens:
             _finish_chunk(reader, cache, input_ids[:, begin])
         room = reader.chunk_tokens - (cache.pending.length if learn else 0)
@@ -119,29 +124,56 @@ def _attends(reader: Reader, entered: torch.Tensor, begin: int) -> dict[str, Any
     return {"attention_mask": mask, "position_ids": positions, "position_embeddings": rotary}
 
 
+def _read_chunk(reader: Reader, cache: TTTCache, ids: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
+    """A whole chunk and its step at once, where the token after it is known: its suffix runs once."""
+    inner = len(cache.windows) - len(reader.suffix.layers)
+    with plain_autocast(ids.device):
+        entered = reader.prefix(ids, cache.windows[:inner], cache.seen)
+    for window in cache.windows[:inner]:
+        window.keep(reader.window - 1)
+    if cache.pending.data is None:
+        cache.pending.data = entered.new_zeros(*entered.shape[:1], reader.chunk_tokens, entered.shape[2])
+    before = [window.before(0) for window in cache.windows[inner:]] if cache.seen else []
+    cache.seen += reader.chunk_tokens
+    hidden, carried = _take_step(reader, cache, ids, following, entered, before, returns_tokens=True)
+    for window, pair in zip(cache.windows[inner:], zip(carried[::2], carried[1::2]), strict=True):
+        window.fill(*pair)
+    return hidden
+
+
 def _finish_chunk(reader: Reader, cache: TTTCache, following: torch.Tensor) -> None:
     """The step of the chunk that is complete, now that the token after it is known."""
     assert cache.pending_ids is not None
     count = cache.pending.length
     inner = len(cache.windows) - len(reader.suffix.layers)
-    entered = cache.pending.last(count)
-    begin = cache.seen - count
-    targets = torch.cat((cache.pending_ids[:, 1:], following[:, None]), 1)
-    learned = torch.ones_like(targets, dtype=torch.bool) if reader.ignored is None else targets != reader.ignored
-    attends = _attends(reader, entered, begin)
-    before = [window.before(count) for window in cache.windows[inner:]] if begin else []
-    carried = [tensor for pair in before for tensor in pair]
-    chunk = Chunk(
-        reader.suffix, attends, targets, learned, None, True, reader.step, reader.window - 1, returns_tokens=False
-    )
-    with plain_autocast(entered.device):
-        _, squares, _, _, *state = chunk(entered, *cache.fast, *carried)
-    validate_squares(squares[None], cache.steps, inner)
-    cache.fast = state[: len(cache.fast)]
-    cache.steps += 1
+    before = [window.before(count) for window in cache.windows[inner:]] if cache.seen > count else []
+    _take_step(reader, cache, cache.pending_ids, following, cache.pending.last(count), before, returns_tokens=False)
     cache.pending.length = 0
     for window in cache.windows[inner:]:
         window.keep(reader.window - 1)
+
+
+def _take_step(
+    reader: Reader,
+    cache: TTTCache,
+    ids: torch.Tensor,
+    following: torch.Tensor,
+    entered: torch.Tensor,
+    before: list,
+    returns_tokens: bool,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Learn from the chunk that was read last: hidden states, and keys and values to carry on."""
+    targets = torch.cat((ids[:, 1:], following[:, None]), 1)
+    learned = torch.ones_like(targets, dtype=torch.bool) if reader.ignored is None else targets != reader.ignored
+    attends = _attends(reader, entered, cache.seen - entered.shape[1])
+    carried = [tensor for pair in before for tensor in pair]
+    chunk = Chunk(reader.suffix, attends, targets, learned, None, True, reader.step, reader.window - 1, returns_tokens)
+    with plain_autocast(entered.device):
+        _, squares, hidden, _, *state = chunk(entered, *cache.fast, *carried)
+    validate_squares(squares[None], cache.steps, len(cache.windows) - len(reader.suffix.layers))
+    cache.fast = state[: len(cache.fast)]
+    cache.steps += 1
+    return hidden, state[len(cache.fast) :]
 
 
 def validate_squares(squares: torch.Tensor, first_chunk: int, first_layer: int) -> None:

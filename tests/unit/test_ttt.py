@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from hf_longctx import TTTCache, TTTConfig, TTTForCausalLM
 from hf_longctx.attention.cache_names import OUTPUT_NAME
 from hf_longctx.ttt import chunked_rows, fast_model
+from hf_longctx.ttt.clipped_step import clipped_step
 from hf_longctx.ttt.inner import Step, take_step
 from tests.fast_weights import loss_and_gradients, tiny_base, tiny_ttt, tokens, worst
 
@@ -32,19 +33,37 @@ def losses_of(model, ids, **inputs):
 def test_the_meta_gradient_of_every_parameter_is_that_of_finite_differences():
     model, ids = tiny_ttt(), tokens()
     _, gradients = loss_and_gradients(model, ids)
-    generator, step = torch.Generator().manual_seed(5), 1e-5
+    generator = torch.Generator().manual_seed(5)
     model.eval()
     for name, parameter in model.named_parameters():
         direction = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
         direction = direction / direction.norm() + gradients[name] / gradients[name].norm()
-        sides = []
-        for sign in (1, -1):
+        numeric, step = 0.0, 3e-3 * float(parameter.detach().abs().mean())
+        for steps, weight in ((1, 8 / 12), (-1, -8 / 12), (2, -1 / 12), (-2, 1 / 12)):  # of fourth order
             with torch.no_grad():
-                parameter.add_(direction, alpha=sign * step)
-                sides.append(model(ids, labels=ids).loss)
-                parameter.sub_(direction, alpha=sign * step)
-        numeric, exact = (sides[0] - sides[1]) / (2 * step), (direction * gradients[name]).sum()
+                parameter.add_(direction, alpha=steps * step)
+                numeric = numeric + weight * model(ids, labels=ids).loss / step
+                parameter.sub_(direction, alpha=steps * step)
+        exact = (direction * gradients[name]).sum()
         assert abs(numeric - exact) <= 1e-6 * abs(exact), name
+
+
+@pytest.mark.parametrize("most", [0.5, 100.0])  # clipped, and not
+def test_the_step_can_be_differentiated_twice(most):
+    generator = torch.Generator().manual_seed(1)
+    fast, gradients = (
+        [torch.randn(2, *shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+        for shapes in [((3, 2), (2, 3))] * 2
+    )
+
+    def step(*tensors):
+        return tuple(clipped_step(list(tensors[:2]), list(tensors[2:]), 0.7, most)[0])
+
+    assert torch.autograd.gradcheck(step, (*fast, *gradients))
+    assert torch.autograd.gradgradcheck(step, (*fast, *gradients))
+    norms = torch.stack([gradient.square().sum((1, 2)) for gradient in gradients]).sum(0).sqrt()
+    plain = [w - 0.7 * (most / norms).clamp(max=1)[:, None, None] * g for w, g in zip(fast, gradients)]
+    assert all(torch.allclose(a, b, rtol=EXACT, atol=EXACT) for a, b in zip(step(*fast, *gradients), plain))
 
 
 def test_first_order_is_another_gradient_and_the_same_loss():
