@@ -44,6 +44,7 @@ from .inputs import RecipeArguments, check_output_dir, load_model, make_report, 
 
 
 CHUNKS_FILE = "ttt_chunks.json"
+MERGED = "merged"  # the whole model next to an adapter
 
 
 @dataclass
@@ -107,6 +108,8 @@ def main() -> None:
     chunks["after"] = measure(trainer.model, held_out)
     if args.process_index == 0 and held_out:
         write_chunks(chunks, Path(args.output_dir))
+    if args.process_index == 0 and peft_config is not None and not trainer.is_fsdp_enabled:
+        save_merged(trainer.model, tokenizer, Path(args.output_dir) / MERGED)
 
 
 def _is_toy(words: list[str]) -> bool:
@@ -131,6 +134,13 @@ def measure(model: Any, rows: list[dict]) -> dict[str, list[float]]:
     found = losses_by_position(arms, ids, inner.settings.chunk_tokens)
     inner.train(was_training)
     return found
+
+
+def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write an adapted model in full: an adapter alone says neither window nor chunk, and `ttt eval` reads models."""
+    model.merge_and_unload().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    Console().print(f"Model with its adapter merged: {folder}", soft_wrap=True)
 
 
 def write_chunks(chunks: dict[str, dict[str, list[float]]], folder: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from hf_longctx import TTTForCausalLM
 from hf_longctx.cli.command_line import main
@@ -105,6 +107,8 @@ def test_the_recipe_on_documents_measures_before_and_after(base_folder, document
     lines = Path(words.split()[1]).read_text().splitlines()
     config.write_text("\n".join(line for line in lines if not line.startswith(("gguf", "base_model"))))
     sys.argv[2] = str(config)
+    seen, measure = [], ttt.measure
+    monkeypatch.setattr(ttt, "measure", lambda model, rows: (seen.append(rows), measure(model, rows))[1])
     ttt.main()
     found = json.loads((folder / ttt.CHUNKS_FILE).read_text())
     assert {when: sorted(arms) for when, arms in found.items()} == dict.fromkeys(
@@ -115,6 +119,13 @@ def test_the_recipe_on_documents_measures_before_and_after(base_folder, document
     assert before["TTT"][1] != before["window only"][1]
     assert (folder / "adapter_model.safetensors").is_file()
     assert check_card(folder, runs=False)["library_name"] == "hf_longctx"
+    merged = TTTForCausalLM.from_pretrained(folder / ttt.MERGED).eval()
+    text = AutoTokenizer.from_pretrained(folder / ttt.MERGED)
+    assert merged.settings.window == 8 and text("x")["input_ids"]
+    trained = load_file(folder / "adapter_model.safetensors")["base_model.model.primes.prime_layers.0.prime_gate"]
+    assert torch.equal(merged.primes.prime_layers[0].prime_gate, trained)
+    measured = {"after": measure(merged, seen[-1])}
+    assert measured["after"]["TTT"] == pytest.approx(found["after"]["TTT"], abs=1e-5)
 
 
 def test_convert_and_eval(base_folder, documents, tmp_path, capsys):
