@@ -101,5 +101,9 @@ def test_a_plan_counts_buckets_and_no_keys():
     ]
     bytes_a_round = 2 * 2**14 * SIZES["num_attention_heads"]
     assert held[1] - held[0] == 8 * bytes_a_round * SIZES["num_hidden_layers"]
+    both = Settings(tokens=2**14, num_hashes=9, optimizer="sgd", reversible=True)
+    # One layer at a time, so one layer's buckets.
+    few = planner.breakdown(both.of(num_hashes=1)).device
+    assert planner.breakdown(both).device - few == 8 * bytes_a_round
     with pytest.raises(ValueError, match="`num_hashes`"):
         Settings(tokens=1, num_hashes=0)
