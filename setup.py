@@ -1,4 +1,4 @@
-"""Package metadata. `pip install .` for the core; extras: trl, qlora, embedding, demo, cards, docs, release, dev."""
+"""Package metadata. `pip install .` for the core; extras: trl, qlora, embedding, demo, cards, docs, dev."""
 
 import posixpath
 import re
@@ -86,7 +86,6 @@ setup(
         "demo": DEMO,
         "cards": CARDS,
         "docs": ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29", "latex2mathml>=3.78"],
-        "release": ["build>=1.2", "twine>=6"],
         "dev": [
             *DEMO,
             *CARDS,

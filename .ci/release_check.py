@@ -48,7 +48,7 @@ SMOKE = {
     "env": "env",
     "check": "check model --sequence_parallel_size 2",
     "pack": f"pack texts.jsonl {_MODEL} --max_tokens 64",
-    "plan": "plan model --gpus 2 --gpu_memory 8 --target_tokens 4K",
+    "plan": "plan large --gpus 2 --gpu_memory 24 --target_tokens 4K",
     "verify": "verify llama",
     "ttt": "ttt convert model --output ttt_model --window 8 --chunk_tokens 8 --suffix_layers 1",
     "sft": f"sft {_MODEL} --dataset_name texts.jsonl --max_length 64 --output_dir sft_run {_TRAIN}",
@@ -167,6 +167,8 @@ def install() -> None:
 
 def smoke() -> None:
     """Every command once, and its help in 80 columns."""
+    shutil.rmtree(WORK)
+    WORK.mkdir()
     run(FRESH / "bin" / "python", ROOT / ".ci" / "release_inputs.py", WORK)
     (WORK / "embed.yaml").write_text(_EMBED, encoding="utf-8")
     names = command_names(command("no_such_command", code=2))

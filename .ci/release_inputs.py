@@ -33,6 +33,7 @@ def main(folder: Path) -> None:
     llama = LlamaConfig(**SIZES, **vocabulary, num_key_value_heads=2, eos_token_id=tokenizer.eos_token_id)
     LlamaForCausalLM(llama).save_pretrained(folder / "model")
     BertModel(BertConfig(**SIZES, **vocabulary)).save_pretrained(folder / "encoder")
+    LlamaConfig(num_hidden_layers=4).save_pretrained(folder / "large")  # its configuration alone
     for name in ("model", "encoder"):
         tokenizer.save_pretrained(folder / name)
     (folder / "model" / "README.md").write_text("---\nlicense: mit\n---\n# A tiny model\n", encoding="utf-8")

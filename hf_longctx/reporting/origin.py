@@ -23,7 +23,7 @@ from .card_rules import LICENSES, is_hub_id
 
 logger = logging.getLogger(__name__)
 
-_IN_CACHE = re.compile(r"models--(?P<owner>[\w.-]+?)--(?P<name>[\w.-]+)/snapshots/")
+_IN_CACHE = re.compile(r"/models--([\w.-]+)/snapshots/")
 _ADDRESS = re.compile(r"hf://datasets/([\w.-]+/[\w.-]+)")
 _FILES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".md", ".gz", ".zst", ".arrow")
 _SECONDS = 5.0  # for the one question to the Hub, which a card can do without
@@ -55,7 +55,7 @@ def base_model_of(place: str | None) -> str | None:
         return place if cached and not os.path.exists(place) else None  # such as "gpt2"
     found = _IN_CACHE.search(os.path.realpath(place).replace(os.sep, "/") + "/")
     if found:
-        return f"{found['owner']}/{found['name']}"
+        return found[1].replace("--", "/")
     named = [
         _json(place, "adapter_config.json").get("base_model_name_or_path"),
         _json(place, "config.json").get("_name_or_path"),

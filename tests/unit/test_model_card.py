@@ -124,6 +124,7 @@ def folder_of(path: Path, **files) -> str:
 def test_a_folder_is_named_only_by_what_its_files_say(tmp_path, monkeypatch):
     snapshot = folder_of(tmp_path / "hub" / "models--owner--some-model" / "snapshots" / "0a1b", config={})
     assert base_model_of(snapshot) == "owner/some-model"
+    assert base_model_of(folder_of(tmp_path / "hub" / "models--gpt2" / "snapshots" / "0a1b", config={})) == "gpt2"
     (tmp_path / "link").symlink_to(snapshot)
     assert base_model_of(str(tmp_path / "link")) == "owner/some-model"
     card = "---\nbase_model: owner/base\nlicense: mit\n---\n# x\n"
@@ -168,7 +169,7 @@ def test_the_licence_is_that_of_the_base_model(tmp_path, monkeypatch):
     monkeypatch.setattr(Hub, "model_info", lambda *_, **__: pytest.fail("the Hub was asked"))
     assert license_of(str(tmp_path), "o/n") == {"license": "llama4"}
     (tmp_path / "README.md").unlink()
-    assert license_of(str(tmp_path), "o/n") == {}  # a model in a folder: its name is told to nobody
+    assert license_of(str(tmp_path), "o/n") == {}  # a model in a folder: its name is sent nowhere
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert license_of("o/n", "o/n") == {}
 
