@@ -221,7 +221,8 @@ def read_config(model: str) -> PretrainedConfig:
         return default_config(model)
     known = list(CONFIG_MAPPING_NAMES)
     nearest = _nearest(model, known)
-    if os.sep not in model and "/" not in model and difflib.get_close_matches(model, known, 1, cutoff=0.8):
+    is_plain = os.sep not in model and "/" not in model
+    if is_plain and (model.lower() in known or difflib.get_close_matches(model, known, 1, cutoff=0.8)):
         raise ValueError(f"`{model}` is neither a folder nor a model type: did you mean {nearest}?")
     try:
         return AutoConfig.from_pretrained(model)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
-from ..data.documents import column_names, load_documents
+from ..data.documents import DOCUMENT_EXTENSIONS, column_names, load_documents
+from ..data.sources.rows import LABEL_COLUMNS
 
 
 # By columns, the most telling first: what such rows are, and which commands train on them.
@@ -20,6 +22,9 @@ _KINDS: tuple[tuple[tuple[str, ...], str, tuple[str, ...]], ...] = (
     (("sentence1", "sentence2"), "pairs of texts for an embedder", ("embed",)),
     (("text",), "plain texts", ("sft", "pretrain")),
 )
+
+_CHATS = {"messages", "conversations"}
+_FILES_LOOKED_AT = 100  # of a folder without pairs
 
 
 def other_data(columns: Collection[str], command: str) -> str | None:
@@ -63,3 +68,40 @@ def refuse_other_data(
     what = f"{found}: run that command, or give" if found else f"the columns {', '.join(columns)}: give"
     names = ", ".join(f"`{name}`" for name in sorted(map(str, wanted)))
     raise ValueError(f"`dataset_name` ({place}) holds {what} rows with one of {names}.")
+
+
+def refuse_documents(name: str, place: str) -> None:
+    """Raise `ValueError` for a text file or a folder of them: documents, and no pairs of texts."""
+    path = Path(place).expanduser()
+    files = [path] if path.is_file() else sorted(path.rglob("*"))[:_FILES_LOOKED_AT] if path.is_dir() else []
+    suffixes = {file.suffix.lower() for file in files if file.is_file()}
+    if suffixes and suffixes <= {*DOCUMENT_EXTENSIONS, ""}:
+        raise ValueError(
+            f"source `{name}`: `{place}` holds plain text, which `hf-longctx sft` or `hf-longctx pretrain` trains on; "
+            "an embedder learns from pairs of texts: run that command, or give jsonl, parquet or csv with two columns."
+        )
+
+
+def refuse_rows_without_pairs(name: str, place: str, dataset: Any, columns: list[str] | None) -> None:
+    """Raise `ValueError` for conversations, and for rows of one text."""
+    found = list(columns or dataset.column_names or next(iter(dataset), {}))
+    texts = [column for column in found if column not in LABEL_COLUMNS]
+    if columns is None and _CHATS & set(found):
+        what = other_data(found, "embed")
+    elif len(texts) == 1:
+        what = other_data(texts, "embed") or f"one column (`{texts[0]}`)"
+    else:
+        return
+    raise ValueError(
+        f"source `{name}`: `{place}` holds {what}; an embedder learns from pairs of texts: give two columns, which "
+        "`source_columns` can name."
+    )
+
+
+def explain_source(name: str, place: str, columns: list[str] | None, error: ValueError) -> ValueError:
+    """A better error for a file that could not be read, where its columns say that it is another command's."""
+    try:
+        refuse_rows_without_pairs(name, place, load_documents(place, text_field=None), columns)
+    except ValueError as better:
+        return better if str(better).startswith("source ") else error
+    return error

@@ -30,18 +30,15 @@ except ImportError as error:
 
 from ..config.sources import read_mapping
 from ..data.data_files import is_utf8
-from ..data.documents import DOCUMENT_EXTENSIONS, load_documents
 from ..data.files import irregular, is_inside
 from ..data.sources.plan import load_source_weights
 from ..data.sources.rows import LABEL_COLUMNS
-from .data_kinds import other_data
+from .data_kinds import explain_source, refuse_documents, refuse_rows_without_pairs
 from .docstrings import FUNCTIONS, MODULES, mine_functions, mine_modules
 from .document_places import PACKAGE, model_folder
 from .embed_files import HUB_FILES, LINES, TABLES, open_file, open_folder
 
 
-_CHATS = {"messages", "conversations"}
-_FILES_LOOKED_AT = 100  # of a folder without pairs
 MINED = {FUNCTIONS: mine_functions, MODULES: mine_modules}
 
 
@@ -198,11 +195,11 @@ def open_source(name: str, place: str, args: SourceArguments):
         try:
             dataset = open_file(place, columns, args.num_texts, args.streaming)
         except ValueError as error:
-            raise _of_other_data(name, place, columns, error) from error
+            raise explain_source(name, place, columns, error) from error
     elif os.path.isdir(place):
         dataset = open_folder(place, columns, args.num_texts, args.streaming)
     if dataset is None:
-        _refuse_documents(name, place)
+        refuse_documents(name, place)
         options: dict[str, Any] = {"split": "train", "streaming": args.streaming}
         path, _, config = place.partition(":")
         try:
@@ -217,48 +214,11 @@ def open_source(name: str, place: str, args: SourceArguments):
             ) from error
         if not args.streaming and os.path.isdir(path) and not all(map(is_utf8, dataset.data.columns)):
             raise ValueError(f"source `{name}`: the texts in `{place}` are not UTF-8: convert the files.")
-    _refuse_rows_without_pairs(name, place, dataset, columns)
+    refuse_rows_without_pairs(name, place, dataset, columns)
     dataset = choose_texts(dataset, columns, args.num_texts)
     if args.shortest_text:
         dataset = dataset.filter(partial(_is_long, shortest=args.shortest_text))
     return dataset
-
-
-def _refuse_documents(name: str, place: str) -> None:
-    """Raise `ValueError` for a text file or a folder of them: documents, and no pairs of texts."""
-    path = Path(place).expanduser()
-    files = [path] if path.is_file() else sorted(path.rglob("*"))[:_FILES_LOOKED_AT] if path.is_dir() else []
-    suffixes = {file.suffix.lower() for file in files if file.is_file()}
-    if suffixes and suffixes <= {*DOCUMENT_EXTENSIONS, ""}:
-        raise ValueError(
-            f"source `{name}`: `{place}` holds plain text, which `hf-longctx sft` or `hf-longctx pretrain` trains on; "
-            "an embedder learns from pairs of texts: run that command, or give jsonl, parquet or csv with two columns."
-        )
-
-
-def _refuse_rows_without_pairs(name: str, place: str, dataset, columns: list[str] | None) -> None:
-    """Raise `ValueError` for conversations, and for rows of one text."""
-    found = list(columns or dataset.column_names or next(iter(dataset), {}))
-    texts = [column for column in found if column not in LABEL_COLUMNS]
-    if columns is None and _CHATS & set(found):
-        what = other_data(found, "embed")
-    elif len(texts) == 1:
-        what = other_data(texts, "embed") or f"one column (`{texts[0]}`)"
-    else:
-        return
-    raise ValueError(
-        f"source `{name}`: `{place}` holds {what}; an embedder learns from pairs of texts: give two columns, which "
-        "`source_columns` can name."
-    )
-
-
-def _of_other_data(name: str, place: str, columns: list[str] | None, error: ValueError) -> ValueError:
-    """A better error for a file that could not be read, where its columns say that it is another command's."""
-    try:
-        _refuse_rows_without_pairs(name, place, load_documents(place, text_field=None), columns)
-    except ValueError as better:
-        return better if str(better).startswith("source ") else error
-    return error
 
 
 def _reason(error: BaseException) -> str:

@@ -22,11 +22,12 @@ from pathlib import Path
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from hf_longctx.cli.check_model import read_model, split_of
 from hf_longctx.proof.bare_loop import prove_bare_loop
 from hf_longctx.proof.known_types import TABLE
 from hf_longctx.proof.model_under_test import KINDS, ModelUnderTest, Setting, default_config
 from hf_longctx.proof.ranks import Ranks, RanksError
-from hf_longctx.proof.result import REFUSED, UNBUILDABLE, WRONG
+from hf_longctx.proof.result import EXACT, REFUSED, UNBUILDABLE, WRONG
 from hf_longctx.proof.verification import run_proof
 
 from .page import summary, worse, write_pages
@@ -164,6 +165,26 @@ def problems_of(results: list[dict], before: list[dict]) -> list[str]:
     return found + worse(before, results)
 
 
+def disagreements(results: list[dict]) -> list[str]:
+    """A message for each type that is exact, and that `hf-longctx check` refuses from reading its model."""
+    found = []
+    for record in results:
+        if any(row["outcome"] != EXACT for row in record["rows"]):
+            continue
+        options = argparse.Namespace(
+            model=record["type"],
+            task=record["task"],
+            sequence_parallel_size=SIZE,
+            inner_attention="auto",
+            trust_remote_code=False,
+        )
+        try:
+            split_of(read_model(options), options)
+        except Exception as error:
+            found.append(f"{record['type']} ({record['task']}) is exact, and `check` says: {error}")
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Sweep, write the pages, and say what is wrong."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -191,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
         wanted = [item for item in wanted if item not in known]
         results = sweep(wanted, options, done, before, terminal)
     results.sort(key=lambda record: every.index((record["task"], record["type"])))
-    problems = problems_of(results, before)
+    problems = problems_of(results, before) + disagreements(results)
     for line in summary(results):
         print(line)
     print(f"{len(results)} models in {time.perf_counter() - began:.0f} s")

@@ -29,7 +29,7 @@ from hf_longctx.proof import known_types
 from hf_longctx.proof.model_under_test import DTYPES, TASKS, WRAPPERS
 from hf_longctx.proof.result import EXACT, EXIT_CODES
 
-from ..models import config_of
+from ..models import build, config_of
 from ..tokenizer import tiny_tokenizer, words
 
 
@@ -158,6 +158,23 @@ def test_json_stands_in_a_file_beside_the_lines(typed, tmp_path):
     assert code == 2 and "the folder of `--json`" in out
 
 
+def test_a_task_trains_and_answers_with_its_metrics(typed, tmp_path):
+    pytest.importorskip("trl")
+    build("llama", "sdpa").save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    rows = [{"prompt": words(3, i), "completion": words(4, i), "label": i % 2 == 0} for i in range(4)]
+    (tmp_path / "marked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    places = f"--model_name_or_path {tmp_path}/model --dataset_name {tmp_path}/marked.jsonl"
+        f"--model_name_or_path {tmp_path}/model --dataset_name {tmp_path}/marked.jsonl --output_dir {tmp_path}/run"
+    )
+    more = "--max_steps 1 --per_device_train_batch_size 2 --use_cpu true --bf16 false --report_to none"
+    code, out, err = typed(f"kto {places} {more} --max_length 32 --logging_steps 1 --save_strategy no --json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["output_dir"] == f"{tmp_path}/run" and found["metrics"]["history"][0]["loss"] > 0
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
 # Check
 
 
@@ -207,6 +224,7 @@ def test_check_of_a_name_that_is_no_text_model_is_a_sentence(name, monkeypatch, 
     assert main(["check", name]) in (2, 3)
     out = capsys.readouterr().out
     assert len(out) < 600 and name.lower() in out.lower()
+    assert name != "T5" or "`T5` is neither a folder nor a model type: did you mean `t5`" in out
 
 
 # Pack

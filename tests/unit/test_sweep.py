@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from ..conformance.sweep import problems_of
+from ..conformance.sweep import disagreements, problems_of
 from ..conformance.terminal import EVERY, Terminal
 
 
@@ -58,3 +58,9 @@ def test_wrong_and_worse_types_are_problems_and_the_others_are_not():
         "b (causal-lm), dense rows: was refused, is wrong",
         "c (causal-lm), dense rows: was exact, is refused",
     ]
+
+
+def test_a_type_that_is_exact_and_that_check_refuses_is_a_problem():
+    assert disagreements([record("qwen3", "exact"), record("t5", "refused")]) == []
+    (problem,) = disagreements([record("gemma4_assistant", "exact")])
+    assert problem.startswith("gemma4_assistant (causal-lm) is exact, and `check` says: ")
