@@ -15,8 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_longctx import SequenceMesh, assert_no_cross_document, explain_attention, shard_batch
+from hf_longctx import SequenceMesh, adapt, assert_no_cross_document, explain_attention, shard_batch
 
+from ..few_bits import lora_gradients, one_by_one, packed_documents, qlora
 from ..models import VOCAB, build
 from ..unit.test_packed import documents_of, pack, weights_like
 from ..world.test_models_exact import make_batch, upstream
@@ -186,6 +187,21 @@ def test_two_processes_on_one_device_exchange_and_train_as_one(half):
     words = [script, DEVICE, "bfloat16" if half else "float32"]
     done = subprocess.run([*command, *words], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-4000:]
+
+
+def test_adapters_on_four_bits_get_the_gradients_of_packed_documents_alone():
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    loss, expected = one_by_one(DEVICE)
+    model = qlora(build("llama", "sdpa").to(DEVICE), "packed").to(DEVICE).train()
+    adapt(model, SequenceMesh.build())
+    batch = to_device(packed_documents())
+    ours = model(**batch, use_cache=False).loss
+    ours.backward()
+    assert float(ours.detach()) == pytest.approx(loss, rel=2e-4)
+    for name, gradient in lora_gradients(model).items():
+        error = (gradient - expected[name]).abs().max() / expected[name].abs().max()
+        assert error < 2e-4, f"{name}: {error:.1e}"  # float32, in another order of sums
 
 
 # Last, since each shape is compiled.

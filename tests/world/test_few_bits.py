@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -11,32 +10,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hf_longctx
 
-from ..few_bits import lora_gradients, qlora, qlora_stock
-from ..models import VOCAB, build
+from ..few_bits import lora_gradients, one_by_one, packed_documents, qlora, qlora_stock
+from ..models import build
 from ..training import Rows, assert_same_trajectory, train
 
 
 pytest.importorskip("bitsandbytes")
-
-LENGTHS = (9, 1, 14, 5)  # 29 tokens: two ranks pad their row
-
-
-def documents() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    return [torch.randint(3, VOCAB, (1, length), generator=generator) for length in LENGTHS]
-
-
-def one_by_one() -> tuple[float, dict[str, torch.Tensor]]:
-    """The reference: no packing, no sharding, the library's own attention and loss."""
-    model = qlora(build("llama", "sdpa"), "sdpa").train()
-    predicted = sum(LENGTHS) - len(LENGTHS)
-    total = 0.0
-    for ids in documents():
-        if ids.shape[1] > 1:
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss * (ids.shape[1] - 1) / predicted
-            loss.backward()
-            total += float(loss.detach())
-    return total, lora_gradients(model)
 
 
 def packed(wrapper: str, storage: str, checkpointing: bool):
@@ -57,11 +36,7 @@ def packed(wrapper: str, storage: str, checkpointing: bool):
             fully_shard(layer, mesh=everyone, ignored_params=whole)
         fully_shard(model, mesh=everyone, ignored_params=whole)
         hf_longctx.adapt(model, mesh)
-    rows = documents()
-    batch = {"input_ids": torch.cat(rows, dim=1), "labels": torch.cat(rows, dim=1)}
-    batch["position_ids"] = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
-    for bound in torch.tensor(LENGTHS).cumsum(0)[:-1]:
-        batch["labels"][0, bound] = -100  # nothing predicts the first token of a document
+    batch = packed_documents()
     share = hf_longctx.shard_batch(batch, mesh, model)
     num_items = (share["shift_labels"] != -100).sum()
     dist.all_reduce(num_items)
