@@ -153,3 +153,23 @@ SLEEP_FIGURES = [
     )
     for what, kind in (("training step", "step"), ("prompt", "prompt"), ("token", "token"))
 ]
+
+
+def pairs_figures(pairs: int) -> list[Figure]:
+    """Of the ranking loss in tiles over so many pairs."""
+    what, which = f"tiled ranking loss, {pairs // 1024}K pairs", {"label": "ours", "pairs": pairs}
+    return [
+        Figure(f"{what}: seconds", number("contrastive_loss", "seconds", **which), "{:.3f}"),
+        Figure(f"{what}: peak bytes", number("contrastive_loss", "peak_bytes", **which), "{:,.0f}"),
+    ]
+
+
+OURS = 'ours, "packed"'
+SHAPES_FIGURES = [
+    Figure(
+        f"{shape}: speed-up of packed over {label}",
+        ratio("embed_shapes", "seconds", {"shape": shape, "label": label}, {"shape": shape, "label": OURS}),
+    )
+    for shape in ("MiniLM", "ModernBERT-base")
+    for label in ("padded, sdpa", "padded, flash_attention_2")
+]

@@ -9,6 +9,8 @@ from __future__ import annotations
 from gpu_figures import (
     LAYERS_8B,
     LONG_8B,
+    OURS,
+    SHAPES_FIGURES,
     SHORT_8B,
     SLEEP_FIGURES,
     Figure,
@@ -19,6 +21,7 @@ from gpu_figures import (
     number,
     of_preset,
     packing_figures,
+    pairs_figures,
     plan_error,
     ratio,
     step_figures,
@@ -32,7 +35,6 @@ _LLAMA_1B = "--layers 16 --hidden 2048 --intermediate 8192 --vocab 128256 --head
 _LLAMA_8B = "--hidden 4096 --intermediate 14336 --vocab 128256 --head_size 128 --kv_heads 8"
 _TINY_STEP = "--layers 1 --hidden 64 --intermediate 64 --vocab 128 --head_size 32"
 _TINY_LADDER = f"{_TINY_STEP} --one_process --ranks 1 --plan --tokens 64 128"
-_OURS = 'ours, "packed"'
 _CHECKPOINTED, _REVERSIBLE = "one stream, checkpointing", "reversible"
 _FULL = "full attention"
 _EAGER = {"label": "transformers, eager"}
@@ -184,7 +186,7 @@ PARTS = (
         figures=[
             Figure(
                 f"sparse attention, {tokens // 1024}K tokens: {what} of transformers' eager over ours",
-                ratio("sparse_attention", key, {"tokens": tokens, **_EAGER}, {"tokens": tokens, "label": _OURS}),
+                ratio("sparse_attention", key, {"tokens": tokens, **_EAGER}, {"tokens": tokens, "label": OURS}),
                 least=least,
             )
             for tokens in (4096, 16384)
@@ -267,22 +269,7 @@ PARTS = (
         seconds=25,
         arguments="--pairs 16384 65536 262144",
         tiny="--pairs 32 --width 16 --one_process",
-        figures=[
-            figure
-            for pairs in (16384, 65536, 262144)
-            for figure in (
-                Figure(
-                    f"tiled ranking loss, {pairs // 1024}K pairs: seconds",
-                    number("contrastive_loss", "seconds", label="ours", pairs=pairs),
-                    "{:.3f}",
-                ),
-                Figure(
-                    f"tiled ranking loss, {pairs // 1024}K pairs: peak bytes",
-                    number("contrastive_loss", "peak_bytes", label="ours", pairs=pairs),
-                    "{:,.0f}",
-                ),
-            )
-        ],
+        figures=[figure for pairs in (16384, 65536, 262144) for figure in pairs_figures(pairs)],
     ),
     Part(
         "embed_shapes",
@@ -291,14 +278,7 @@ PARTS = (
         seconds=20,
         arguments="",
         tiny="--shapes tiny --pairs 4 --max_length 64 --repeats 1",
-        figures=[
-            Figure(
-                f"{shape}: speed-up of packed over {label}",
-                ratio("embed_shapes", "seconds", {"shape": shape, "label": label}, {"shape": shape, "label": _OURS}),
-            )
-            for shape in ("MiniLM", "ModernBERT-base")
-            for label in ("padded, sdpa", "padded, flash_attention_2")
-        ],
+        figures=SHAPES_FIGURES,
     ),
     Part(
         "embed",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import (
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     Trainer,
     TrainingArguments,
@@ -243,7 +244,8 @@ def test_a_card_of_a_classifier(tmp_path):
 
 @pytest.mark.parametrize("what", ["alibi", "lsh", "norm"])
 def test_a_card_of_a_model_that_needs_this_package(tmp_path, what):
-    model = build_with_norms("lsh") if what == "lsh" else build("llama", "packed")
+    new = {"lsh": lambda: build_with_norms("lsh"), "norm": lambda: LlamaForCausalLM(config_of("llama"))}
+    model = new[what]() if what in new else build("llama", "packed")
     put = {"alibi": hf_longctx.use_alibi, "lsh": lambda _: None, "norm": hf_longctx.add_embedding_norm}
     put[what](model)
     tokenizer = tiny_tokenizer()
