@@ -2,7 +2,7 @@
 
 On a CPU with bfloat16 instructions, a 4-bit layer that runs in evaluation mode without a gradient turns its weights
 into another layout, and keeps it: later training steps run a kernel without a backward, so every layer below loses its
-gradient in silence. Any evaluation, ours or a trainer's, is enough. Layers are told to keep the layout of training.
+gradient in silence. Any evaluation, ours or a trainer's, is enough. Here they keep the layout of training.
 
 8-bit layers compute those columns in half precision that hold a large value of any token of the batch (LLM.int8), so
 what they do to a token depends on which others this process holds. Off the CPU, that is.

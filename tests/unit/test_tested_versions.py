@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 FILE = ROOT / "hf_longctx" / "tested_versions.txt"
 SETUP = (ROOT / "setup.py").read_text(encoding="utf-8")
 # All requirements but those of the pages.
-REQUIREMENTS = [Requirement(text) for text in re.findall(r'"((?!mkdocs)[\w-]+>=[\w.]+)"', SETUP)]
+REQUIREMENTS = [Requirement(text) for text in re.findall(r'"((?!mkdocs|latex2mathml)[\w-]+>=[\w.]+)"', SETUP)]
 
 
 def load(name: str):
