@@ -58,6 +58,8 @@ class DuplicationArguments:
             raise ValueError(f"`trained` ({', '.join(unknown)}) must be of {', '.join(RUN)}.")
         if self.row_tokens < 4 or self.row_tokens % 2:
             raise ValueError(f"`row_tokens` ({self.row_tokens}) must be even and at least 4: a row is two halves.")
+        if self.init_std <= 0:
+            raise ValueError(f"`init_std` ({self.init_std}) must be above 0: weights that start alike stay alike.")
 
     def attention(self, name: str) -> LSHConfig:
         """What a name of [`RUN`] means."""

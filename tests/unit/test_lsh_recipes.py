@@ -42,6 +42,8 @@ def test_the_duplication_task_trains_and_runs_with_every_attention(tmp_path):
         lsh_duplication.DuplicationArguments(trained=["LSH-3"])
     with pytest.raises(ValueError, match="`row_tokens` .5. must be even"):
         lsh_duplication.DuplicationArguments(row_tokens=5)
+    with pytest.raises(ValueError, match="`init_std` .0.0. must be above 0"):
+        lsh_duplication.DuplicationArguments(init_std=0.0)
     toy = lsh_duplication.DuplicationArguments()
     weights = lsh_duplication.build(toy, 0).bert.encoder.layer[0].attention.self.query.weight
     assert 0.09 < weights.std() < 0.11  # at 0.02 some of these models do not solve the task
