@@ -173,3 +173,25 @@ SHAPES_FIGURES = [
     for shape in ("MiniLM", "ModernBERT-base")
     for label in ("padded, sdpa", "padded, flash_attention_2")
 ]
+LSH_FIGURES = [
+    *(
+        Figure(
+            f"attention alone, {tokens // 1024}K tokens: {what} of flash over {label}",
+            ratio("lsh", key, {"tokens": tokens, "label": "sdpa"}, {"tokens": tokens, "label": label}),
+        )
+        for tokens in (8192, 65536, 262144)
+        for label in ("causal LSH, 4 rounds", "LSH, 4 rounds")
+        for what, key in (("seconds", "seconds"), ("peak", "peak_bytes"))
+    ),
+    Figure(
+        "attention alone, 1M tokens: seconds of causal LSH, 4 rounds",
+        number("lsh", "seconds", tokens=2**20, label="causal LSH, 4 rounds"),
+    ),
+]
+
+LONG_LSH_FIGURES = [
+    Figure("LSH, reversible, tiles: longest row that was run", worst("long_row_lsh", "tokens"), "{:,.0f}"),
+    Figure("LSH, reversible, tiles: seconds of its step", worst("long_row_lsh", "seconds")),
+    Figure("LSH, reversible, tiles: GB of its step", worst("long_row_lsh", "step_gb")),
+    Figure("LSH, reversible, tiles: worst error of the plan", *plan_error("long_row_lsh")),
+]

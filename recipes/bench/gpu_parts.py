@@ -9,6 +9,8 @@ from __future__ import annotations
 from gpu_figures import (
     LAYERS_8B,
     LONG_8B,
+    LONG_LSH_FIGURES,
+    LSH_FIGURES,
     OURS,
     SHAPES_FIGURES,
     SHORT_8B,
@@ -204,21 +206,7 @@ PARTS = (
         seconds=20,
         arguments="--tokens 8192 32768 65536 131072 262144 1048576 --full_up_to 262144 --rounds 1 4 --dtype bfloat16",
         tiny="--tokens 96 --rounds 1 2 --window 8 --heads 2 --head_size 8 --one_process",
-        figures=[
-            Figure(
-                f"attention alone, {tokens // 1024}K tokens: {what} of flash over {label}",
-                ratio("lsh", key, {"tokens": tokens, "label": "sdpa"}, {"tokens": tokens, "label": label}),
-            )
-            for tokens in (8192, 65536, 262144)
-            for label in ("causal LSH, 4 rounds", "LSH, 4 rounds")
-            for what, key in (("seconds", "seconds"), ("peak", "peak_bytes"))
-        ]
-        + [
-            Figure(
-                "attention alone, 1M tokens: seconds of causal LSH, 4 rounds",
-                number("lsh", "seconds", tokens=2**20, label="causal LSH, 4 rounds"),
-            )
-        ],
+        figures=LSH_FIGURES,
     ),
     Part(
         "long_row_lsh",
@@ -229,12 +217,7 @@ PARTS = (
         "--reversible_lsh --presets mlp --tokens 262144 524288 1048576 --minutes {minutes}",
         tiny=f"{_TINY_STEP} --one_process --ranks 1 --plan --reversible_lsh --presets mlp --tokens 64",
         page="memory_presets_long_row_lsh",
-        figures=[
-            Figure("LSH, reversible, tiles: longest row that was run", worst("long_row_lsh", "tokens"), "{:,.0f}"),
-            Figure("LSH, reversible, tiles: seconds of its step", worst("long_row_lsh", "seconds")),
-            Figure("LSH, reversible, tiles: GB of its step", worst("long_row_lsh", "step_gb")),
-            Figure("LSH, reversible, tiles: worst error of the plan", *plan_error("long_row_lsh")),
-        ],
+        figures=LONG_LSH_FIGURES,
     ),
     Part(
         "ttt",
