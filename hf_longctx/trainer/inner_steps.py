@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from ..adapters.wrapped import unwrap
 from ..config.run import LongContextConfig
@@ -17,6 +18,7 @@ from ..ttt.fast_model import TTTForCausalLM
 from .mixin import SequenceParallelMixin
 
 
+logger = logging.get_logger(__name__)
 _EPOCH_LOGS = 10  # steps between two measured ones where logs come once an epoch
 _LOGGED = ("inner_grad_norm", "inner_step_norm", "inner_gain")
 
@@ -86,6 +88,7 @@ class InnerStepMixin(SequenceParallelMixin):
         if has_fast_weights(self.model):
             refuse_shared(self.model, self.long_context)
             _refuse_built(self)
+            _warn_of_lost_start(self.model)
         super().check_model()
 
     _logged_steps = False
@@ -171,6 +174,17 @@ def _refuse_arguments(args: Any, memory: Any) -> None:
     for name, reason in reasons.items():
         if getattr(args, name, None):
             raise NotImplementedError(f"`{name}` ({getattr(args, name)!r}) cannot train fast weights: {reason}.")
+
+
+def _warn_of_lost_start(model: Any) -> None:
+    """Say that an adapter alone could not be loaded again: what fast weights start from is random and not in it."""
+    mlps = unwrap(model).primes.prime_layers
+    is_frozen = not any(parameter.requires_grad for parameter in unwrap(model).primes.parameters())
+    if hasattr(model, "peft_config") and is_frozen and not any(bool(mlp.prime_down.any()) for mlp in mlps):
+        logger.warning(
+            "the prime MLPs are new and frozen, and the adapter does not hold them, so it fits no other model: set "
+            "`modules_to_save=['primes']`, or save the model itself before it is adapted."
+        )
 
 
 def _refuse_built(trainer: Any) -> None:

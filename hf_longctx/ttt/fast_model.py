@@ -20,7 +20,7 @@ from .base_settings import complete_settings
 from .chunked_rows import RowPlan, RowsOutput, Tokens, recomputation_levels, run_rows
 from .fast_cache import TTTCache
 from .fast_config import TTTModelConfig
-from .forward_checks import validate_batch, validate_lengths, validate_model
+from .forward_checks import validate_batch, validate_lengths, validate_model, validate_shapes
 from .generating import GeneratingMixin
 from .inner import Step, Suffix
 from .prime import PrimeMLP, PrimeMLPs
@@ -151,6 +151,13 @@ class TTTForCausalLM(GeneratingMixin, PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> Any:
         return self.base.get_output_embeddings()
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers', on the base model."""
+        embedding = self.base.resize_token_embeddings(*args, **kwargs)
+        size = self.config.vocab_size = self.base.config.vocab_size
+        self.config.base_config = {**(self.config.base_config or {}), "vocab_size": size}
+        return embedding
+
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Choose the kernel of the layers before the suffix; that of the suffix is `suffix_attention`."""
         self.base.set_attn_implementation(attn_implementation, *args, **kwargs)
@@ -196,6 +203,7 @@ class TTTForCausalLM(GeneratingMixin, PreTrainedModel, GenerationMixin):
             return self._forward_with_cache(input_ids, cache, labels, learn is not False, logits_to_keep)
         validate_batch(kwargs, input_ids, attention_mask, position_ids)
         assert input_ids is not None
+        validate_shapes(input_ids, attention_mask=attention_mask, labels=labels, shift_labels=shift_labels)
         if labels is not None or shift_labels is not None:
             validate_lengths(input_ids, attention_mask)
             if shift_labels is None and labels is not None:
@@ -253,6 +261,7 @@ class TTTForCausalLM(GeneratingMixin, PreTrainedModel, GenerationMixin):
                 "a cache holds what was read without a graph, so no loss can be trained through it: pass whole rows "
                 "without `cache` to train."
             )
+        validate_shapes(input_ids)
         pieces = list(self.read_pieces(input_ids, cache, learn))
         hidden = torch.cat(pieces, 1)
         hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
@@ -264,24 +273,17 @@ class TTTForCausalLM(GeneratingMixin, PreTrainedModel, GenerationMixin):
         """Read tokens into a cache; hidden states after the final norm, a piece at a time."""
         parts, settings = self.parts, self.settings
         cache.validate_facts(self.cache_facts())
+        validate_shapes(input_ids, least=0)
         assert settings.window is not None
-        reader = Reader(
-            parts.run_prefix,
-            parts.rotation,
-            self._suffix(parts),
-            self._step(),
-            settings.window,
-            settings.chunk_tokens,
-            self._ignored(),
-        )
+        sizes = settings.window, settings.chunk_tokens, self._ignored()
+        reader = Reader(parts.run_prefix, parts.rotation, self._suffix(parts), self._step(), *sizes)
         return read_tokens(reader, cache, input_ids, learn)
 
     def explain_nonfinite(self) -> str | None:
         """Where the last forward's inner steps first were not finite, in words."""
         if self.last_rows is None:
             return None
-        first = len(self.parts.prefix)
-        place = first_bad_step(self.last_rows.squares, 0, first)
+        place = first_bad_step(self.last_rows.squares, 0, len(self.parts.prefix))
         return None if place is None else f"in the inner step of {place}"
 
     def _suffix(self, parts: BaseParts) -> Suffix:

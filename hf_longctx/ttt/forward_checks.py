@@ -50,6 +50,20 @@ def validate_batch(given: Mapping[str, Any], input_ids: Any, attention_mask: Any
         )
 
 
+def validate_shapes(input_ids: Any, least: int = 1, **others: torch.Tensor | None) -> None:
+    """Raise `ValueError` for tokens that are not `(B, T)`, or for others that do not say one thing of each token."""
+    is_rows = isinstance(input_ids, torch.Tensor) and input_ids.dim() == 2
+    if not is_rows or input_ids.shape[1] < least:
+        seen = tuple(input_ids.shape) if isinstance(input_ids, torch.Tensor) else type(input_ids).__name__
+        raise ValueError(f"`input_ids` ({seen}) must be a tensor of rows, `(B, T)`, with {least} tokens or more each.")
+    for name, value in others.items():
+        if value is not None and value.dim() == 2 and value.shape != input_ids.shape:
+            raise ValueError(
+                f"`{name}` has shape {tuple(value.shape)}, but `input_ids` {tuple(input_ids.shape)}: give one value a "
+                "token."
+            )
+
+
 def validate_mask(attention_mask: Any) -> None:
     """Raise for a mask of anything but right padding."""
     if attention_mask is None:

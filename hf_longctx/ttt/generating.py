@@ -76,8 +76,13 @@ class GeneratingMixin:
             NotImplementedError: prompts of unequal length, assisted decoding or another kind of cache.
         """
         given = kwargs.get("generation_config")
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "cache_implementation"):
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "cache_implementation", "prefill_chunk_size"):
             value = kwargs.get(name, getattr(given, name, None))
+            if value is not None and name == "prefill_chunk_size":
+                raise NotImplementedError(
+                    f"`prefill_chunk_size` ({value!r}) cuts prompts, and a TTT model reads them in chunks of its own "
+                    "anyway: leave it out."
+                )
             if value is not None and name == "cache_implementation":
                 raise NotImplementedError(
                     f"`cache_implementation` ({value!r}) has no place for fast weights: leave it out; a `TTTCache` "

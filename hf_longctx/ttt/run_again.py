@@ -61,6 +61,11 @@ class _RunAgain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple:
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                "`create_graph=True` asks for a gradient of gradients, and recomputed chunks keep no graph of theirs: "
+                "leave `gradient_checkpointing` off for such a loss."
+            )
         tensors = [
             tensor.detach().requires_grad_(needs) for tensor, needs in zip(ctx.saved_tensors, ctx.needs, strict=True)
         ]

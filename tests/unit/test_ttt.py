@@ -348,6 +348,17 @@ def test_weights_of_another_window_or_chunk_are_refused_however_they_are_loaded(
     assert not anew.primes.prime_layers[0].prime_down.any() and anew.primes.prime_layers[0].prime_gate.any()
 
 
+def test_a_resized_vocabulary_is_saved_and_loaded(tmp_path):
+    model = tiny_ttt(torch.float32)
+    model.resize_token_embeddings(101, mean_resizing=False)
+    ids = torch.cat((tokens(1, 10), torch.full((1, 3), 100)), 1)
+    assert model.get_output_embeddings().weight.shape[0] == model.config.vocab_size == 101
+    model.save_pretrained(tmp_path)
+    loaded = TTTForCausalLM.from_pretrained(tmp_path, attn_implementation="sdpa").eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-5)
+
+
 def test_half_precision_keeps_fast_weights_in_float32():
     model, ids = tiny_ttt(torch.float32), tokens()
     loss, gradients = loss_and_gradients(model, ids)

@@ -201,6 +201,45 @@ def test_shards_and_unknown_arguments(model):
         model(ids, pixel_values=ids)
 
 
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"input_ids": tokens(1, 6)[0]}, r"`input_ids` \(\(6,\)\) must be a tensor of rows"),
+        ({"input_ids": [[1, 2]]}, r"`input_ids` \(list\) must be a tensor of rows"),
+        ({"input_ids": tokens(1, 6)[:, :0]}, "with 1 tokens or more each"),
+        ({"attention_mask": torch.ones(1, 6)}, r"`attention_mask` has shape \(1, 6\), but `input_ids` \(2, 6\)"),
+        ({"attention_mask": torch.ones(2, 5)}, r"`attention_mask` has shape \(2, 5\)"),
+        ({"labels": tokens(2, 5)}, r"`labels` has shape \(2, 5\)"),
+        ({"shift_labels": tokens(2, 7)}, r"`shift_labels` has shape \(2, 7\)"),
+    ],
+)
+def test_shapes_that_do_not_fit(model, inputs, message):
+    with pytest.raises(ValueError, match=message):
+        model(**{"input_ids": tokens(2, 6), **inputs})
+
+
+def test_what_is_read_must_be_rows(model):
+    for wrong in (tokens(1, 6)[0], [[1, 2]]):
+        with pytest.raises(ValueError, match="must be a tensor of rows"):
+            model.read(wrong)
+    memory = model.read(tokens(2, 6))
+    assert model.read(tokens(2, 6)[:, :0], memory).seen == 6
+
+
+def test_prompts_cut_by_generate(model):
+    with pytest.raises(NotImplementedError, match=r"`prefill_chunk_size` \(4\) cuts prompts"):
+        model.generate(tokens(1, 9), prefill_chunk_size=4, max_new_tokens=2)
+
+
+def test_a_penalty_on_gradients_of_what_is_recomputed():
+    model = tiny_ttt(torch.float32, tiny_base(dtype=torch.float32, attention="eager")).train()
+    model.gradient_checkpointing, ids = True, tokens(1, 20)
+    embedding = model.get_input_embeddings().weight
+    loss = model(ids, labels=ids).loss
+    with pytest.raises(NotImplementedError, match="`create_graph=True` asks for a gradient of gradients"):
+        torch.autograd.grad(loss, [embedding], create_graph=True)
+
+
 def test_rows_without_a_next_token(model):
     with pytest.raises(ValueError, match="a row has 1 tokens, and a next token needs 2"):
         model(tokens(2, 1), labels=tokens(2, 1))

@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from hf_longctx import InnerLearningRateWarmup, LongContextConfig, LongContextTrainer, TTTConfig, TTTForCausalLM
+from hf_longctx.trainer import inner_steps
 from tests.fast_weights import loss_and_gradients, tiny_base, tiny_ttt, tokens, worst
 
 
@@ -205,6 +206,19 @@ def test_lora_trains_slow_weights_and_prime_mlps_in_full(tmp_path):
     loaded = peft.PeftModel.from_pretrained(tiny_ttt(torch.float32), str(tmp_path / "adapter"))
     with torch.no_grad():
         assert torch.allclose(loaded.eval()(tokens()).logits, run.model.eval()(tokens()).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize(("zero", "saved", "warns"), [(True, None, 1), (True, ["primes"], 0), (False, None, 0)])
+def test_an_adapter_without_what_fast_weights_start_from_is_warned_of(zero, saved, warns, tmp_path, monkeypatch):
+    peft = pytest.importorskip("peft")
+    said = []
+    monkeypatch.setattr(inner_steps.logger, "warning", said.append)
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=saved, r=2)
+    model = peft.get_peft_model(tiny_ttt(torch.float32, zero=zero), config)
+    LongContextTrainer(
+        model=model, args=arguments(tmp_path), train_dataset=rows(2), data_collator=default_data_collator
+    )
+    assert len(said) == warns and all("are new and frozen" in text for text in said)
 
 
 def test_labels_of_another_loss_still_train(tmp_path):
