@@ -97,8 +97,8 @@ def check_rows(tokens: torch.Tensor, batch: Mapping[str, Any]) -> None:
     positions = batch.get("position_ids")
     if positions is not None and positions.shape[-1:] != tokens.shape[1:]:
         raise ValueError(
-            f"`position_ids` {tuple(positions.shape)} must have one entry for each token of `input_ids` "
-            f"{tuple(tokens.shape)}: leave them out."
+            f"`position_ids` {tuple(positions.shape)}, or the `attention_mask` that `generate` counts them from, must "
+            f"have one entry for each token of `input_ids` {tuple(tokens.shape)}."
         )
     if positions is not None:
         expected = torch.arange(tokens.shape[1], device=positions.device)

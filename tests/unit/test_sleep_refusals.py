@@ -217,7 +217,10 @@ NO_LABEL[0, -1] = 5
         ({"input_ids": torch.ones(2, 26)}, r"`input_ids` \(torch.float32\) must be whole numbers"),
         ({"labels": torch.ones(2, 26)}, r"`labels` \(torch.float32\) must be whole numbers"),
         ({"attention_mask": NO_END}, "row 0 has labels where `attention_mask` is 0, on padding"),
-        ({"position_ids": torch.arange(20)[None]}, r"`position_ids` \(1, 20\) must have one entry for each token"),
+        (
+            {"position_ids": torch.arange(20)[None]},
+            r"`position_ids` \(1, 20\), or the `attention_mask` .* must",
+        ),
         ({"sleep_windows": "all"}, r"`sleep_windows` \('all'\) must say True or False"),
         ({"sleep_windows": torch.full((2, 4), 0.5)}, "must say True or False .*, and has other numbers"),
         ({"input_ids": [[5] * 26] * 2}, "`input_ids` .a `list`. must be a tensor"),
@@ -340,6 +343,7 @@ def test_ways_to_generate_that_do_not_go_with_sleep():
         ({OUTPUT_NAME: static}, NotImplementedError, "a `StaticCache`. was made or filled outside"),
         ({"attention_mask": mask}, ValueError, "row 0 is padded on the left"),
         ({"attention_mask": right}, ValueError, "prompts are padded"),
+        ({"attention_mask": right[1:, :8].expand(2, -1)}, ValueError, r"`attention_mask`.* of `input_ids` \(2, 9\)"),
         ({"inputs": tokens_of(tokens=9)["input_ids"], "sleep": SleepConfig(window=3)}, ValueError, "kernel"),
     ):
         with pytest.raises(kind, match=message):
