@@ -58,37 +58,41 @@ class DeltaLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         chunks = {"chunk_size": kwargs["chunk_size"]} if "chunk_size" in kwargs else {}
-        cache = {self._cache_name: find_cache(kwargs)}
+        found = find_cache(kwargs)
+        cache = {self._cache_name: found}
         inputs = self.input_layernorm(hidden_states)
-        real = real_tokens(kwargs.get("attention_mask"), hidden_states)
+        # A static cache has keys of tokens to come; the attention in front of this layer has put its own in.
+        ends = int(found.get_seq_length()) if getattr(found, "is_compileable", False) else None
+        real = real_tokens(kwargs.get("attention_mask"), hidden_states, ends)
         if real is not None:  # a state would read padding, which attention does not
             inputs = inputs * real[..., None].to(inputs)
         return hidden_states + self.linear_attn(inputs, **cache, **chunks)
 
 
-def real_tokens(mask: Any, hidden_states: torch.Tensor) -> torch.Tensor | None:
+def real_tokens(mask: Any, hidden_states: torch.Tensor, ends: int | None = None) -> torch.Tensor | None:
     """Which of the tokens are no padding, from the mask that attention gets: those that see themselves.
 
     Args:
         mask (`torch.Tensor`, `BlockMask` or `DeferredMask`, *optional*): as a tensor of shape `(B, K)` or
             `(B, 1, T, K)`.
-        hidden_states (`torch.Tensor` of shape `(B, T, H)`): of the last `T` of `K` tokens.
+        hidden_states (`torch.Tensor` of shape `(B, T, H)`): of the last `T` tokens.
+        ends (`int`, *optional*): the key behind the last token's; unset: the last.
     """
+    if isinstance(mask, DeferredMask):
+        mask = mask.padding
     if mask is None:
         return None
     rows, tokens = hidden_states.shape[:2]
-    if isinstance(mask, DeferredMask):
-        mask = mask.padding
-        if mask is None:
-            return None
-    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
-        return mask[:, -tokens:] != 0
-    if isinstance(mask, torch.Tensor):
-        oneself = mask.diagonal(mask.shape[-1] - tokens, -2, -1)[:, 0]
-        return oneself if oneself.dtype == torch.bool else oneself > torch.finfo(oneself.dtype).min / 2
-    places = torch.arange(tokens, device=hidden_states.device)
-    row = torch.arange(rows, device=hidden_states.device)[:, None].expand(-1, tokens)
-    return mask.mask_mod(row, torch.zeros_like(row), places[None], places[None] + mask.seq_lengths[1] - tokens)
+    if not isinstance(mask, torch.Tensor):
+        places = torch.arange(tokens, device=hidden_states.device)
+        row = torch.arange(rows, device=hidden_states.device)[:, None].expand(-1, tokens)
+        begins = (mask.seq_lengths[1] if ends is None else ends) - tokens
+        return mask.mask_mod(row, torch.zeros_like(row), places[None], places[None] + begins)
+    begins = (mask.shape[-1] if ends is None else ends) - tokens
+    if mask.dim() == 2:
+        return mask[:, begins : begins + tokens] != 0
+    oneself = mask.diagonal(begins, -2, -1)[:, 0]
+    return oneself if oneself.dtype == torch.bool else oneself > torch.finfo(oneself.dtype).min / 2
 
 
 def hybridize(model: PreTrainedModel, every: int = 2, head_size: int = _HEAD_SIZE) -> PreTrainedModel:

@@ -7,8 +7,12 @@ import copy
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import DynamicCache, StaticCache
 
 from hf_longctx import LongContextTrainer, PackingCollator, SleepConfig, hybridize, sleep_generate, sleep_loss
+from hf_longctx.attention.cache_names import OUTPUT_NAME
+from hf_longctx.sleep.hybridize import real_tokens
 from hf_longctx.sleep.sleepers import recurrent_parameters
 from hf_longctx.tasks.sleep_rows import Rule110Rows
 
@@ -41,7 +45,7 @@ def test_step_0_is_the_decoder_to_the_bit(every):
     assert torch.allclose(torch.stack(made.logits, dim=1), forced[:, 12:-1], atol=1e-5)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager", "flex_attention", "packed"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "packed"])
 @torch.no_grad()
 def test_padding_on_the_left_is_not_in_the_state(attention):
     model, ids = hybridize(build("llama", attention), every=1, head_size=16), tokens_of(tokens=12)["input_ids"]
@@ -57,6 +61,25 @@ def test_padding_on_the_left_is_not_in_the_state(attention):
         options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
         written = model.generate(padded, attention_mask=mask, **options)[0, 17:]
         assert torch.equal(written, model.generate(ids[:1], **options)[0, 12:])
+
+
+@torch.no_grad()
+def test_padding_is_found_in_masks_of_blocks_and_of_static_caches():
+    real = torch.ones(2, 12, dtype=torch.bool)
+    real[0, :5] = False
+    sees = lambda row, head, query, key: real[row, key] & (query + 4 >= key)
+    blocks = create_block_mask(sees, 2, None, 8, 12, device="cpu", BLOCK_SIZE=4)
+    assert torch.equal(real_tokens(blocks, torch.zeros(2, 8, 3)), real[:, 4:])
+    model = hybridize(build("llama", "sdpa"), every=1, head_size=16)
+    randomize(model)
+    ids, logits = tokens_of(tokens=12)["input_ids"], []
+    for cache in (DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=20)):
+        inputs = [{"input_ids": ids[:, :9], "attention_mask": real[:, :9].long()}]
+        inputs.append({"input_ids": ids[:, 9:], "attention_mask": real.long()})
+        parts = [model(**part, use_cache=True, **{OUTPUT_NAME: cache}).logits for part in inputs]
+        logits.append(torch.cat(parts, dim=1)[real])
+    alone = model(ids[:1, 5:]).logits[0]
+    assert torch.allclose(logits[0][:7], alone, atol=1e-5) and torch.allclose(*logits, atol=1e-5)
 
 
 def test_a_decoder_on_packed_rows_and_one_that_is_loaded_again(tmp_path):
