@@ -7,6 +7,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..data.blend.blend_settings import read_num_rows
 from ..data.blend.blended_rows import BlendedRows
 from ..data.documents import split_into_rows
 from .inputs import RecipeArguments, read_documents
@@ -54,6 +55,8 @@ def read_blend(blend: BlendArguments, recipe: RecipeArguments, args: Any, tokeni
         )
     places = _pairs("blend_sources", blend.blend_sources or ())
     blends = read_weights(blend, list(places))
+    if blend.blend_rows is not None:
+        read_num_rows(blend.blend_rows, len(blends), "blend_rows")
     row_tokens, sources, held_out = options.pop("row_tokens"), {}, {}
     for name, place in places.items():
         one = copy.copy(recipe)

@@ -108,21 +108,21 @@ def _check_dataset(name: str, dataset: Any) -> None:
         raise ValueError(f"source `{name}` has no rows: leave it out, or check what it was filtered by.")
 
 
-def read_num_rows(num_rows: object, blends: int) -> list[int]:
-    """Rows of each blend; `ValueError` unless they are positive numbers, one a blend."""
+def read_num_rows(num_rows: object, blends: int, name: str = "num_rows") -> list[int]:
+    """Rows of each blend; `ValueError`, by the `name` of the setting, unless they are positive numbers, one a blend."""
     counts: list[Any] = [num_rows]
     if isinstance(num_rows, Sequence) and not isinstance(num_rows, str):
         counts = list(num_rows)
     if len(counts) != blends:
         raise ValueError(
-            f"`num_rows` ({num_rows!r}) has {len(counts)} numbers for {blends} blends: give the rows of each."
+            f"`{name}` ({num_rows!r}) has {len(counts)} numbers for {blends} blends: give the rows of each."
         )
     for count in counts:
         if isinstance(count, bool) or not isinstance(count, (int, np.integer)) or count < 1:
-            raise ValueError(f"`num_rows` ({num_rows!r}) must be a positive number of rows, or a list of them.")
+            raise ValueError(f"`{name}` ({num_rows!r}) must be a positive number of rows, or a list of them.")
     if sum(map(int, counts)) > BEHIND:
         raise ValueError(
-            f"`num_rows` ({num_rows!r:.60}) is more than an index can have, {BEHIND:,.0f} rows: set it to the rows "
+            f"`{name}` ({num_rows!r:.60}) is more than an index can have, {BEHIND:,.0f} rows: set it to the rows "
             "that the run trains."
         )
     return [int(count) for count in counts]
