@@ -95,7 +95,7 @@ def add_embedding_norm(model: torch.nn.Module) -> EmbeddingNormHandle:
     norm = torch.nn.LayerNorm(embedding.weight.shape[1], eps=_epsilon(inner.config), **like)
     if weights is not None:
         norm.load_state_dict(weights)
-    norm.train(embedding.training)
+    norm.train(embedding.training).requires_grad_(embedding.weight.requires_grad)  # PEFT would train and not save it
     setattr(embedding, _CHILD, norm)
     put_on(embedding, _NormPatch())
     if not known:
@@ -119,6 +119,12 @@ def _embedding_of(name: str, model: PreTrainedModel) -> torch.nn.Module:
         )
     embedding = model.get_input_embeddings()
     weight = getattr(embedding, "weight", None)
+    if type(embedding).__module__.startswith("peft."):
+        raise NotImplementedError(
+            f"PEFT has a `{type(embedding).__name__}` in place of the word embedding of `{name}`, and adds behind the "
+            "norm what a merge would add before it: leave the embedding out of `target_modules`, `modules_to_save` "
+            "and `trainable_token_indices`."
+        )
     if not isinstance(embedding, torch.nn.Embedding) or weight is None or weight.dim() != 2:
         raise NotImplementedError(
             f"`{name}` has no `torch.nn.Embedding` of words (`get_input_embeddings()` is a "

@@ -85,5 +85,8 @@ def test_unset_weights_are_alike_and_two_ways_to_name_data_are_refused():
     blend = BlendArguments(blend_sources=["a=stdlib:"])
     with pytest.raises(ValueError, match="`dataset_name` .'stdlib:'. and `blend_sources` both say what is read"):
         read_blend(blend, RecipeArguments(dataset_name="stdlib:"), None, None)
+    for rows, message in (([5, 5], "has 2 numbers for 1 blends"), ([0], "must be a positive number of rows")):
+        with pytest.raises(ValueError, match=rf"`blend_rows` \(.*\) {message}"):
+            read_blend(BlendArguments(blend_sources=["a=stdlib:"], blend_rows=rows), RecipeArguments(), None, None)
     with pytest.raises(ValueError, match="`dataset_streaming` reads rows as they come"):
         read_blend(blend, RecipeArguments(dataset_streaming=True), None, None)

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -156,6 +157,26 @@ def test_a_run_trains_the_norm_resumes_and_is_loaded_by_a_trainer(tmp_path):
     )
     trainer(saved)
     assert torch.allclose(output(saved.eval()), output(models[0].eval()), atol=1e-12)
+
+
+def test_lora_trains_beside_a_norm_whenever_it_is_put_on_and_loses_nothing(tmp_path):
+    model = build()
+    add_embedding_norm(model)
+    stir(model)
+    model.save_pretrained(tmp_path)
+    load = lambda: AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    for is_before in (True, False):
+        base = load()
+        if is_before:
+            add_embedding_norm(base)
+        wrapped = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+        add_embedding_norm(wrapped)
+        assert not any("embedding_norm" in name for name, each in wrapped.named_parameters() if each.requires_grad)
+        assert torch.allclose(output(wrapped.eval()), output(model), atol=1e-12)
+    for fields in ({"target_modules": ["embed_tokens"]}, {"modules_to_save": ["embed_tokens"]}):
+        wrapped = get_peft_model(load(), LoraConfig(**{"target_modules": ["q_proj"], **fields}))
+        with pytest.raises(NotImplementedError, match="PEFT has a `.*` in place of the word embedding"):
+            add_embedding_norm(wrapped)
 
 
 def test_shares_of_rows_meet_the_same_norm():

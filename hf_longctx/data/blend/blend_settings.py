@@ -109,7 +109,7 @@ def _check_dataset(name: str, dataset: Any) -> None:
 
 
 def read_num_rows(num_rows: object, blends: int, name: str = "num_rows") -> list[int]:
-    """Rows of each blend; `ValueError`, by the `name` of the setting, unless they are positive numbers, one a blend."""
+    """Rows of each blend; `ValueError` by the setting's `name` unless they are positive numbers, one a blend."""
     counts: list[Any] = [num_rows]
     if isinstance(num_rows, Sequence) and not isinstance(num_rows, str):
         counts = list(num_rows)
