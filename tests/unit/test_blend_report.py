@@ -4,9 +4,26 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import Trainer, TrainerState, TrainingArguments, default_data_collator
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    Trainer,
+    TrainerCallback,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+)
 
-from hf_longctx import BlendedRows, BlendReport, LongContextTrainer, PackedDataset, PackingCollator
+from hf_longctx import (
+    BlendedRows,
+    BlendReport,
+    LongContextTrainer,
+    LossSpikeGuard,
+    PackedDataset,
+    PackingCollator,
+    RampConfig,
+    add_embedding_norm,
+)
 from hf_longctx.data.blend.blended_rows import SOURCE_MARKS
 from hf_longctx.data.blend.marked_collator import MarkedCollator
 from hf_longctx.reporting.blend_report import sources_read
@@ -119,3 +136,51 @@ def test_a_trainer_of_transformers_reads_a_blend(tmp_path):
     rows = BlendedRows({"all": ([{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}], 1.0)}, 8)
     args = TrainingArguments(str(tmp_path), max_steps=1, use_cpu=True, report_to="none", disable_tqdm=True)
     Trainer(build("llama", "sdpa"), args, train_dataset=rows, data_collator=default_data_collator).train()
+
+
+class Spoiled(TrainerCallback):
+    """Logits of one step are huge."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.is_on = False
+        model.get_submodule("lm_head").register_forward_hook(lambda module, inputs, output: self.spoil(output))
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.is_on = state.global_step == 6
+
+    def spoil(self, output):
+        return output * 200 if self.is_on and torch.is_grad_enabled() else output
+
+
+def test_a_run_with_everything_at_once_is_resumed_bit_for_bit(tmp_path):
+    """Inside a ramp, before a skipped spike: packed rows of a blend, a norm, tied weights, evaluations."""
+    lengths = torch.randint(2, 9, (30,), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = [{"input_ids": [3 + (7 * i + j) % 60 for j in range(length)]} for i, length in enumerate(lengths)]
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    fields = ("step", "loss", "grad_norm", "learning_rate", "epoch", "eval_loss", "loss/a", "tokens/b", "loss_spikes")
+    runs = []
+    for resume in (None, str(tmp_path / "checkpoint-4")):
+        torch.manual_seed(0)
+        config = LlamaConfig(**sizes, num_attention_heads=2, tie_word_embeddings=True)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="packed")
+        add_embedding_norm(model)
+        settings = {"max_steps": 9, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3}
+        settings |= {"save_steps": 4, "eval_steps": 3, "eval_strategy": "steps", "logging_steps": 1, "use_cpu": True}
+        args = TrainingArguments(str(tmp_path), **settings, learning_rate=1e-2, report_to="none", disable_tqdm=True)
+        guard = LossSpikeGuard("skip", window=3, deviations=20)
+        trainer = LongContextTrainer(
+            model=model,
+            args=args,
+            train_dataset=BlendedRows([{"a": (rows[:23], 0.3), "b": (rows[23:], 0.7)}, {"a": 1.0}], [60, 90]),
+            eval_dataset=rows[:5],
+            data_collator=PackingCollator(max_tokens=24, strategy="in_order"),
+            ramp=RampConfig(start=2, increment=2, rows=20),
+            callbacks=[guard, Spoiled()],
+        )
+        BlendReport().attach(trainer)
+        trainer.train(resume_from_checkpoint=resume)
+        log = [tuple(entry.get(name) for name in fields) for entry in trainer.state.log_history]
+        runs.append((model.state_dict(), log, guard.notes))
+    (weights, log, notes), (again, log_again, notes_again) = runs
+    assert [note["step"] for note in notes] == [7] and notes == notes_again and log == log_again
+    assert all(torch.equal(weight, again[name]) for name, weight in weights.items())
