@@ -1,7 +1,8 @@
-# `make demo`, `make demo-embed` and `make test` do all their own set-up in .venv. `make lint` checks style and types, `make floor`
-# the oldest libraries, `make newest` the newest ones, `make conformance` every model type of the installed transformers,
-# `make conformance_embeddings` those that embed. `make constraints` renews the tested versions, `make docs` builds the
-# pages as a site. `make release-check` builds and tries what is published. `make gpu` tests and measures on a GPU, with the Python that is there.
+# `make demo`, `make demo-embed`, `make demo-dpo` and `make test` do all their own set-up in .venv. `make lint` checks style
+# and types, `make floor` the oldest libraries, `make newest` the newest ones, `make conformance` every model type of the
+# installed transformers, `make conformance_embeddings` those that embed. `make constraints` renews the tested versions,
+# `make docs` builds the pages as a site. `make release-check` builds and tries what is published. `make gpu` tests and
+# measures on a GPU, with the Python that is there.
 
 PYTHON ?= python3
 VENV   := .venv
@@ -18,8 +19,8 @@ WORKERS := -n 2
 # Where the tests record which refusals they provoke.
 RAISES := build/raises
 
-.PHONY: demo demo-embed test gpu floor newest constraints conformance conformance_embeddings lint refusals docs release-check setup \
-	clean
+.PHONY: demo demo-embed demo-dpo test gpu floor newest constraints conformance conformance_embeddings lint refusals docs \
+	release-check setup clean
 
 setup: $(VENV)/.ready
 
@@ -39,6 +40,10 @@ demo: setup
 # Embeddings: MiniLM learns to find code by its docstring, then whole files shared by two processes.
 demo-embed: setup
 	$(BIN)/python recipes/demo_embed.py
+
+# Preferences: SmolLM2-135M learns to answer from its text, on pairs shared by two processes.
+demo-dpo: setup
+	$(BIN)/python recipes/demo_dpo.py
 
 # The last line proves the page of refusals: the test that a row names provoked its message in this very run.
 test: setup

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +141,8 @@ class FaultToleranceMixin(WatchedStepsMixin):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         """transformers' own, then a look at the numbers before the optimizer takes them."""
-        batch = dict(inputs)  # transformers holds it for the whole step anyway
+        # transformers holds it for the whole step anyway; trainers that sample get rows as their data set has them.
+        batch = dict(inputs) if isinstance(inputs, Mapping) else inputs
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._watches_numbers:
             self._micro_batches.append((batch, loss))

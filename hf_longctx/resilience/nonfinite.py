@@ -9,7 +9,7 @@ backward once more, to find out where.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -133,7 +133,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 def _run_again(trainer, model: torch.nn.Module, batch: dict, count) -> str | None:
     """Forward and backward of one micro-batch with every module watched; the first place that is not finite."""
-    inputs = trainer._prepare_inputs(dict(batch))
+    inputs = trainer._prepare_inputs(dict(batch) if isinstance(batch, Mapping) else batch)
     model = trainer.accelerator.unwrap_model(model)
     watch = _Watch(inputs)
     hooks = [m.register_forward_hook(watch.see(name), with_kwargs=True) for name, m in model.named_modules() if name]

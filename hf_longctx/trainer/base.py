@@ -158,7 +158,7 @@ class TrainerBase(FaultToleranceMixin):
         return inputs
 
     def _track_num_input_tokens(self, inputs):
-        shard = inputs.get("sequence_shard")
+        shard = inputs.get("sequence_shard") if isinstance(inputs, Mapping) else None  # rows, where a trainer samples
         if shard is not None:  # the pad segment is not input
             real = ("input_ids", "attention_mask")
             inputs = {key: value[:, : shard.num_local_tokens] for key, value in inputs.items() if key in real}

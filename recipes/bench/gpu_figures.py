@@ -195,3 +195,17 @@ LONG_LSH_FIGURES = [
     Figure("LSH, reversible, tiles: GB of its step", worst("long_row_lsh", "step_gb")),
     Figure("LSH, reversible, tiles: worst error of the plan", *plan_error("long_row_lsh")),
 ]
+PREFERENCE_FIGURES = [
+    Figure(
+        f"DPO, a pair of lengths {lengths}: {what} of flattened over padded rows",
+        ratio(
+            "preference",
+            key,
+            {"lengths": lengths, "label": "one process, flattened"},
+            {"lengths": lengths, "label": "one process"},
+        ),
+        most=0.65 if lengths == "1:4" and key == "seconds" else None,
+    )
+    for lengths in ("1:1", "1:4")
+    for what, key in (("seconds", "seconds"), ("activations", "activation_bytes"))
+]

@@ -12,6 +12,7 @@ from gpu_figures import (
     LONG_LSH_FIGURES,
     LSH_FIGURES,
     OURS,
+    PREFERENCE_FIGURES,
     SHAPES_FIGURES,
     SHORT_8B,
     SLEEP_FIGURES,
@@ -146,7 +147,7 @@ PARTS = (
         "tiled_loss",
         "the loss in tiles at 131,072 words, whole logits, torch's own",
         "tiled_loss",
-        seconds=30,
+        seconds=25,
         arguments="--width 2048 --vocab 131072 --tokens 8192 32768 131072 --repeats 2 --repeat_up_to 8192 "
         "--minutes {minutes}",
         tiny="--one_process --width 16 --vocab 300 --tokens 64 128 --repeats 1 --minutes {minutes}",
@@ -246,10 +247,22 @@ PARTS = (
         figures=SLEEP_FIGURES,
     ),
     Part(
+        "preference",
+        "a DPO step on a pair of lengths 1:4, padded and flattened",
+        "preference",
+        seconds=10,
+        arguments="--tokens 16384 --shorter 1 4 --layers 4 --hidden 2048 --intermediate 8192 --heads 32 --kv_heads 8 "
+        "--dtype bfloat16 --repeats 2",
+        tiny="--tokens 32 --shorter 4 --layers 1 --hidden 32 --intermediate 32 --vocab 64 --heads 2 --kv_heads 1 "
+        "--repeats 1 --one_process",
+        figures=PREFERENCE_FIGURES,
+        needs={"trl": "1.16"},
+    ),
+    Part(
         "contrastive_loss",
         "in-batch negatives in tiles, 16K to 256K pairs",
         "contrastive_loss",
-        seconds=25,
+        seconds=20,
         arguments="--pairs 16384 65536 262144",
         tiny="--pairs 32 --width 16 --one_process",
         figures=[figure for pairs in (16384, 65536, 262144) for figure in pairs_figures(pairs)],

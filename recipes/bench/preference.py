@@ -1,102 +1,156 @@
-"""DPO on shared rows: its step against one process, the bytes of its gather, and what flattened rows gain.
+"""DPO on shared rows: its step against one process, the bytes of its gather, activations, and what flattening gains.
 
-    python recipes/bench/preference.py --tokens 512 --layers 6
+What: both forwards, the backward and the mean of gradients for one pair, at two ratios of lengths. The model has the
+sizes of SmolLM2-135M and random weights.
 
-One process with as many threads as there are ranks, against ranks of one thread each. The model has the sizes of
-SmolLM2-135M and random weights; loss and gradients are compared before anything is measured. Times are the smallest of
-the repeats, taken in turn, so that other programs disturb all ways alike.
+How: one process with as many threads as there are ranks, against ranks of one thread each, in turn, so that other
+programs disturb all ways alike. Losses and gradients are compared before anything is shown. On CUDA one process
+compares padded with flattened rows. Price: on 2 quiet cores some minutes and 6 GB.
+
+    python recipes/bench/preference.py --output docs/benchmarks/preference_cpu.md
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import os
 from pathlib import Path
 
-from preference_worker import measure
-from versions import versions_of
+from page import Page, add_medians, add_ratios, describe_run, device_of, fill, finish, quietness
+from preference_worker import ALONE, SHARED, SHARED_FLATTENED, measure
+from processes import add_one_process, in_one_process
+from rich.console import Console
 
 from hf_longctx.proof.ranks import Ranks
 
 
-PACKAGES = ("torch", "transformers", "trl")
+PACKAGES = ("hf-longctx", "torch", "transformers", "trl")
+TOLERANCE = {"float32": 1e-4, "bfloat16": 3e-2}  # of a loss and of the norm of its gradient
+COLUMNS = {
+    "lengths of a pair": "{lengths}",
+    "way": "{label}",
+    "real tokens": "{real_tokens:,} of {padded_tokens:,}",
+    "s": "{seconds:.2f}",
+    "CPU s": "{cpu_seconds:.2f}",
+    "time": "{seconds_ratio:.2f}",
+    "CPU time": "{cpu_seconds_ratio:.2f}",
+    "activations": "{activation_bytes_ratio:.2f}",
+    "gather / attention": lambda row: f"{row['gather_share']:.3%}" if row.get("gather_share") else "",
+    "others": "{other_load:.0%}",
+}
+console = Console(width=max(Console().width, 130))
+
+READING = """\
+- **s**, **CPU s**: a step by the clock, and by the processors of all ranks that take part; medians.
+- **time**, **CPU time**, **activations**: against one process on padded rows of the same lengths. Activations are the
+  bytes that one rank keeps for its backward; weights of both models, gradients and states of the optimizer are
+  replicated under DDP, and not in it. Two ranks that lose nothing have a *CPU time* of 1.00, on half the clock of one
+  thread, and on that of one process of two threads.
+- **gather / attention**: bytes that leave a rank for the numbers of whole rows, over those of its all-to-alls.
+- **others**: the share of the cores that other programs used meanwhile. With more than 5 % the clock says little.
+"""
+
+WHEN_NOT = """\
+- Where a row fits one process, data-parallel groups need no exchange in a layer.
+- Where the rows of a batch are about as long, flattening gains nothing.
+"""
 
 
-def attention_bytes(settings: dict, ranks: int) -> int:
-    """What a rank sends in the all-to-alls of one policy step and one reference forward, 4 bytes a number."""
-    config = settings["config"]
-    size = config["hidden_size"] // config["num_attention_heads"]
-    heads = 2 * config["num_attention_heads"] + 2 * config["num_key_value_heads"]
-    share = 2 * settings["tokens"] // ranks * (ranks - 1) // ranks
-    return 3 * 4 * config["num_hidden_layers"] * heads * size * share
-
-
-def page(settings: dict, results: dict, ranks: int, command: str) -> str:
-    found = ", ".join(f"{name} {number}" for name, number in versions_of(PACKAGES).items())
-    layers = settings["config"]["num_hidden_layers"]
-    lines = [
-        "# DPO on shared rows, on a CPU",
-        "",
-        f"`{command}`; {found}. {layers} layers with the sizes of SmolLM2-135M, one pair, rows of "
-        f"{settings['tokens']:,} tokens, fp32, {ranks} ranks of one thread against one process of {ranks} threads. A "
-        "step is both forwards, the backward and the mean of gradients.",
-        "",
-        "| lengths of a pair | real tokens of padded ones | one process | shared | shared, flattened | shared / one | "
-        "flattened / shared | gather / attention |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, row in results.items():
-        times = row["seconds"]
-        share = row["gather_bytes"] / attention_bytes(settings, ranks)
-        lines.append(
-            f"| {name} | {row['real']:,} of {row['padded']:,} | {times['alone']:.2f} s | {times['shared']:.2f} s | "
-            f"{times['flattened']:.2f} s | {times['shared'] / times['alone']:.2f} | "
-            f"{times['flattened'] / times['shared']:.2f} | {100 * share:.3f} % |"
-        )
-    errors = [abs(row["norms"][way] / row["norms"]["alone"] - 1) for row in results.values() for way in row["norms"]]
-    lines += [
-        "",
-        f"Before anything is measured, norms of the gradient agree to {max(errors):.0e} in fp32.",
-        "",
-    ]
-    lines.append("When not to use it: where a row fits one process, data parallel groups need no exchange in a layer;")
-    lines.append("where the rows of a batch are about as long, flattening gains nothing.")
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=2048, help="of the longer row")
+    parser.add_argument("--shorter", type=int, nargs="+", default=[1, 4], help="how much shorter the other row is")
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--hidden", type=int, default=576)
+    parser.add_argument("--intermediate", type=int, default=1536)
+    parser.add_argument("--vocab", type=int, default=49152)
+    parser.add_argument("--heads", type=int, default=9)
+    parser.add_argument("--kv_heads", type=int, default=3)
+    parser.add_argument("--dtype", choices=tuple(TOLERANCE), default="float32")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--threads", type=int, help="of one process; as many as there are ranks unless given")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="page to write; next to it the numbers, as JSON")
-    args = parser.parse_args()
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--output", type=Path, help="a Markdown result; a .json is written next to it")
+    add_one_process(parser)
+    return parser.parse_args(arguments)
+
+
+def settings_of(args: argparse.Namespace) -> dict:
     config = {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
+        "vocab_size": args.vocab,
+        "hidden_size": args.hidden,
+        "intermediate_size": args.intermediate,
         "num_hidden_layers": args.layers,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
+        "num_attention_heads": args.heads,
+        "num_key_value_heads": args.kv_heads,
         "tie_word_embeddings": True,
-        "max_position_embeddings": 8192,
+        "max_position_embeddings": max(8192, 2 * args.tokens),
     }
-    settings = {"config": config, "tokens": args.tokens, "repeats": args.repeats}
-    with Ranks(args.ranks) as ranks:
-        results = ranks.run(measure, settings)[0]
-    for row in results.values():
-        loss = row["losses"]["alone"]
-        if any(abs(value - loss) > 1e-4 * max(1.0, abs(loss)) for value in row["losses"].values()):
-            raise SystemExit(f"losses differ: {row['losses']}")
-    command = f"python recipes/bench/preference.py --tokens {args.tokens} --layers {args.layers} --ranks {args.ranks}"
-    text = page(settings, results, args.ranks, command)
-    print(text)
-    if args.out is not None:
-        args.out.write_text(text)
-        args.out.with_suffix(".json").write_text(
-            json.dumps({"settings": settings, "results": results}, indent=1) + "\n"
-        )
+    names = ("tokens", "shorter", "repeats", "device", "dtype", "threads")
+    return {"config": config, **{name: getattr(args, name) for name in names}}
+
+
+def attention_bytes(args: argparse.Namespace, row: dict) -> int:
+    """What a rank sends in the all-to-alls of a policy's forward and backward and of a reference's forward."""
+    size, width = args.hidden // args.heads, 2 * args.heads + 2 * args.kv_heads
+    tokens = row["real_tokens"] if row["label"] == SHARED_FLATTENED else row["padded_tokens"]
+    share = tokens // args.ranks * (args.ranks - 1) // args.ranks
+    return 3 * 4 * args.layers * width * size * share
+
+
+def summarize(rows: list[dict], args: argparse.Namespace) -> None:
+    """Medians, and ratios to one process on padded rows; different losses end the run."""
+    alone = {row["lengths"]: row for row in rows if row["label"] == ALONE}
+    for row in rows:
+        reference = alone[row["lengths"]]
+        for name in ("loss", "norm"):
+            row[f"{name}_error"] = abs(row[name] - reference[name]) / max(abs(reference[name]), 1.0)
+            if not row[f"{name}_error"] <= TOLERANCE[args.dtype]:
+                raise SystemExit(f"`{row['label']}` has another {name}: {row[name]} is not {reference[name]}")
+        add_medians(row, row["runs"], os.cpu_count() or 1)
+        add_ratios(row, reference, ("seconds", "cpu_seconds", "activation_bytes"))
+        if row["label"] in (SHARED, SHARED_FLATTENED):
+            row["gather_share"] = row["gather_bytes"] / attention_bytes(args, row)
+
+
+def page_of(result: dict) -> Page:
+    """The page of a run."""
+    settings, rows = result["settings"], result["rows"]
+    worst = max(max(row["loss_error"], row["norm_error"]) for row in rows)
+    ranks = ""
+    if settings["device"] == "cpu":
+        threads = settings["threads"] or settings["ranks"]
+        ranks = f"; {settings['ranks']} ranks of one thread, one process of {threads}"
+    return Page(
+        title=f"DPO on shared and flattened rows, on {device_of(result)}",
+        intro=[
+            f"One pair of rows, the longer of {settings['tokens']:,} tokens, {settings['layers']} layers of width "
+            f"{settings['hidden']} and {settings['vocab']:,} words, {settings['dtype']}, policy and reference, no "
+            f"checkpointing{ranks}."
+        ],
+        headers=list(COLUMNS),
+        cells=[fill(COLUMNS, row) for row in rows],
+        notes=[
+            quietness(result, "*s* and *time*", rest="Bytes are, and *CPU time* roughly."),
+            f"Losses and norms of the gradient differ by at most {worst:.0e}.",
+        ],
+        reading=READING,
+        sections={"When not to use it": WHEN_NOT},
+    )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    settings = settings_of(args)
+    if in_one_process(args):
+        rows = measure(settings)
+    else:
+        with Ranks(args.ranks) as ranks:
+            rows = ranks.run(measure, settings, seconds=3600)[0]
+    summarize(rows, args)
+    result = describe_run("preference", arguments, args, PACKAGES, rows)
+    finish(page_of(result), result, args.output, console)
 
 
 if __name__ == "__main__":

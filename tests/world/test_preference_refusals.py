@@ -15,9 +15,9 @@ from hf_longctx.proof.ranks import RanksError  # noqa: E402
 from hf_longctx.trainer.base import TrainerBase  # noqa: E402
 
 from ..models import build  # noqa: E402
-from ..preference import fit, pairs, reward_model, settings_of, trainer_of  # noqa: E402
+from ..preference import fit, pairs, reward_model, settings_of, trainer_of, worst  # noqa: E402
 from ..tokenizer import tiny_tokenizer  # noqa: E402
-from ..training import reset_state  # noqa: E402
+from ..training import reset_state, weights_of  # noqa: E402
 
 
 REFUSED = [
@@ -136,6 +136,26 @@ def test_a_tokenizer_without_padding():
             processing_class=tokenizer,
             memory=MemoryConfig(),
         )
+
+
+def test_trainers_that_sample_are_left_alone_on_one_process():
+    """A step of GRPO on our attention, sampled and scored, is that of transformers' attention."""
+    weights = {}
+    for attention, bases in (("packed", (TrainerBase, trl.GRPOTrainer)), ("sdpa", (trl.GRPOTrainer,))):
+        reset_state()
+        names = ("max_length", "gradient_checkpointing", "dataset_num_proc")
+        settings = {name: value for name, value in settings_of(max_steps=1).items() if name not in names}
+        args = trl.GRPOConfig(**settings, num_generations=2, max_completion_length=4)
+        trainer = type("Mixed", bases, {})(
+            model=build("llama", attention),
+            reward_funcs=lambda completions, **_: [float(len(text) % 3) for text in completions],
+            args=args,
+            train_dataset=pairs().select_columns("prompt"),
+            processing_class=tiny_tokenizer(),
+        )
+        trainer.train()
+        weights[attention] = weights_of(trainer)
+    assert worst(weights["packed"], weights["sdpa"]) <= 2e-5
 
 
 @pytest.mark.parametrize("name", ["GRPOTrainer", "RLOOTrainer", "DistillationTrainer"])

@@ -53,12 +53,14 @@ def test_dpo_flattened(world2):
     assert worst(alone[1], fit(0, {})[1]) <= 2e-5
 
 
-def test_kto(world2):
-    compare(world2, 2, task="kto", per_device_train_batch_size=4, evaluate=True)
+def test_kto(world4):
+    compare(world4, 4, task="kto", max_steps=10, per_device_train_batch_size=4, evaluate=True)
 
 
 def test_reward(world4):
-    compare(world4, 2, task="margin", center_rewards_coefficient=0.1)
+    """Ten steps of accumulation 3 on two groups, with margins."""
+    changes = {"max_steps": 10, "gradient_accumulation_steps": 3, "per_device_train_batch_size": 1}
+    compare(world4, 2, task="margin", center_rewards_coefficient=0.1, **changes)
 
 
 def counted_tokens(size: int) -> list[int]:
