@@ -138,7 +138,8 @@ def _body(folder: Path, metrics: dict, picture: str | None) -> str:
     if fast:
         parts += ["## Learning while reading", _FAST_WEIGHTS]
         parts.append(markdown_table("Setting", "Value", {_in_words(name): str(fast[name]) for name in fast}))
-    parts += ["Command, from the folder with the recipes:", code_block(metrics["command"])]
+    where = ", from the folder with the recipes" if "recipes/" in metrics["command"] else ""
+    parts += [f"Command{where}:", code_block(metrics["command"])]
     proof = proof_of(metrics)
     if proof is not None:
         parts += ["## Exactness", proof]
