@@ -164,7 +164,7 @@ def test_a_task_trains_and_answers_with_its_metrics(typed, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     rows = [{"prompt": words(3, i), "completion": words(4, i), "label": i % 2 == 0} for i in range(4)]
     (tmp_path / "marked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    places = f"--model_name_or_path {tmp_path}/model --dataset_name {tmp_path}/marked.jsonl"
+    places = (
         f"--model_name_or_path {tmp_path}/model --dataset_name {tmp_path}/marked.jsonl --output_dir {tmp_path}/run"
     )
     more = "--max_steps 1 --per_device_train_batch_size 2 --use_cpu true --bf16 false --report_to none"
