@@ -4,6 +4,7 @@ The folder stands first in `PYTHONPATH`, so processes that a launcher starts get
 package's imports; another `sitecustomize`, which this one hides, runs afterwards.
 """
 
+import importlib
 import importlib.machinery
 import importlib.util
 import os
@@ -14,7 +15,7 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 if importlib.util.find_spec("hf_longctx") is None:  # started from a checkout that is not installed
     sys.path.append(os.path.dirname(os.path.dirname(_HERE)))
-import hf_longctx  # noqa: F401, E402  registers the names when transformers loads its models
+importlib.import_module("hf_longctx")  # registers the names when transformers loads its models
 
 
 _others = [path for path in sys.path if os.path.abspath(path) != _HERE]

@@ -24,7 +24,8 @@ from hf_longctx.adapters.tiled_loss import tile_loss
 from hf_longctx.attention import kernels
 from hf_longctx.attention.masks import AttentionRule, KernelPlan, read_rule
 from hf_longctx.attention.packed import PACKED, packed_attention
-from hf_longctx.cli import pack_report, plan_report, plan_search
+from hf_longctx.cli import pack_inputs, pack_report, plan_report, plan_search
+from hf_longctx.cli.answer import Answer
 from hf_longctx.config import values
 from hf_longctx.data.documents import load_documents
 from hf_longctx.data.packing.lengths import balanced_order
@@ -210,7 +211,7 @@ SENTENCES = [
     # commands
     (lambda: pack_report.validate_options(outputs(limit=0)), V, r"`--limit` \(0\) must be at least 1"),
     (lambda: pack_report.validate_options(outputs(output="p.txt")), V, "must be a picture, which may be written over"),
-    (lambda: pack_report._count_tokens(None, [], outputs()), V, "`d` has no rows in `--split` train: check"),
+    (lambda: pack_inputs._count_tokens(None, {}, outputs()), V, "`d` has no rows in `--split` train: check"),
     (lambda: plan_search.parse_tokens("many"), V, r"`--target_tokens` \(many\) must be a number of tokens, such as"),
     (lambda: plan_search._check_options(outputs(utilisation=2.0)), V, "is a share of the peak: give at most 1"),
     (lambda: plan_report.validate_outputs("p.txt", None), V, "must be a picture, which may be written over"),
@@ -356,31 +357,31 @@ class NoRoom:
         return False
 
 
-def test_a_plan_in_which_nothing_fits_says_what_would(monkeypatch, capsys):
-    from rich.console import Console
+ANSWER = Answer(Namespace(command="plan", json=None))
 
-    for name in ("print_facts", "print_cells"):
-        monkeypatch.setattr(plan_search, name, lambda *_: None)
+
+def test_a_plan_in_which_nothing_fits_says_what_would(monkeypatch, capsys):
+    for name in ("print_facts", "print_cells", "facts_of"):
+        monkeypatch.setattr(plan_search, name, lambda *_: {})
     cell = lambda planner, preset, settings, *_: plan_search.Cell(preset, settings, 0, None)
+    monkeypatch.setattr(plan_search, "num_workers", lambda _: 1)
     monkeypatch.setattr(plan_search, "_plan_cell", cell)
-    options = outputs(gpu_memory=1.0, output=None)
+    options = outputs(gpu_memory=1.0, output=None, measure=False)
     with pytest.raises(ValueError, match="no row fits into 1 x 1 GiB on any preset: rows of"):
-        plan_search._report(Console(), options, NoRoom(), Settings(tokens=1), None)
+        plan_search._report(ANSWER, options, NoRoom(), Settings(tokens=1), None)
 
 
 def test_a_measurement_that_cannot_be_made_is_told(monkeypatch):
-    from rich.console import Console
-
     planner = NoRoom()
     monkeypatch.setattr(plan_search, "Planner", lambda *_: planner)
     monkeypatch.setattr(plan_search, "can_measure", lambda _: False)
     with pytest.raises(ValueError, match="`--measure` on a CPU reads Linux's high-water mark"):
-        plan_search._calibrate(Console(), planner)
+        plan_search._calibrate(ANSWER, planner)
     monkeypatch.setattr(plan_search, "can_measure", lambda _: True)
     monkeypatch.setattr(plan_search, "free_bytes", lambda _: 2**30)
     with pytest.raises(ValueError, match="`--measure` needs .* GiB are free on this machine"):
-        plan_search._calibrate(Console(), planner)
+        plan_search._calibrate(ANSWER, planner)
     planner.planned.device = 2**29
     monkeypatch.setattr(plan_search, "measure_in_process", lambda *_: 2**10)
     with pytest.raises(ValueError, match="`--measure` found 0.00 GiB, less than the weights alone"):
-        plan_search._calibrate(Console(), planner)
+        plan_search._calibrate(ANSWER, planner)

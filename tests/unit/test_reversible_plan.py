@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
+import argparse
 import json
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hf_longctx import cli, make_reversible
 from hf_longctx.cli import plan_search, plan_sizes
+from hf_longctx.cli.answer import Answer
 from hf_longctx.planner.memory_plan import USABLE_SHARE, Planner
 from hf_longctx.planner.reversible_plan import deepest_stack
 from hf_longctx.planner.settings import Settings
@@ -61,9 +61,11 @@ def test_settings_that_exclude_each_other_are_refused():
 
 def test_the_command_says_which_sizes_fit(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plan_sizes, "_WIDTHS", (64, 256))
-    console, settings = Console(file=io.StringIO(), width=200), Settings(tokens=1024, reversible=True)
-    plan_sizes.print_sizes(console, config(4), settings, 2**24)
-    text = console.file.getvalue()
+    answer, settings = Answer(argparse.Namespace(command="plan", json=None)), Settings(tokens=1024, reversible=True)
+    answer.console.width = 200
+    plan_sizes.print_sizes(answer, config(4), settings, 2**24)
+    text = capsys.readouterr().out
+    assert [found["width"] for found in answer.facts["reversible_sizes"]] == [64]
     assert "width 64: up to" in text and "width 256: none, one layer takes" in text
     assert [preset.name for preset in plan_search._presets(settings)] == ["off", "loss", "mlp"]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SHAPE}))

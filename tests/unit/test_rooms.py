@@ -42,6 +42,7 @@ ROOMS = (
     "proof",
     "tasks",
     "launch",
+    "startup",
     "cli",
     "__main__",
 )
