@@ -1,4 +1,4 @@
-"""What the columns of a data set say that it is for, so that data of another command is told by that command."""
+"""What the columns of a data set say that it is for, so that another command's data is recognised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a whole: help of every parser, JSON of every command, what wrong input is told, completion, and
+"""The command line as a whole: help of every parser, JSON of every command, what wrong input leads to, completion, and
 programs that are started with our names."""
 
 from __future__ import annotations
