@@ -91,7 +91,8 @@ def read_model(options: argparse.Namespace) -> CheckedModel:
     """
     if options.trust_remote_code:
         check_model_files(options.model)
-        config = AutoConfig.from_pretrained(options.model, trust_remote_code=True)
+        remote = {"trust_remote_code": options.trust_remote_code}
+        config = AutoConfig.from_pretrained(options.model, **remote)
         return CheckedModel(options.model, config, options.task or "causal-lm", False, True)
     try:
         config = read_config(options.model)
