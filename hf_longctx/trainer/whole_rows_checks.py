@@ -85,7 +85,7 @@ def check_flattened(model: Any) -> None:
 
 
 def in_place(trainer: Any, model: Any = None) -> bool:
-    """Whether the weights of a model are where a forward can use them: not under FSDP, which deals them later."""
+    """Whether the weights of a model are where a forward can use them: not under FSDP, which shards them later."""
     model = trainer.model if model is None else model
     return next(model.parameters()).device.type == trainer.args.device.type and not trainer.is_fsdp_enabled
 

@@ -99,8 +99,8 @@ def attention_bytes(args: argparse.Namespace, row: dict) -> int:
     return 3 * 4 * args.layers * width * size * share
 
 
-def summarize(rows: list[dict], args: argparse.Namespace) -> None:
-    """Medians, and ratios to one process on padded rows; different losses end the run."""
+def check(rows: list[dict], args: argparse.Namespace) -> None:
+    """What is compared, and the bytes of attention; different losses end the run."""
     alone = {row["lengths"]: row for row in rows if row["label"] == ALONE}
     for row in rows:
         reference = alone[row["lengths"]]
@@ -108,10 +108,18 @@ def summarize(rows: list[dict], args: argparse.Namespace) -> None:
             row[f"{name}_error"] = abs(row[name] - reference[name]) / max(abs(reference[name]), 1.0)
             if not row[f"{name}_error"] <= TOLERANCE[args.dtype]:
                 raise SystemExit(f"`{row['label']}` has another {name}: {row[name]} is not {reference[name]}")
-        add_medians(row, row["runs"], os.cpu_count() or 1)
-        add_ratios(row, reference, ("seconds", "cpu_seconds", "activation_bytes"))
         if row["label"] in (SHARED, SHARED_FLATTENED):
-            row["gather_share"] = row["gather_bytes"] / attention_bytes(args, row)
+            row["attention_bytes"] = attention_bytes(args, row)
+
+
+def summarize(rows: list[dict], cores: int) -> None:
+    """Add medians, and ratios to one process on padded rows of the same lengths."""
+    alone = {row["lengths"]: row for row in rows if row["label"] == ALONE}
+    for row in rows:
+        add_medians(row, row["runs"], cores)
+        add_ratios(row, alone[row["lengths"]], ("seconds", "cpu_seconds", "activation_bytes"))
+        if "attention_bytes" in row:
+            row["gather_share"] = row["gather_bytes"] / row["attention_bytes"]
 
 
 def page_of(result: dict) -> Page:
@@ -148,7 +156,8 @@ def main(arguments: list[str] | None = None) -> None:
     else:
         with Ranks(args.ranks) as ranks:
             rows = ranks.run(measure, settings, seconds=3600)[0]
-    summarize(rows, args)
+    check(rows, args)
+    summarize(rows, os.cpu_count() or 1)
     result = describe_run("preference", arguments, args, PACKAGES, rows)
     finish(page_of(result), result, args.output, console)
 

@@ -60,7 +60,7 @@ def test_every_loss_of_dpo(world4):
         for results in world4.run(losses_of, size, SETTINGS):
             assert_same_losses(results, expected, SETTINGS, 5.5e-6)
     # The gradient of discopop cancels, so it moves where attention adds up keys in another order: by as much as
-    # between two kernels of the host, which is twice the others' bound.
+    # between transformers' own two kernels, which is twice the others' bound.
     cancels = SETTINGS.index({"loss_type": ["discopop"], "label_smoothing": 0.0})
     ((_, moved),) = losses_of(0, [SETTINGS[cancels]], {"attention": "eager"})
     noise = worst(moved, expected[cancels][1])
