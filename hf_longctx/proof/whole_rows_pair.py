@@ -55,7 +55,7 @@ class WholeRowsPair(Pair):
     def _prepare(self) -> None:
         self.mesh = SequenceMesh.build(self.setting.sequence_parallel_size)
         self.ours = {False: attempt(lambda: self._shared(False), attention="ulysses")}
-        attempt(lambda: self._check(self.ours[False]))
+        attempt(lambda: self._check_side(self.ours[False]))
         self.model = self.ours[False].model
         self.baseline = self._baseline_error()
         self.wrapped_sides = {False: wrap(self.model, self.setting.wrapper)}
@@ -65,7 +65,7 @@ class WholeRowsPair(Pair):
         if kind == LORA and True not in self.ours:
             self.reference(kind)  # before anything of ours
             self.ours[True] = attempt(lambda: self._shared(True), attention="ulysses")
-            attempt(lambda: self._check(self.ours[True]))
+            attempt(lambda: self._check_side(self.ours[True]))
             self.wrapped_sides[True] = wrap(self.ours[True].model, self.setting.wrapper)
         if kind == FLATTENED:
             attempt(lambda: self._check_flattened(self.ours[False]))
@@ -136,7 +136,7 @@ class WholeRowsPair(Pair):
             add_fused_lm_head(unwrap(model), outputs=FIELDS)
         return model
 
-    def _check(self, side: Side) -> None:
+    def _check_side(self, side: Side) -> None:
         """What a trainer does before its first step, with every model."""
         setting = self.setting
         config = LongContextConfig(

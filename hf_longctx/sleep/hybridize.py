@@ -58,7 +58,7 @@ class DeltaLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         chunks = {"chunk_size": kwargs["chunk_size"]} if "chunk_size" in kwargs else {}
-        found = find_cache(kwargs)
+        found: Any = find_cache(kwargs)
         cache = {self._cache_name: found}
         inputs = self.input_layernorm(hidden_states)
         # A static cache has keys of tokens to come; the attention in front of this layer has put its own in.

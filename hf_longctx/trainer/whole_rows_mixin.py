@@ -90,8 +90,9 @@ class WholeRowsMixin(GroupBatchesMixin, TrainerBase):
     def prepare_model(self) -> None:
         self._checks_packing = False  # rows are flattened here, and proven here
         apply_memory(self, self._preset, compares_plan=False)
-        if getattr(self, "ref_model", None) is not None:  # its forward runs where the policy's activations are kept
-            tile_model_mlps(self, self.ref_model, self._preset)
+        reference = getattr(self, "ref_model", None)
+        if reference is not None:  # its forward runs where the policy's activations are kept
+            tile_model_mlps(self, reference, self._preset)
         tile_trainer_loss(self, self._preset)
         self.share_rows()
         # TRL divides its token counts by it: the ranks of a group count the same batch.
