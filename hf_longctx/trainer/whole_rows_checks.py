@@ -129,7 +129,7 @@ def prove_whole_rows(
 def compare_whole_rows(model: Any, sharing: RowSharing) -> None:
     """Raise `NotImplementedError` where a patched model gives other numbers for tiny rows that are shared.
 
-    A model that gives others for rows with padding on the left is told to refuse these.
+    A model that gives others for rows with padding on the left is asked to refuse these.
     """
     inner = unwrap(model)
     with whole_model(model), torch.no_grad():

@@ -52,7 +52,7 @@ class _ClippedStep(torch.autograd.Function):
 
 def _backward(ctx: Any, whole: torch.Tensor, gradients: list[torch.Tensor], outer: tuple) -> list:
     """What goes back to each gradient. A clipped step does not change with the length of a gradient."""
-    if torch.is_grad_enabled():  # whoever differentiates once more needs the norm's own graph
+    if torch.is_grad_enabled():  # a second derivative needs the norm's own graph
         whole = torch.stack([_row_dots(gradient, gradient) for gradient in gradients]).sum(0)
     size, over = _step_size(whole, ctx.rate, ctx.most), whole > ctx.most**2
     along = torch.stack([_row_dots(out, g) for out, g in zip(outer, gradients, strict=True) if out is not None]).sum(0)
