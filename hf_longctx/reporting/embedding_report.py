@@ -78,7 +78,9 @@ def _section(metrics: dict, picture: str | None) -> str:
     parts += [markdown_table("Setting", "Value", run_settings(metrics, "Longest text, tokens"))]
     if metrics["sources"]:
         parts += ["### Sources", *_sources(metrics["sources"])]
-    parts += ["### Command", f"From the folder with the recipes:\n\n{code_block(metrics['command'])}"]
+    parts.append("### Command")
+    parts += ["From the folder with the recipes:"] if "recipes/" in metrics["command"] else []
+    parts.append(code_block(metrics["command"]))
     proof = proof_of(metrics)
     parts += ["### Exactness", proof] if proof is not None else []
     parts += ["### Libraries", markdown_table("Library", "Version", metrics["versions"])]
