@@ -57,7 +57,7 @@ MINUTES ?= 8
 gpu:
 	$(PYTHON) recipes/bench/gpu.py --minutes $(MINUTES) --output docs/benchmarks
 
-# Every text model type against one process, on two processes; fails if one is wrong or worse than hf_longctx/proof/conformance.json.
+# Every text model type against one process, on two processes; fails if one is wrong or worse than the packaged table.
 # SWEEP="--resume" goes on where a run ended.
 conformance: setup
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m tests.conformance.sweep $(SWEEP)

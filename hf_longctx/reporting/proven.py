@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 
-_PACKAGE = Path(__file__).parents[1]
-_PLACES = (_PACKAGE / "proof" / "conformance.json", _PACKAGE.parent / "docs" / "conformance.json")
+_TABLE = Path(__file__).parents[1] / "proof" / "conformance.json"
 # The tasks under which a model of a task of the Hub was proven, the nearest first.
 _TASKS = {
     "text-generation": ("causal-lm", "multimodal-lm"),
@@ -38,10 +37,7 @@ def proof_of(metrics: dict[str, Any]) -> str | None:
 
 
 def _look_up(kind: str, tasks: tuple[str, ...]) -> tuple[dict[str, str], dict[str, str]] | None:
-    for place in _PLACES:
-        if place.is_file():
-            content = json.loads(place.read_text(encoding="utf-8"))
-            known = {(record["task"], record["type"]): record["rows"] for record in content["models"]}
-            rows = next((known[task, kind] for task in tasks if (task, kind) in known), None)
-            return None if rows is None else ({row["rows"]: row["outcome"] for row in rows}, content["versions"])
-    return None
+    content = json.loads(_TABLE.read_text(encoding="utf-8"))
+    known = {(record["task"], record["type"]): record["rows"] for record in content["models"]}
+    rows = next((known[task, kind] for task in tasks if (task, kind) in known), None)
+    return None if rows is None else ({row["rows"]: row["outcome"] for row in rows}, content["versions"])
