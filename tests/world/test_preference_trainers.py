@@ -47,8 +47,8 @@ def test_dpo_with_lora_and_no_reference_model(world2):
 
 
 def test_dpo_flattened(world2):
-    """On shared rows, and on one process alone."""
-    compare(world2, 2, flatten=True, evaluate=True)
+    """On shared rows, with MLPs of both models in tiles, and on one process alone."""
+    compare(world2, 2, flatten=True, evaluate=True, memory={"mlp_tile_size": 8})
     alone = fit(1, {"flatten": True, "attention": "packed"})
     assert worst(alone[1], fit(0, {})[1]) <= 2e-5
 
