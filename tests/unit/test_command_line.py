@@ -27,7 +27,7 @@ from hf_longctx.planner.settings import OPTIMIZERS
 from hf_longctx.planner.settings import WRAPPERS as PLANNED_WRAPPERS
 from hf_longctx.proof import known_types
 from hf_longctx.proof.model_under_test import DTYPES, TASKS, WRAPPERS
-from hf_longctx.proof.result import EXACT, EXIT_CODES
+from hf_longctx.proof.result import EXACT, EXIT_CODES, REFUSED, UNBUILDABLE, WRONG, RowsResult
 
 from ..models import build, config_of
 from ..tokenizer import tiny_tokenizer, words
@@ -210,12 +210,20 @@ def test_check_ends_as_the_proof_of_its_type_does(outcome, monkeypatch, capsys):
         assert ("table of all types" in out) if outcome == EXACT else (table[task, name].message.split()[-1] in out)
 
 
-def test_check_proves_what_the_table_does_not_know(monkeypatch, capsys):
+@pytest.mark.parametrize("outcome", [EXACT, REFUSED, WRONG, UNBUILDABLE])
+def test_check_proves_what_the_table_does_not_know(outcome, monkeypatch, capsys):
+    rows = [RowsResult("dense", outcome, message="why"), RowsResult("packed", REFUSED, message="no condition")]
+    asked = []
+    prove = lambda config, **settings: asked.append((config.model_type, settings)) or types.SimpleNamespace(rows=rows)
     monkeypatch.setattr(check_model, "look_up", lambda *_: None)
-    assert main(["check", "qwen3", "--json"]) == 0
+    monkeypatch.setattr(check_model, "verify", prove)
+    assert main(["check", "qwen3", "--json"]) == {EXACT: 0, UNBUILDABLE: 3}.get(outcome, 2)
     out, err = capsys.readouterr()
-    found = json.loads(out)["proof"]
-    assert found["source"] == "proof" and set(found["rows"].values()) == {EXACT} and "prove a tiny one" in err
+    found = json.loads(out)
+    assert found["proof"]["source"] == "proof" and found["proof"]["rows"] == {"dense": outcome, "packed": REFUSED}
+    assert found["message"] == ("" if outcome == EXACT else "why") and "prove a tiny one" in err
+    ((kind, settings),) = asked
+    assert kind == "qwen3" and settings["sequence_parallel_size"] == 2 and settings["packed"]
 
 
 @pytest.mark.parametrize("name", ["T5", "t5", "vit", "Qwen3", "gemma4_assistant", "no-such-model"])
