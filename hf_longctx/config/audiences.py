@@ -38,6 +38,9 @@ TRAINERS: dict[str, dict[str, type]] = {
     },
 }
 
+# Trainers that take a keyword only to say why they refuse it, and what to use.
+_ONLY_REFUSED = {("LongContextSFTTrainer", "sleep")}
+
 
 def take_configs(trainer: str, configs: Mapping[str, type], arguments: dict[str, object]) -> dict[str, object]:
     """Take a trainer's configs out of its keyword arguments; one that is not given has its defaults.
@@ -81,7 +84,8 @@ def _right_place(kind: type, configs: Mapping[str, type]) -> str:
 
 
 def _trainers_with(name: str) -> str:
-    return _quoted(trainer for trainer, row in TRAINERS.items() if name in row)
+    takes = (trainer for trainer, row in TRAINERS.items() if name in row)
+    return _quoted(trainer for trainer in takes if (trainer, name) not in _ONLY_REFUSED)
 
 
 def _quoted(names) -> str:

@@ -9,8 +9,16 @@ import torch
 from transformers import BertConfig, BertForMultipleChoice, Trainer
 
 import hf_longctx
-from hf_longctx import LongContextConfig, LongContextTrainer, MemoryConfig, SequenceMesh, SourcesConfig, TextsConfig
-from hf_longctx.config.audiences import TRAINERS
+from hf_longctx import (
+    LongContextConfig,
+    LongContextTrainer,
+    MemoryConfig,
+    SequenceMesh,
+    SleepConfig,
+    SourcesConfig,
+    TextsConfig,
+)
+from hf_longctx.config.audiences import TRAINERS, take_configs
 from hf_longctx.trainer.base import TrainerBase
 
 from ..models import build
@@ -78,6 +86,12 @@ def test_configs_are_attributes_at_their_defaults_or_as_given(given):
 def test_a_config_that_the_trainer_does_not_take_is_refused(given, configs, message):
     with pytest.raises(ValueError, match=message):
         LongContextTrainer(**given, **configs)
+
+
+def test_a_trainer_that_refuses_a_config_is_not_recommended_for_it():
+    arguments = {"sleep": SleepConfig(window=8)}
+    with pytest.raises(ValueError, match=r"is for `LongContextTrainer`, and `LongContextDPOTrainer` takes"):
+        take_configs("LongContextDPOTrainer", TRAINERS["LongContextDPOTrainer"], arguments)
 
 
 def test_the_embedding_trainer_refuses_what_is_for_language_models():
