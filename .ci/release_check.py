@@ -59,6 +59,11 @@ SMOKE = {
     "embed": "embed --config embed.yaml",
     "run": "run script.py",
     "completion": "completion bash",
+    # Toys take minutes; tests run them in small.
+    **{
+        toy: f"{toy} --help"
+        for toy in ("indexer_warmup", "lsh_duplication", "lsh_pretrain", "pretrain_alibi", "recall_sparse", "sleep")
+    },
 }
 _EMBED = """\
 model_name_or_path: encoder

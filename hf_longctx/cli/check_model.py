@@ -139,8 +139,7 @@ def prove(model: CheckedModel, options: argparse.Namespace, answer: Answer) -> E
             model.config, sequence_parallel_size=_PROVEN_SIZE, inner_attention=inner, packed=True, task=model.task
         )
     rows = {result.rows: result.outcome for result in found.rows}
-    # Packed rows are no condition of sharing.
-    worst = min((result for result in found.rows if result.rows != "packed"), key=_badness)
+    worst = min((result for result in found.rows if _is_shared(result.rows)), key=_badness)
     told = f"proven just now: a tiny `{name}` on {_PROVEN_SIZE} processes is exact on {_exact(rows)} rows"
     if worst.outcome == UNBUILDABLE:
         told = f"no tiny model of its type can be proven here: {worst.message}"
@@ -150,6 +149,11 @@ def prove(model: CheckedModel, options: argparse.Namespace, answer: Answer) -> E
 
 def _badness(result: RowsResult) -> int:
     return WORST_FIRST.index(result.outcome)
+
+
+def _is_shared(kind: str) -> bool:
+    """Packed rows are no condition of sharing."""
+    return kind != "packed"
 
 
 def _exact(rows: dict[str, str]) -> str:

@@ -80,7 +80,7 @@ def test_help_fits_eighty_columns_and_tells_every_default_and_choice(name):
 
 
 def test_check_offers_the_tasks_of_the_proof():
-    assert (*check.TASKS, "embedding") == TASKS
+    assert (*check.TASKS, "embedding", "dpo", "reward") == TASKS
 
 
 # JSON

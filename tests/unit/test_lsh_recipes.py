@@ -86,7 +86,14 @@ def test_plan_takes_the_name(folders, capsys):
     assert main(["plan", folders[4], "--inner_attention", "LSH"]) == 2
     assert "`inner_attention` ('LSH') is not a kernel" in capsys.readouterr().out
     options = Namespace(
-        model=folders[4], gpus=1, gpu_memory=80, cpu_memory=None, optimizer="adamw", wrapper=None, reversible=False
+        model=folders[4],
+        gpus=1,
+        gpu_memory=80,
+        cpu_memory=None,
+        optimizer="adamw",
+        wrapper=None,
+        reversible=False,
+        task="sft",
     )
     options.inner_attention = "lsh"
     config = LlamaConfig.from_pretrained(folders[4])

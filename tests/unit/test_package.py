@@ -302,10 +302,10 @@ for name in sys.argv[2:]:
     [
         (
             "trl",
-            {"embed": "embedding,trl", **dict.fromkeys(("sft", "pretrain", "dpo", "reward", "ttt", "inputs"), "trl")},
+            {"embed": "embedding", **dict.fromkeys(("sft", "pretrain", "dpo", "reward", "ttt", "inputs"), "trl")},
         ),
-        ("datasets", {"sft": "trl", "pretrain": "trl", "embed": "embedding,trl", "embed_sources": "embedding"}),
-        ("sentence_transformers", {"embed": "embedding,trl", "embed_model": "embedding"}),
+        ("datasets", {"sft": "trl", "pretrain": "trl", "embed": "embedding", "embed_sources": "embedding"}),
+        ("sentence_transformers", {"embed": "embedding", "embed_model": "embedding"}),
     ],
 )
 def test_missing_library_of_a_recipe_is_told_with_the_extra(library, told):

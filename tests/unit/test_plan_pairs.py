@@ -105,7 +105,7 @@ def test_rows_are_doubled_and_their_numbers_are_there_on_every_rank(planner):
     pair, long = planned(planner, rows=2), planned(planner, rows=1, tokens=2 * 65_536)
     assert pair.device == pytest.approx(long.device, rel=0.01)  # whose rotary table is twice as long
     shared = {"sequence_parallel_size": 4, "world_size": 4, "wrapper": "ddp"}
-    whole, share = (planned(planner, whole_rows=whole, **shared) for whole in (True, False))
+    whole, share = (planned(planner, "loss", whole_rows=whole, **shared) for whole in (True, False))
     assert whole.device - share.device == 2 * 65_536 * 80
 
 

@@ -110,7 +110,8 @@ def sorts_by_length() -> SimpleNamespace:
 def outputs(**changes) -> Namespace:
     given = {"batch_size": 1, "hidden_size": 1, "limit": None, "output": "p.png", "write": None, "dataset": "d"}
     given |= {"gpus": 1, "gpu_memory": 80.0, "cpu_memory": None, "peak_tflops": 1.0, "utilisation": 0.4}
-    given |= {"save_seconds": None, "hours_between_failures": None, "reversible": False}
+    given |= {"save_seconds": None, "hours_between_failures": None, "reversible": False, "task": "sft"}
+    given |= {"precompute_ref_log_probs": False}
     return Namespace(**{**given, "split": "train", **changes})
 
 

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, TrainingArguments
 
 from hf_longctx import LongContextConfig, LongContextTrainer, SequenceMesh, adapt, use_alibi
 from hf_longctx.adapters.instance_forward import patches_on
@@ -147,12 +147,13 @@ def test_saved_models_come_back_on_alibi_or_are_refused(tmp_path):
     assert not any(patches_on(module) for module in again.modules())
     use_alibi(again)
     assert difference(forward(again, rows()), expected) <= 1e-12
-    trainer = LongContextTrainer(model=load("packed"), long_context=LongContextConfig())
+    args = TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True, report_to="none")
+    trainer = LongContextTrainer(model=load("packed"), args=args, long_context=LongContextConfig())
     assert difference(forward(trainer.model.eval(), rows()), expected) <= 1e-12
     with pytest.raises(ValueError, match="attn_implementation='sdpa' does not compute"):
         use_alibi(load("sdpa"))
     with pytest.raises(ValueError, match="attn_implementation='sdpa' does not compute"):
-        LongContextTrainer(model=load("sdpa"), long_context=LongContextConfig())
+        LongContextTrainer(model=load("sdpa"), args=args, long_context=LongContextConfig())
     with pytest.raises(ValueError, match="attn_implementation='sdpa' does not compute"):
         adapt(load("sdpa"), SequenceMesh.build())
 
