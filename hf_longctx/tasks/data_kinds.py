@@ -43,17 +43,14 @@ def other_data(columns: Collection[str], command: str) -> str | None:
     return None
 
 
-def explain_documents(error: ValueError, place: str, command: str, **where: object) -> ValueError:
-    """A better error for a place whose documents could not be read, where its columns tell what they are."""
+def other_documents(place: str, command: str, **where: object) -> str | None:
+    """What a place holds whose documents could not be read, and who trains on it; `None` if no column tells."""
     try:
         rows = load_documents(place, text_field=None, **where)  # type: ignore[arg-type]
         columns = list(rows.column_names or next(iter(rows), {}))
-    except Exception:  # what is wrong with it has been told
-        return error
-    found = other_data(columns, command)
-    if found is None:
-        return error
-    return ValueError(f"`dataset_name` ({place}) holds {found}: run that command, or give documents.")
+    except Exception:  # the caller has a message about what is wrong with it
+        return None
+    return other_data(columns, command)
 
 
 def refuse_other_data(

@@ -30,7 +30,7 @@ from ..resilience.kill_switch import KillSwitch
 from ..resilience.slow_rank_watch import SlowRankWatch
 from ..resilience.spike_guard import LossSpikeGuard
 from ..trainer.ending import end_training
-from .data_kinds import explain_documents, refuse_other_data
+from .data_kinds import other_documents, refuse_other_data
 from .document_places import BUILT_IN_DATASETS, model_folder, open_documents
 from .few_bit_base import prepare_few_bits, read_quantization
 
@@ -156,9 +156,10 @@ def read_documents(
     try:
         documents = open_documents(place, text_field=text_field, or_columns=or_columns, **where)
     except ValueError as error:
-        if command is None:
+        found = None if command is None else other_documents(place, command, **where)
+        if found is None:
             raise
-        raise explain_documents(error, place, command, **where) from error
+        raise ValueError(f"`dataset_name` ({place}) holds {found}: run that command, or give documents.") from error
     if command is not None:
         refuse_other_data(place, documents, command, text_field, or_columns)
     if not recipe.num_eval_documents:

@@ -407,6 +407,16 @@ def test_a_wheel_without_extras_names_them():
         assert code == 2 and f"`pip install hf-longctx[{extra}]`" in said, (task, said)
 
 
+def test_arguments_cannot_be_read_without_trl(monkeypatch):
+    from hf_longctx.tasks.recipe_file import parse_recipe
+
+    monkeypatch.setitem(sys.modules, "trl", None)
+    with pytest.raises(
+        ImportError, match=r"The recipes read their arguments with trl: `pip install hf-longctx\[trl\]`"
+    ):
+        parse_recipe([])
+
+
 def test_what_a_library_says_of_arguments_is_a_sentence_and_of_a_step_a_fault():
     def config() -> None:
         from transformers import TrainingArguments

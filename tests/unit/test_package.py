@@ -302,7 +302,10 @@ for name in sys.argv[2:]:
     [
         (
             "trl",
-            {"embed": "embedding", **dict.fromkeys(("sft", "pretrain", "dpo", "reward", "ttt", "inputs"), "trl")},
+            {
+                "embed": "embedding",
+                **dict.fromkeys(("sft", "pretrain", "dpo", "reward", "kto", "ttt", "inputs"), "trl"),
+            },
         ),
         ("datasets", {"sft": "trl", "pretrain": "trl", "embed": "embedding", "embed_sources": "embedding"}),
         ("sentence_transformers", {"embed": "embedding", "embed_model": "embedding"}),
