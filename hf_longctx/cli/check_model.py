@@ -194,12 +194,22 @@ def _built(model: CheckedModel, build: Any, config: PretrainedConfig, size: int)
                 "`sequence_parallel_size` to 1."
             ) from error
         if not model.is_type:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"`{model.name}` builds no model from its configuration ({type(error).__name__}: {reason}): check the "
-                "file, or the installed version of transformers."
+                f"`{model.name}` builds no model from its configuration ({_reason(error)}): check the file, or the "
+                "installed version of transformers."
             ) from error
     tested = ModelUnderTest.of(config, model.task, size)
     if tested.config is None:
         raise ValueError(f"the defaults of type `{model.name}` build no model to look at, and {tested.problem}")
-    return build(tested.config)
+    try:
+        return build(tested.config)
+    except Exception as error:
+        raise ValueError(
+            f"no model of type `{model.name}` can be built, from its defaults or in small ({_reason(error)}): name a "
+            "checkpoint of it."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The kind of an error, and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no more is known'])[0]}"

@@ -235,6 +235,17 @@ def test_check_of_a_name_that_is_no_text_model_is_a_sentence(name, monkeypatch, 
     assert name != "T5" or "`T5` is neither a folder nor a model type: did you mean `t5`" in out
 
 
+def test_check_of_a_type_that_the_table_lacks_and_nobody_can_build_is_a_sentence(monkeypatch, capsys):
+    def from_config(config, **_):
+        raise AttributeError("no attribute 'vocab_size'")
+
+    monkeypatch.setattr(check_model, "look_up", lambda *_: None)
+    monkeypatch.setattr(check_model, "AUTO_CLASSES", {"causal-lm": types.SimpleNamespace(from_config=from_config)})
+    assert main(["check", "qwen3"]) == 2
+    said = capsys.readouterr().out
+    assert "no model of type `qwen3` can be built, from its defaults or in small (AttributeError: no attribu" in said
+
+
 # Pack
 
 
