@@ -10,6 +10,9 @@ its adapter, and takes no memory.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from torch.distributed.elastic.multiprocessing.errors import record
 
 
@@ -47,9 +50,17 @@ def read_pairs(recipe: RecipeArguments, args, command: str = "dpo") -> tuple:
     return pairs, eval_pairs
 
 
-@record
-def main() -> None:
-    recipe, args, model_args, long_context, memory, preference = parse_recipe(ARGUMENTS)
+def train_beside_reference(
+    trainer_class: type, arguments: Sequence[type], read: Callable[[RecipeArguments, Any], tuple[Any, Any]]
+) -> None:
+    """The body of a recipe whose policy is compared with a reference.
+
+    Args:
+        trainer_class (`type`): of TRL's preference trainers.
+        arguments (`Sequence[type]`): [`ARGUMENTS`], with the trainer's own configuration.
+        read (`Callable`): `(recipe, args) -> (rows, rows to evaluate or None)`.
+    """
+    recipe, args, model_args, long_context, memory, preference = parse_recipe(arguments)
     check_output_dir(recipe, args)
     if args.include_num_input_tokens_seen == "no":  # the report's throughput counts real tokens
         args.include_num_input_tokens_seen = "non_padding"
@@ -57,13 +68,13 @@ def main() -> None:
     reference = None
     if not model_args.use_peft and not args.precompute_ref_log_probs:
         reference, _ = load_model(recipe, args, model_args, long_context)
-    pairs, eval_pairs = read_pairs(recipe, args)
-    trainer = LongContextDPOTrainer(
+    rows, eval_rows = read(recipe, args)
+    trainer = trainer_class(
         model=model,
         ref_model=reference,
         args=args,
-        train_dataset=pairs,
-        eval_dataset=eval_pairs,
+        train_dataset=rows,
+        eval_dataset=eval_rows,
         processing_class=tokenizer,
         peft_config=get_peft_config(model_args),
         long_context=long_context,
@@ -71,3 +82,8 @@ def main() -> None:
         preference=preference,
     )
     train_and_save(trainer, make_report(recipe, long_context, args.max_length), args)
+
+
+@record
+def main() -> None:
+    train_beside_reference(LongContextDPOTrainer, ARGUMENTS, read_pairs)

@@ -15,7 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 try:
     import datasets  # noqa: F401  without it, trl raises a RuntimeError
-    from trl import KTOConfig, ModelConfig, get_peft_config
+    from trl import KTOConfig, ModelConfig
 except ImportError as error:
     raise ImportError("The recipe `kto` needs trl and datasets: `pip install hf-longctx[trl]`.") from error
 
@@ -25,9 +25,8 @@ from ..config.run import LongContextConfig
 from ..data.documents import column_names
 from ..trainer.preference import LongContextKTOTrainer
 from .data_kinds import other_data
-from .dpo import PAIRS
-from .inputs import RecipeArguments, check_output_dir, load_model, make_report, read_documents, train_and_save
-from .recipe_file import parse_recipe
+from .dpo import PAIRS, train_beside_reference
+from .inputs import RecipeArguments, read_documents
 
 
 MARKED = ("completion", "label")
@@ -51,25 +50,4 @@ def read_marked(recipe: RecipeArguments, args) -> tuple:
 
 @record
 def main() -> None:
-    recipe, args, model_args, long_context, memory, preference = parse_recipe(ARGUMENTS)
-    check_output_dir(recipe, args)
-    if args.include_num_input_tokens_seen == "no":  # the report's throughput counts real tokens
-        args.include_num_input_tokens_seen = "non_padding"
-    model, tokenizer = load_model(recipe, args, model_args, long_context)
-    reference = None
-    if not model_args.use_peft and not args.precompute_ref_log_probs:
-        reference, _ = load_model(recipe, args, model_args, long_context)
-    answers, eval_answers = read_marked(recipe, args)
-    trainer = LongContextKTOTrainer(
-        model=model,
-        ref_model=reference,
-        args=args,
-        train_dataset=answers,
-        eval_dataset=eval_answers,
-        processing_class=tokenizer,
-        peft_config=get_peft_config(model_args),
-        long_context=long_context,
-        memory=memory,
-        preference=preference,
-    )
-    train_and_save(trainer, make_report(recipe, long_context, args.max_length), args)
+    train_beside_reference(LongContextKTOTrainer, ARGUMENTS, read_marked)

@@ -26,28 +26,12 @@ from hf_longctx.reporting.origin import base_model_of, check_license, hub_datase
 from hf_longctx.reporting.proven import proof_of
 from hf_longctx.reporting.report import RunReport
 from hf_longctx.reporting.usage import kind_of
-from tests.cards import check_card
+from tests.cards import METRICS, check_card
 from tests.hashed import build_with_norms
 from tests.models import build, config_of
 from tests.tokenizer import tiny_tokenizer
 
 
-METRICS = {
-    "name": "x",
-    "base_model": None,
-    "dataset": None,
-    "row_tokens": 8,
-    "sequence_parallel_size": 1,
-    "data_parallel_size": 1,
-    "num_steps": 1,
-    "history": [],
-    "eval_history": [],
-    "train": {},
-    "peak_memory": [],
-    "settings": {},
-    "versions": {},
-    "command": "python x.py",
-}
 RESULT = {"task": {"type": "text-generation"}, "dataset": {"type": "o/d", "name": "D"}, "metrics": []}
 
 

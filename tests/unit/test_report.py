@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback, TrainingArg
 
 from hf_longctx.reporting.launch_command import launch_command, redact
 from hf_longctx.reporting.report import RunReport
+from tests.cards import METRICS
 from tests.models import config_of
 
 
@@ -170,23 +171,7 @@ def test_the_command_is_the_one_that_was_typed():
 
 
 def test_a_card_of_fast_weights_says_how_to_load_them(tmp_path):
-    metrics = {
-        "name": "x",
-        "base_model": None,
-        "dataset": None,
-        "row_tokens": 8,
-        "sequence_parallel_size": 1,
-        "data_parallel_size": 1,
-        "num_steps": 1,
-        "history": [],
-        "eval_history": [],
-        "train": {},
-        "peak_memory": [],
-        "settings": {},
-        "versions": {},
-        "command": "python x.py",
-        "fast_weights": {"window": 8, "chunk_tokens": 4},
-    }
+    metrics = {**METRICS, "fast_weights": {"window": 8, "chunk_tokens": 4}}
     from hf_longctx.reporting.model_card import write_model_card
 
     for name in ("config.json", "tokenizer_config.json"):
