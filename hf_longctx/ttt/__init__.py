@@ -9,18 +9,16 @@ from ..lazy_exports import lazy_exports
 
 if TYPE_CHECKING:
     from .base_settings import complete_settings as complete_settings
+    from .cached_forward import TTTOutput as TTTOutput
     from .fast_cache import TTTCache as TTTCache
     from .fast_config import TTTModelConfig as TTTModelConfig
     from .fast_model import TTTForCausalLM as TTTForCausalLM
-    from .fast_model import TTTOutput as TTTOutput
 
 _EXPORTS = {
     "fast_cache": ("TTTCache",),
     "fast_config": ("TTTModelConfig",),
-    "fast_model": (
-        "TTTForCausalLM",
-        "TTTOutput",
-    ),
+    "fast_model": ("TTTForCausalLM",),
+    "cached_forward": ("TTTOutput",),
     "base_settings": ("complete_settings",),
 }
 __getattr__, __dir__, __all__ = lazy_exports(__name__, _EXPORTS)

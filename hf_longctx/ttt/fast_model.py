@@ -6,17 +6,14 @@ trainer of transformers, TRL's SFT and a loop of one's own train it. Nothing is 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from ..attention.cache_names import OUTPUT_NAME
-from ..config.test_time import TTTConfig
-from .base_parts import BaseParts, compare_parts, find_decoder, find_parts, validate_suffix
-from .base_settings import complete_settings
+from .base_loading import LoadingMixin
+from .base_parts import BaseParts, compare_parts, find_parts, validate_suffix
+from .cached_forward import CachedForwardMixin, TTTOutput
 from .chunked_rows import RowPlan, RowsOutput, Tokens, recomputation_levels, run_rows
 from .fast_cache import TTTCache
 from .fast_config import TTTModelConfig
@@ -25,18 +22,11 @@ from .generating import GeneratingMixin
 from .inner import Step, Suffix
 from .prime import PrimeMLP, PrimeMLPs
 from .prime_blocks import set_kernel
-from .reading import Reader, first_bad_step, next_tokens, read_tokens
+from .reading import first_bad_step, next_tokens
 from .step_record import StepRecord
 
 
-@dataclass
-class TTTOutput(CausalLMOutputWithPast):
-    """transformers' output, and hidden states after the final norm, which TRL's SFT scores."""
-
-    last_hidden_state: torch.Tensor | None = None
-
-
-class TTTForCausalLM(GeneratingMixin, PreTrainedModel, GenerationMixin):
+class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrainedModel, GenerationMixin):
     """A causal language model with fast weights: an extra MLP in its last layers takes a gradient step of the
     next-token loss after every chunk that is read, and training differentiates through these steps.
 
@@ -98,45 +88,6 @@ class TTTForCausalLM(GeneratingMixin, PreTrainedModel, GenerationMixin):
             mlps.append(PrimeMLP(norm, parts.config.hidden_size, width, dtype, weight.device))
         return PrimeMLPs(mlps, (self.settings.window, self.settings.chunk_tokens))
 
-    @classmethod
-    def from_base(cls, base: Any, settings: TTTConfig | None = None, **kwargs: Any) -> TTTForCausalLM:
-        """Add fast weights to a model that has none. Before training it is that model with a sliding window.
-
-        Args:
-            base (`str` or `PreTrainedModel`): hub id, folder, or a causal language model, which is held, not copied.
-            settings ([`TTTConfig`], *optional*): of the fast weights.
-            kwargs: for `AutoModelForCausalLM.from_pretrained`. `attn_implementation` is that of the layers before the
-                suffix, by default `"packed"`, which makes no `T x T` mask.
-
-        Raises:
-            ValueError: settings that the base model does not allow.
-            NotImplementedError: a base model that is not laid out as Llama is.
-        """
-        if isinstance(base, str):
-            kwargs.setdefault("attn_implementation", "packed")
-            base = AutoModelForCausalLM.from_pretrained(base, **kwargs)
-        find_decoder(base)
-        settings = complete_settings(settings or TTTConfig(), base.config)
-        if getattr(base.config, "sliding_window", None) is not None:
-            base.config.sliding_window = settings.window
-        config = TTTModelConfig.of(base.config, settings)
-        config._attn_implementation_internal = base.config._attn_implementation
-        return cls(config, base)
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Load what `save_pretrained` wrote; arguments are transformers'.
-
-        Raises:
-            ValueError: the weights were trained with another window or chunk length than the configuration's.
-        """
-        kwargs.setdefault("attn_implementation", "packed")
-        wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
-        model.primes.check_loaded({name.removeprefix("primes.") for name in info["missing_keys"]})
-        compare_parts(model.base, model.parts)
-        return (model, info) if wants_info else model
-
     def _init_weights(self, module: torch.nn.Module) -> None:
         if isinstance(module, PrimeMLP):
             module.reset_parameters()
@@ -150,18 +101,6 @@ class TTTForCausalLM(GeneratingMixin, PreTrainedModel, GenerationMixin):
 
     def get_output_embeddings(self) -> Any:
         return self.base.get_output_embeddings()
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers', on the base model."""
-        embedding = self.base.resize_token_embeddings(*args, **kwargs)
-        size = self.config.vocab_size = self.base.config.vocab_size
-        self.config.base_config = {**(self.config.base_config or {}), "vocab_size": size}
-        return embedding
-
-    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        """Choose the kernel of the layers before the suffix; that of the suffix is `suffix_attention`."""
-        self.base.set_attn_implementation(attn_implementation, *args, **kwargs)
-        self.config._attn_implementation_internal = self.base.config._attn_implementation
 
     @torch.compiler.disable  # torch.compile traces no gradient of a gradient
     def forward(
@@ -247,37 +186,6 @@ class TTTForCausalLM(GeneratingMixin, PreTrainedModel, GenerationMixin):
         if self.training and torch.is_grad_enabled():
             self.step_record.add(output, self.inner_learning_rate, settings.inner_max_grad_norm)
         return output
-
-    def _forward_with_cache(
-        self, input_ids: Any, cache: TTTCache, labels: Any, learn: bool, logits_to_keep: int
-    ) -> TTTOutput:
-        if not isinstance(cache, TTTCache):
-            raise ValueError(
-                f"`cache` is a `{type(cache).__name__}`, which has no place for fast weights: pass a `TTTCache`, as "
-                "`model.read(...)` returns, or none."
-            )
-        if labels is not None or (self.training and torch.is_grad_enabled()):
-            raise ValueError(
-                "a cache holds what was read without a graph, so no loss can be trained through it: pass whole rows "
-                "without `cache` to train."
-            )
-        validate_shapes(input_ids)
-        pieces = list(self.read_pieces(input_ids, cache, learn))
-        hidden = torch.cat(pieces, 1)
-        hidden = hidden[:, -logits_to_keep:] if logits_to_keep else hidden
-        with torch.no_grad():
-            logits = self.get_output_embeddings()(hidden)
-        return TTTOutput(logits=logits, last_hidden_state=hidden, **{OUTPUT_NAME: cache})
-
-    def read_pieces(self, input_ids: torch.Tensor, cache: TTTCache, learn: bool) -> Any:
-        """Read tokens into a cache; hidden states after the final norm, a piece at a time."""
-        parts, settings = self.parts, self.settings
-        cache.validate_facts(self.cache_facts())
-        validate_shapes(input_ids, least=0)
-        assert settings.window is not None
-        sizes = settings.window, settings.chunk_tokens, self._ignored()
-        reader = Reader(parts.run_prefix, parts.rotation, self._suffix(parts), self._step(), *sizes)
-        return read_tokens(reader, cache, input_ids, learn)
 
     def explain_nonfinite(self) -> str | None:
         """Where the last forward's inner steps first were not finite, in words."""

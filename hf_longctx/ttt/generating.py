@@ -1,8 +1,7 @@
-"""`generate()` and `read()` of a TTT model: what goes on while tokens are read and written."""
+"""`generate()` of a TTT model: it learns while the prompt is read, and while tokens are written."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,56 +9,14 @@ import torch
 from ..attention.cache_names import CACHE_NAMES, OUTPUT_NAME
 from .fast_cache import TTTCache
 from .forward_checks import validate_mask, validate_prompts
-from .inner import token_losses
 
 
 class GeneratingMixin:
-    """In front of `GenerationMixin`: caches of fast weights, and what cannot be exact with them."""
+    """In front of `GenerationMixin`: a cache of fast weights, and what cannot be exact with it."""
 
     settings: Any  # these of the model
-    config: Any
-    parts: Any
-    read_pieces: Any
-    get_output_embeddings: Any
-
-    def cache_facts(self) -> dict[str, int]:
-        """What a cache must agree on with the model."""
-        settings, layers = self.settings, len(self.parts.layers)
-        facts = {"window": settings.window, "chunk_tokens": settings.chunk_tokens, "layers": layers}
-        return {**facts, "suffix_layers": settings.suffix_layers}
-
-    def make_cache(self) -> TTTCache:
-        """A cache that has read nothing."""
-        return TTTCache(**self.cache_facts())
-
-    def read(self, input_ids: torch.Tensor, cache: TTTCache | None = None, learn: bool = True) -> TTTCache:
-        """Read tokens, and return what is left of them: fast weights and the last window, of one size.
-
-        Args:
-            input_ids (`torch.Tensor` of shape `(B, T)`): of any length; no padding.
-            cache ([`TTTCache`], *optional*): changed in place and returned; a new one unless given.
-            learn (`bool`): whether steps are taken.
-        """
-        cache = self.make_cache() if cache is None else cache
-        for _ in self.read_pieces(input_ids, cache, learn):
-            pass
-        return cache
-
-    @torch.no_grad()
-    def read_logits(
-        self, input_ids: torch.Tensor, cache: TTTCache | None = None, learn: bool = True
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Logits and the tokens that they should have predicted, `(B, n, V)` and `(B, n)`, a piece at a time."""
-        cache, begin = self.make_cache() if cache is None else cache, 0
-        for hidden in self.read_pieces(input_ids, cache, learn):
-            targets = input_ids[:, begin + 1 : begin + 1 + hidden.shape[1]]
-            begin += hidden.shape[1]
-            if targets.shape[1]:
-                yield self.get_output_embeddings()(hidden[:, : targets.shape[1]]), targets
-
-    def read_losses(self, input_ids: torch.Tensor, cache: TTTCache | None = None, learn: bool = True) -> torch.Tensor:
-        """The loss of every next token while reading, `(B, T - 1)`, without keeping logits."""
-        return torch.cat([token_losses(*pair) for pair in self.read_logits(input_ids, cache, learn)], 1)
+    make_cache: Any
+    cache_facts: Any
 
     def generate(
         self, inputs: torch.Tensor | None = None, *args: Any, learn: bool | None = None, **kwargs: Any
