@@ -6,6 +6,7 @@ float64 instead while the proof runs.
 
 from __future__ import annotations
 
+import copy
 import tempfile
 import time
 from collections.abc import Iterator
@@ -95,7 +96,7 @@ def verify_fast_weights(model: str | PretrainedConfig) -> FastWeightsResult:
             suffix_layers=max(1, base.config.get_text_config().num_hidden_layers - 1),
             fast_intermediate_size=16,
         )
-        model, ids = TTTForCausalLM.from_base(base, settings), _rows(base)
+        model, ids = TTTForCausalLM.from_base(copy.deepcopy(base), settings), _rows(base)
         with InFloat64():
             checks = tuple(_checks(model, base, ids))
         checks += (_check_recomputation(model, ids),)

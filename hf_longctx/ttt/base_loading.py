@@ -7,7 +7,8 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from ..config.test_time import TTTConfig
-from .base_parts import compare_parts, find_decoder
+from .base_comparison import compare_parts
+from .base_parts import find_decoder
 from .base_settings import complete_settings
 from .fast_config import TTTModelConfig
 

@@ -1,23 +1,24 @@
-"""The parts of the base model: found by name, and compared with its own forward before anything is trained."""
+"""The parts of the base model, found by name; what of them sees no fast weights runs here."""
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM
 from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
 from ..attention.cache_names import cache_argument
 from ..config.test_time import TTTConfig
 from ..families import expects_unshifted_labels
-from ..tiny_check import random_tokens
-from .prime_blocks import compare_with_own, own_window, run_layer, validate_parts
+from .prime_blocks import attend, own_window
 from .window_masks import row_facts, window_mask
 
 
-_TOKENS = 5
 _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
@@ -25,6 +26,7 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 class BaseParts:
     """Embedding, layers, norm, rotation and head of a base model, and which of its layers are the suffix."""
 
+    decoder: Any
     embedding: torch.nn.Module
     layers: list[Any]
     norm: torch.nn.Module
@@ -48,25 +50,43 @@ class BaseParts:
         positions = torch.arange(begin, end, device=hidden_states.device)[None]
         return self.rotary(hidden_states, position_ids=positions), positions
 
-    def run_prefix(self, input_ids: torch.Tensor, windows: list[Any] | None, begin: int = 0) -> torch.Tensor:
-        """The layers before the suffix on `(B, t)` tokens: whole rows, or what comes after `windows`."""
+    def run_prefix(
+        self, input_ids: torch.Tensor, windows: Sequence[Any] | None, begin: int = 0, recomputes: bool = False
+    ) -> torch.Tensor:
+        """All that sees no fast weights: up to the attention of the first suffix layer, its residual included.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, t)`): whole rows, or what comes after `windows`.
+            windows (`list`, *optional*): caches of these layers, the first suffix layer among them.
+            begin (`int`): tokens before the first.
+            recomputes (`bool`): whether that attention is run again in backward; layers decide it for themselves.
+        """
         hidden_states = self.embedding(input_ids)
+        attends = self._attends(hidden_states, windows is None, begin)
+        for index, layer in enumerate(self.prefix):
+            keeps = {} if windows is None else {cache_argument(type(layer).forward): windows[index]}
+            hidden_states = layer(hidden_states, **attends, **keeps, **self._own_window(layer))
+            if isinstance(hidden_states, tuple):
+                hidden_states = hidden_states[0]
+        first, carried = self.suffix[0], None if windows is None else windows[len(self.prefix)]
+        attends |= self._own_window(first)
+        if recomputes:
+            return checkpoint(attend, first, hidden_states, attends, carried, use_reentrant=False)
+        return attend(first, hidden_states, attends, carried)
+
+    def _attends(self, hidden_states: torch.Tensor, is_whole: bool, begin: int) -> dict[str, Any]:
         rotary, positions = self.rotation(hidden_states, begin)
-        name = self.config._attn_implementation
-        carried = 0 if windows is None else min(begin, self.window - 1)
-        attends = {
+        name, carried = self.config._attn_implementation, 0 if is_whole else min(begin, self.window - 1)
+        facts = row_facts(name, hidden_states) if is_whole else {}
+        return {
             "attention_mask": window_mask(name, self.config, hidden_states, self.window, carried),
             "position_ids": positions,
             "position_embeddings": rotary,
+            **facts,
         }
-        whole = row_facts(name, hidden_states) if windows is None else {}
-        for index, layer in enumerate(self.prefix):
-            keeps = {} if windows is None else {cache_argument(type(layer).forward): windows[index]}
-            extra = own_window(layer, self.window) if name.startswith("flash") else {}
-            hidden_states = layer(hidden_states, **attends, **keeps, **whole, **extra)
-            if isinstance(hidden_states, tuple):
-                hidden_states = hidden_states[0]
-        return hidden_states
+
+    def _own_window(self, layer: Any) -> dict[str, int]:
+        return own_window(layer, self.window) if self.config._attn_implementation.startswith("flash") else {}
 
 
 def find_decoder(base: Any) -> Any:
@@ -101,8 +121,19 @@ def find_parts(base: Any, settings: TTTConfig) -> BaseParts:
             f"`{type(base).__name__}` rotates by the length of a row (`rope_type` {rope!r}), which no chunk knows: "
             "set another `rope_type`, such as 'default' or 'yarn'; attention sees a window only."
         )
+    if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters:
+        raise NotImplementedError(
+            f"`{type(base).__name__}` rotates each kind of layer in its own way (`rotary_emb` takes a `layer_type`), "
+            "and chunks know one rotation: take a Llama-like base model."
+        )
+    if getattr(base.config, "output_router_logits", False):
+        raise NotImplementedError(
+            f"`{type(base).__name__}` adds a loss of its routers (`output_router_logits=True`), which a forward in "
+            "chunks does not have: set `output_router_logits=False` in the base's configuration."
+        )
     layers, head = list(decoder.layers), base.get_output_embeddings()
     return BaseParts(
+        decoder,
         decoder.embed_tokens,
         layers,
         decoder.norm,
@@ -123,62 +154,4 @@ def validate_next_token(base: Any) -> None:
         raise NotImplementedError(
             f"`{type(base).__name__}` is not trained on the next token, and the inner loss is that of the next token "
             "read: take a causal language model as base."
-        )
-
-
-def validate_suffix(parts: BaseParts) -> None:
-    """Raise `NotImplementedError` for a suffix layer that lacks parts, or has some without a second gradient."""
-    for offset, layer in enumerate(parts.suffix):
-        validate_parts(layer, f"layers.{len(parts.prefix) + offset}")
-
-
-@torch.no_grad()
-def compare_parts(base: Any, parts: BaseParts) -> None:
-    """Raise `NotImplementedError` unless every suffix layer, and the whole, is what the base model computes.
-
-    The whole is compared on as many tokens as the window sees, under plain attention.
-    """
-    was_training = base.training
-    base.eval()
-    try:
-        device = parts.embedding.weight.device
-        ids = random_tokens(parts.config.vocab_size, 1, min(_TOKENS, parts.window)).to(device)
-        hidden_states = parts.run_prefix(ids, None)
-        rotary, positions = parts.rotation(hidden_states, 0)
-        for offset, layer in enumerate(parts.suffix):
-            compare_with_own(layer, f"layers.{len(parts.prefix) + offset}", hidden_states, rotary, parts.window)
-        config = parts.suffix[0].self_attn.config
-        mask = window_mask(config._attn_implementation, config, hidden_states, parts.window, 0, skip=False)
-        attends = {"attention_mask": mask, "position_ids": positions, "position_embeddings": rotary}
-        for layer in parts.suffix:
-            hidden_states = run_layer(layer, hidden_states, attends, None, None)
-        _compare_whole(base, parts, ids, parts.head(parts.norm(hidden_states)))
-    finally:
-        base.train(was_training)
-
-
-def _compare_whole(base: Any, parts: BaseParts, ids: torch.Tensor, logits: torch.Tensor) -> None:
-    """What surrounds the layers: scaled embeddings, capped logits and the like would be lost."""
-    names = [(module, module.config) for module in (layer.self_attn for layer in parts.suffix)]
-    try:
-        for module, _ in names:
-            module.config = parts.config
-        expected = base(input_ids=ids, use_cache=False).logits
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise NotImplementedError(
-            f"`{type(base).__name__}` does not run on a few tokens ({type(error).__name__}: {reason}), so its parts "
-            "cannot be compared with it."
-        ) from error
-    finally:
-        for module, config in names:
-            module.config = config
-    # In float64, too: transformers' softmax and norms cast to float32 inside.
-    allowed = {torch.float32: 1e-4, torch.float64: 1e-6}.get(logits.dtype, 5e-2)
-    off = (expected - logits).abs().max() / expected.abs().max().clamp(min=1e-12)
-    if not bool(off <= allowed):
-        raise NotImplementedError(
-            f"`{type(base).__name__}` computes more than embedding, layers, norm and head: its logits differ from "
-            f"theirs by {float(off):.1e} of the largest, so chunks would be another model; take a Llama-like base "
-            "model."
         )

@@ -1,7 +1,9 @@
-"""Whole rows: the layers before the suffix once, the suffix chunk by chunk with the weights that earlier chunks left.
+"""Whole rows: the suffix chunk by chunk, with the weights that earlier chunks left.
 
-What a chunk passes on: the fast weights, and the last `window - 1` keys and values of every suffix layer, after their
-rotation, as they were computed. A last chunk may be shorter; no step follows it, since nothing reads its weights.
+What needs no fast weights has run over the whole row before: all up to the attention of the first suffix layer.
+What a chunk passes on: the fast weights, and the last `window - 1` keys and values of the suffix layers after the
+first, after their rotation, as they were computed. A last chunk may be shorter; no step follows it, as nothing reads
+its weights.
 With recomputation, forward keeps what goes into a chunk. Two levels keep that for groups of about `sqrt(n)` chunks.
 Memory: one level, a copy of the fast weights and of the window a chunk; two levels, about `2 sqrt(n)` copies.
 """
@@ -86,7 +88,7 @@ def recomputation_levels(chunks: int) -> int:
 def run_rows(
     suffix: Suffix, hidden_states: torch.Tensor, rotary: Any, positions: torch.Tensor, tokens: Tokens, plan: RowPlan
 ) -> RowsOutput:
-    """The suffix over whole rows `(B, T, D)` of what came out of the layers before it."""
+    """The suffix over whole rows `(B, T, D)` of what left the attention of its first layer."""
     rows, length, _ = hidden_states.shape
     agree = tokens.labels_agree()
     masks: dict[tuple[int, int], Any] = {}  # most chunks see the same
@@ -185,8 +187,10 @@ def _chunk(
 
 
 def suffix_mask(suffix: Suffix, part: torch.Tensor, window: int, begin: int) -> Any:
-    """The mask of the suffix for tokens that come after `begin` others."""
-    config = suffix.layers[0].self_attn.config
+    """The mask of the suffix for tokens that come after `begin` others; none where no attention is left in it."""
+    if len(suffix.layers) == 1:
+        return None
+    config = suffix.layers[1].self_attn.config
     return window_mask(config._attn_implementation, config, part, window, min(begin, window - 1), skip=False)
 
 

@@ -1,8 +1,8 @@
 """`TTTCache`: what a model remembers of all that it read, in a size that does not depend on how much that was.
 
-It holds the fast weights, the last keys and values of every layer, and the unfinished chunk: its tokens and what went
-into the suffix for them, since the step is due when the token after the chunk has been read. All buffers have their
-full size from the first token on.
+It holds the fast weights, the last keys and values of every layer, and the unfinished chunk: its tokens and what left
+the attention of the first suffix layer for them, since the step is due when the token after the chunk has been read.
+All buffers have their full size from the first token on.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from safetensors.torch import save_file
 
 from .prime import Fast
 from .prime_blocks import KeysValues
+
+
+_FORMAT = 2  # of a file; in the first, the unfinished chunk was held from before the suffix's first attention
 
 
 class TokenBuffer:
@@ -168,6 +171,7 @@ class TTTCache:
             raise RuntimeError("the cache has read nothing, so nothing can be saved: call `model.read(...)` first.")
         state = {
             **self.facts,
+            "format": _FORMAT,
             "seen": self.seen,
             "steps": self.steps,
             "is_frozen": self.is_frozen,
@@ -189,6 +193,11 @@ class TTTCache:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         if not state:
             raise ValueError(f"`{path}` holds no `TTTCache`: give a file that `TTTCache.save` wrote.")
+        if state.get("format") != _FORMAT:
+            raise ValueError(
+                f"`{path}` is a `TTTCache` of format {state.get('format', 1)}, and this version reads format "
+                f"{_FORMAT}, which holds something else of an unfinished chunk: read the text again."
+            )
         cache = cls(*(state[name] for name in ("window", "chunk_tokens", "layers", "suffix_layers")))
         cache.seen, cache.steps, cache.is_frozen = state["seen"], state["steps"], state["is_frozen"]
         for index, (window, length) in enumerate(zip(cache.windows, state["lengths"], strict=True)):

@@ -11,19 +11,22 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
+from .base_comparison import compare_parts
 from .base_loading import LoadingMixin
-from .base_parts import BaseParts, compare_parts, find_parts, validate_suffix
+from .base_parts import BaseParts, find_parts
 from .cached_forward import CachedForwardMixin, TTTOutput
 from .chunked_rows import RowPlan, RowsOutput, Tokens, recomputation_levels, run_rows
 from .fast_cache import TTTCache
 from .fast_config import TTTModelConfig
 from .forward_checks import validate_batch, validate_lengths, validate_model, validate_shapes
 from .generating import GeneratingMixin
+from .held_base import hold_base, validate_hooks
 from .inner import Step, Suffix
 from .prime import PrimeMLP, PrimeMLPs
 from .prime_blocks import set_kernel
 from .reading import first_bad_step, next_tokens
 from .step_record import StepRecord
+from .suffix_checks import validate_suffix
 
 
 class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrainedModel, GenerationMixin):
@@ -62,7 +65,7 @@ class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrain
         self.base = base
         parts = find_parts(base, self.settings)
         validate_suffix(parts)
-        for layer in parts.suffix:
+        for layer in parts.suffix[1:]:
             set_kernel(layer, self.settings.suffix_attention)
         self.primes = self._make_primes(parts)
         self.gradient_checkpointing = False
@@ -77,6 +80,7 @@ class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrain
         self.post_init()
         if not is_meta:
             compare_parts(base, self.parts)
+        hold_base(parts)
 
     def _make_primes(self, parts: BaseParts) -> PrimeMLPs:
         width = self.settings.fast_intermediate_size
@@ -138,6 +142,7 @@ class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrain
         # No argument by name: trainers take each with `label` in its name for one that every batch has.
         shift_labels = kwargs.pop("shift_labels", None)
         validate_model(self, self.parts, self.primes)
+        validate_hooks(self, self.parts)
         if cache is not None:
             return self._forward_with_cache(input_ids, cache, labels, learn is not False, logits_to_keep)
         validate_batch(kwargs, input_ids, attention_mask, position_ids)
@@ -166,10 +171,10 @@ class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrain
     ) -> RowsOutput:
         parts, settings = self.parts, self.settings
         tokens = Tokens(*next_tokens(input_ids, mask, self._ignored()), labels)
-        hidden_states = parts.run_prefix(input_ids, None)
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        hidden_states = parts.run_prefix(input_ids, None, recomputes=recomputes)
         assert settings.window is not None
         chunks = -(-input_ids.shape[1] // settings.chunk_tokens)
-        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
         plan = RowPlan(
             settings.chunk_tokens,
             settings.window,

@@ -22,7 +22,7 @@ from .prime_blocks import Carried, run_suffix
 
 @dataclass(frozen=True)
 class Suffix:
-    """The part of a model that runs chunk by chunk: its last layers, final norm and head."""
+    """What runs chunk by chunk: the last layers, from the first prime MLP on, final norm and head."""
 
     layers: list[Any]
     primes: PrimeMLPs
@@ -73,7 +73,7 @@ class Chunk:
     returns_tokens: bool
 
     def __call__(self, hidden_states: torch.Tensor, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Run it on `(B, t, D)`, fast weights, and keys and values carried in.
+        """Run it on what left the first attention, `(B, t, D)`, fast weights, and keys and values carried in.
 
         Returns:
             The outer loss, squared norms `(layers, B)` of the inner gradient, hidden states and logits (empty unless
@@ -86,7 +86,7 @@ class Chunk:
             # `expand` of a parameter says under `no_grad` that it needs a gradient, and is in no graph.
             fast = [w if builds and w.requires_grad else w.detach().requires_grad_() for w in fast]
         before = list(zip(carried[::2], carried[1::2], strict=True))
-        keys = [Carried(before[index] if before else None) for index in range(len(self.suffix.layers))]
+        keys = [Carried(before[index] if before else None) for index in range(len(self.suffix.layers) - 1)]
         with torch.set_grad_enabled(builds or self.step is not None):
             hidden = run_suffix(self.suffix.layers, self.suffix.primes, hidden_states, self.attends, keys, fast)
             hidden = self.suffix.norm(hidden)

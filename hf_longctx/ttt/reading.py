@@ -1,8 +1,9 @@
 """Reading with a cache: tokens go in, memory of one size comes out, whatever was read before.
 
-Tokens are read in pieces that end where chunks end. A piece runs through the layers before the suffix with their last
-keys and values, then through the suffix with the fast weights as they are. When the token after a chunk is there, the
-chunk's step is due: its suffix runs once more with a gradient. Nothing depends on how tokens were handed in.
+Tokens are read in pieces that end where chunks end. A piece runs through all that needs no fast weights, up to the
+attention of the first suffix layer, with the last keys and values, then through the rest with the fast weights as they
+are. When the token after a chunk is there, the chunk's step is due: its suffix runs once more with a gradient. Nothing
+depends on how tokens were handed in.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 
 from ..parallel.shard import IGNORE_INDEX
 from .chunked_rows import suffix_mask
-from .fast_cache import TTTCache
+from .fast_cache import LayerWindow, TTTCache
 from .inner import Chunk, Step, Suffix
 from .prime_blocks import run_suffix
 from .run_again import plain_autocast
@@ -26,7 +27,7 @@ class Reader:
     """What reading needs of a model.
 
     Args:
-        prefix (`Callable`): `(input_ids, windows, begin) -> hidden states`: the layers before the suffix.
+        prefix (`Callable`): `(input_ids, windows, begin) -> hidden states`: what needs no fast weights.
         rotary (`Callable`): `(hidden states, begin) -> (cos and sin, positions)`.
         suffix ([`Suffix`]).
         step ([`Step`]).
@@ -98,12 +99,11 @@ def validate_reading(cache: TTTCache, input_ids: torch.Tensor, learn: bool) -> N
 
 
 def _read_piece(reader: Reader, cache: TTTCache, piece: torch.Tensor, learn: bool) -> torch.Tensor:
-    inner = len(cache.windows) - len(reader.suffix.layers)
-    entered = reader.prefix(piece, cache.windows[:inner], cache.seen)
+    outside, windows = _windows(reader, cache)
+    entered = reader.prefix(piece, outside, cache.seen)
     attends = _attends(reader, entered, cache.seen)
-    windows: list[Any] = list(cache.windows[inner:])
     hidden = run_suffix(reader.suffix.layers, reader.suffix.primes, entered, attends, windows, cache.fast)
-    for window in cache.windows[:inner]:
+    for window in outside:
         window.keep(reader.window - 1)
     if learn:
         assert cache.pending_ids is not None
@@ -118,6 +118,12 @@ def _read_piece(reader: Reader, cache: TTTCache, piece: torch.Tensor, learn: boo
     return reader.suffix.norm(hidden)
 
 
+def _windows(reader: Reader, cache: TTTCache) -> tuple[list[LayerWindow], list[LayerWindow]]:
+    """Windows of the attention that needs no fast weights, the suffix's first among it, and of all other."""
+    outside = len(cache.windows) - len(reader.suffix.layers) + 1
+    return cache.windows[:outside], cache.windows[outside:]
+
+
 def _attends(reader: Reader, entered: torch.Tensor, begin: int) -> dict[str, Any]:
     rotary, positions = reader.rotary(entered, begin)
     mask = suffix_mask(reader.suffix, entered, reader.window, begin)
@@ -126,17 +132,17 @@ def _attends(reader: Reader, entered: torch.Tensor, begin: int) -> dict[str, Any
 
 def _read_chunk(reader: Reader, cache: TTTCache, ids: torch.Tensor, following: torch.Tensor) -> torch.Tensor:
     """A whole chunk and its step at once, where the token after it is known: its suffix runs once."""
-    inner = len(cache.windows) - len(reader.suffix.layers)
+    outside, within = _windows(reader, cache)
     with plain_autocast(ids.device):
-        entered = reader.prefix(ids, cache.windows[:inner], cache.seen)
-    for window in cache.windows[:inner]:
+        entered = reader.prefix(ids, outside, cache.seen)
+    for window in outside:
         window.keep(reader.window - 1)
     if cache.pending.data is None:
         cache.pending.data = entered.new_zeros(*entered.shape[:1], reader.chunk_tokens, entered.shape[2])
-    before = [window.before(0) for window in cache.windows[inner:]] if cache.seen else []
+    before = [window.before(0) for window in within] if cache.seen else []
     cache.seen += reader.chunk_tokens
     hidden, carried = _take_step(reader, cache, ids, following, entered, before, returns_tokens=True)
-    for window, pair in zip(cache.windows[inner:], zip(carried[::2], carried[1::2]), strict=True):
+    for window, pair in zip(within, zip(carried[::2], carried[1::2]), strict=True):
         window.fill(*pair)
     return hidden
 
@@ -145,11 +151,11 @@ def _finish_chunk(reader: Reader, cache: TTTCache, following: torch.Tensor) -> N
     """The step of the chunk that is complete, now that the token after it is known."""
     assert cache.pending_ids is not None
     count = cache.pending.length
-    inner = len(cache.windows) - len(reader.suffix.layers)
-    before = [window.before(count) for window in cache.windows[inner:]] if cache.seen > count else []
+    _, within = _windows(reader, cache)
+    before = [window.before(count) for window in within] if cache.seen > count else []
     _take_step(reader, cache, cache.pending_ids, following, cache.pending.last(count), before, returns_tokens=False)
     cache.pending.length = 0
-    for window in cache.windows[inner:]:
+    for window in within:
         window.keep(reader.window - 1)
 
 

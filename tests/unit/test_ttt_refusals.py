@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-import transformers as tf
 from transformers import DynamicCache, Trainer, TrainingArguments, default_data_collator
 
 from hf_longctx import (
@@ -79,86 +78,6 @@ def test_settings_that_no_model_could_use(settings, message):
 def test_settings_that_the_base_does_not_allow(name, settings, message):
     with pytest.raises(ValueError, match=message):
         TTTForCausalLM.from_base(tiny_base(name, torch.float32), TTTConfig(**settings))
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "message"),
-    [
-        ("gpt2", {}, "`GPT2LMHeadModel` has no `embed_tokens` in its decoder"),
-        ("gemma2", {}, r"`layers.2` \(`Gemma2DecoderLayer`\) (computes more|cannot be taken apart)"),
-        ("mixtral", {}, r"`layers.2` \(`MixtralDecoderLayer`\) routes tokens to experts"),
-        ("lfm2", {"layer_types": ["full_attention", "conv", "conv"]}, "has no `"),
-        ("bert", {}, "`BertForMaskedLM` is not trained on the next token"),
-    ],
-)
-def test_bases_that_are_not_like_llama(name, changes, message):
-    if name == "bert":
-        base = tf.BertForMaskedLM(
-            tf.BertConfig(vocab_size=32, hidden_size=16, num_attention_heads=2, num_hidden_layers=1)
-        )
-    elif name == "gpt2":
-        base = tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=32, n_embd=16, n_layer=3, n_head=2))
-    elif name == "mixtral":
-        sizes = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3}
-        heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 2}
-        base = tf.MixtralForCausalLM(tf.MixtralConfig(**sizes, **heads, sliding_window=None))
-    else:
-        base = tiny_base(name, torch.float32, attention="eager", **changes)
-    with pytest.raises(NotImplementedError, match=message):
-        TTTForCausalLM.from_base(base, TTTConfig(window=5, chunk_tokens=4, suffix_layers=1))
-
-
-def from_changed(change, **changes):
-    base = tiny_base(dtype=torch.float32, **changes)
-    change(base)
-    return TTTForCausalLM.from_base(base, TTTConfig(window=8, chunk_tokens=4, suffix_layers=1))
-
-
-def test_layers_that_compute_more_than_their_parts():
-    class Louder(tf.models.llama.modeling_llama.LlamaDecoderLayer):
-        def forward(self, *args, **kwargs):
-            return 1.001 * super().forward(*args, **kwargs)
-
-    class Broken(tf.models.llama.modeling_llama.LlamaDecoderLayer):
-        def forward(self, *args, **kwargs):
-            raise KeyError("not here")
-
-    def scale_embedding(base):
-        base.model.embed_tokens.register_forward_hook(lambda module, args, output: 2 * output)
-        base.model.register_forward_pre_hook(
-            lambda module, args, kwargs: (args, {**kwargs, "input_ids": kwargs["input_ids"].flip(1)}), with_kwargs=True
-        )
-
-    def break_whole(base):
-        base.model.register_forward_pre_hook(lambda module, args: 1 / 0)
-
-    for kind, message in ((Louder, "computes more than its norms"), (Broken, r"cannot be taken apart \(KeyError")):
-        with pytest.raises(NotImplementedError, match=message):
-            from_changed(lambda base, kind=kind: setattr(base.model.layers[2], "__class__", kind))
-    with pytest.raises(NotImplementedError, match="computes more than embedding, layers, norm and head"):
-        from_changed(scale_embedding)
-    with pytest.raises(NotImplementedError, match=r"does not run on a few tokens \(ZeroDivisionError"):
-        from_changed(break_whole)
-
-
-def test_attention_without_a_configuration():
-    with pytest.raises(NotImplementedError, match="has no `config` that names its kernel"):
-        from_changed(lambda base: setattr(base.model.layers[2].self_attn, "config", None))
-
-
-def test_quantised_suffix_weights():
-    def quantise(base):
-        weight = base.model.layers[2].mlp.up_proj.weight
-        base.model.layers[2].mlp.up_proj.weight = torch.nn.Parameter(weight.to(torch.int8), requires_grad=False)
-
-    with pytest.raises(NotImplementedError, match=r"`layers.2.mlp.up_proj.weight` is quantised \(int8\)"):
-        from_changed(quantise)
-
-
-def test_rotations_that_depend_on_the_length_of_a_row():
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
-    with pytest.raises(NotImplementedError, match="`rope_type` 'dynamic'"):
-        from_changed(lambda base: None, rope_parameters=rope)
 
 
 def test_a_configuration_without_a_base():
@@ -322,6 +241,9 @@ def test_files_of_caches(model, tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "other")
     with pytest.raises(ValueError, match="holds no `TTTCache`"):
         TTTCache.load(tmp_path / "other")
+    save_file({"x": torch.zeros(1)}, tmp_path / "old", metadata={"ttt_cache": json.dumps({"window": 8})})
+    with pytest.raises(ValueError, match="is a `TTTCache` of format 1, and this version reads format 2"):
+        TTTCache.load(tmp_path / "old")
 
 
 def test_tiled_layers_before_the_suffix_are_exact_and_in_it_refused():
