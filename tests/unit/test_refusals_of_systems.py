@@ -35,7 +35,6 @@ from hf_longctx.proof.tiny import shrink
 from hf_longctx.resilience.spike_guard import LossSpikeGuard
 from hf_longctx.sleep.sleepers import check_sleeper
 from hf_longctx.trainer import ramp_checks, ramp_mixin, whole_rows, whole_rows_checks
-from hf_longctx.ttt.prime_blocks import validate_parts
 
 from ..models import config_of
 
@@ -159,11 +158,6 @@ def test_windows_of_attention_do_not_slide_twice():
     model.config.sliding_window = 4
     with pytest.raises((NotImplementedError, ValueError), match="window of their own"):
         check_sleeper(model, SleepConfig(window=8, eviction="sliding"))
-
-
-def test_fast_weights_ask_for_four_parts():
-    with pytest.raises(NotImplementedError, match="has no `input_layernorm`, and fast weights go between"):
-        validate_parts(torch.nn.Linear(2, 2), "model.layers.3")
 
 
 def test_rows_of_pairs_are_flattened_or_not():
