@@ -2,10 +2,10 @@
 
 What: one training step (forward and backward) of a Llama with random weights on one row: as it is, with a window in
 chunks and no inner steps, with inner steps (E2E), with first-order ones, and recomputed with one level and with two.
-Then reading with a cache, short and long: the same cost a token, and a cache of one size.
+Then reading with a cache, short and long, and reading on after each: the same cost a token, and a cache of one size.
 
 How: contenders take turns in one process, on one thread where the device is a CPU; the table shows medians. Before,
-losses of those that must be equal are compared. Price: about 2 CPU minutes at the defaults.
+losses of those that must be equal are compared. Price: about 5 CPU minutes at the defaults.
 
     python recipes/bench/ttt.py --output docs/benchmarks/ttt_cpu.md
 """
@@ -33,16 +33,17 @@ from hf_longctx.ttt import fast_model
 FULL, WINDOW, E2E, FIRST = "full attention", "window, in chunks", "E2E", "E2E, first order"
 ONE, TWO = "E2E, recomputed, one level", "E2E, recomputed, two levels"
 LEVELS = {ONE: 1, TWO: 2}
-READ = "reading"
+READ, READ_ON = "reading", "reading on, after"
 console = Console(width=max(Console().width, 130))
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024], help="of the row of a training step")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048], help="of the row of a step")
     parser.add_argument("--chunks", type=int, nargs="+", default=[32, 128], help="tokens of a chunk")
     parser.add_argument("--window", type=int, default=128)
     parser.add_argument("--read", type=int, nargs="+", default=[1024, 16384], help="tokens that are read")
+    parser.add_argument("--more", type=int, default=2048, help="tokens that are read after those")
     parser.add_argument("--layers", type=int, default=4, help="a quarter of them has fast weights")
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--intermediate", type=int, default=688)
@@ -64,7 +65,7 @@ def build(args: argparse.Namespace) -> Any:
         num_hidden_layers=args.layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        max_position_embeddings=max(args.tokens + args.read),
+        max_position_embeddings=max(*args.tokens, *args.read) + args.more,
         bos_token_id=None,
         eos_token_id=None,
     )
@@ -152,22 +153,29 @@ def validate(rows: list[dict]) -> None:
 
 
 def reading_rows(args: argparse.Namespace) -> list[dict]:
-    """Reading by the token, and the size of what is left."""
+    """Reading by the token, the size of what is left, and reading on from there."""
     model, rows = contender(args, E2E, args.chunks[-1]).eval(), []
     for tokens in args.read:
-        ids = torch.randint(args.vocab, (1, tokens), generator=torch.Generator().manual_seed(3)).to(args.device)
-        row = {"label": READ, "tokens": tokens, "chunk": args.chunks[-1], "runs": []}
+        ids = torch.randint(args.vocab, (1, tokens + args.more), generator=torch.Generator().manual_seed(3))
+        begin, more = ids.to(args.device).split([tokens, args.more], 1)
+        first = {"label": READ, "tokens": tokens, "chunk": args.chunks[-1], "runs": []}
+        then = {"label": READ_ON, "tokens": tokens, "chunk": args.chunks[-1], "runs": []}
         caches: list = []
         for _ in range(args.repeats):
-            row["runs"].append(timed(lambda ids=ids, caches=caches: caches.append(model.read(ids)), args.device))
-        row["cache_mb"] = caches[-1].nbytes / 1e6
-        _summarize(row, args.cores)
-        row["token_us"] = (row["seconds"] if args.device == "cuda" else row["cpu_seconds"]) / tokens * 1e6
-        rows.append(row)
+            first["runs"].append(
+                timed(lambda begin=begin, caches=caches: caches.append(model.read(begin)), args.device)
+            )
+            then["runs"].append(timed(partial(model.read, more, caches[-1].copy()), args.device))
+        first["cache_mb"] = caches[-1].nbytes / 1e6
+        for row, count in ((first, tokens), (then, args.more)):
+            _summarize(row, args.cores)
+            row["token_us"] = (row["seconds"] if args.device == "cuda" else row["cpu_seconds"]) / count * 1e6
+            rows.append({**row, "read": count})
     for row in rows:
+        shortest = next(other for other in rows if other["label"] == row["label"])
         for key in ("seconds", "cpu_seconds"):
-            if rows[0][key]:
-                row[f"{key}_ratio"] = row[key] / row["tokens"] / (rows[0][key] / rows[0]["tokens"])
+            if shortest[key]:
+                row[f"{key}_ratio"] = row[key] / row["read"] / (shortest[key] / shortest["read"])
     return rows
 
 
