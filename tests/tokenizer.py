@@ -26,5 +26,17 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def digits_tokenizer() -> PreTrainedTokenizerFast:
+    """It splits numbers into digits, and knows the words of a needle."""
+    needle = "What is the pass key? The key is . Remember it."
+    vocabulary = ["[PAD]", "[BOS]", "[EOS]", "w", *"0123456789", *dict.fromkeys(needle.split())]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="[PAD]"))
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), digits])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", bos_token="[BOS]", eos_token="[EOS]", model_max_length=256
+    )
+
+
 def words(count: int, seed: int) -> str:
     return " ".join(f"w{(seed * 31 + i * i * 7 + i) % (VOCAB - 5)}" for i in range(count))

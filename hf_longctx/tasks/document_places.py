@@ -36,9 +36,13 @@ def model_folder(name: str | None) -> str:
     if not name.startswith(PACKAGE):
         return name
     package = name[len(PACKAGE) :]
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ValueError, ImportError):  # no name at all, or a part of a package that is not here
+        spec = None
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"`{name}` names no installed package: run `pip install {package.replace('_', '-')}`.")
+        remedy = f"run `pip install {package.partition('.')[0].replace('_', '-')}`." if package else "name one."
+        raise ValueError(f"`{name}` names no installed package: {remedy}")
     return spec.submodule_search_locations[0]
 
 

@@ -24,13 +24,15 @@ from transformers import TrainingArguments, default_data_collator
 
 from ..config.run import LongContextConfig
 from ..config.test_time import TTTConfig
+from ..config.values import validate_count
 from ..data.files import read_text
 from ..trainer.causal_lm import LongContextTrainer
 from ..trainer.inner_steps import InnerLearningRateWarmup
 from ..ttt.fast_model import TTTForCausalLM
 from . import ttt_toy
+from .named_models import find_model, load_tokenizer
 from .recipe_file import check_recipe_file, parse_recipe
-from .ttt_eval import TTT, WINDOW, losses_by_position
+from .ttt_eval import TTT, WINDOW, losses_by_position, position_table
 
 
 try:
@@ -77,21 +79,19 @@ def main() -> None:
         return
     recipe, args, model_args, long_context, settings = parse_recipe(arguments)
     check_output_dir(recipe, args)
+    warmup = InnerLearningRateWarmup(recipe.warmup_start, recipe.warmup_ratio_inner)
+    rows, eval_rows = read_rows(recipe, args, model_args)
     base, tokenizer = load_model(recipe, args, model_args, long_context, recipe.from_scratch)
     if recipe.window_only:
         settings = replace(settings, inner_learning_rate=0.0)
     model: Any = TTTForCausalLM.from_base(base, settings)
+    chunk_tokens = model.settings.chunk_tokens
+    validate_row_tokens(recipe.row_tokens, chunk_tokens)
     peft_config = get_peft_config(model_args)
     if peft_config is not None:
         from peft import get_peft_model
 
         model = get_peft_model(model, peft_config)
-    with args.main_process_first(desc="reading documents"):
-        options = {"text_field": recipe.text_field, "num_proc": recipe.dataset_num_proc}
-        rows, eval_rows = (
-            part and split_into_rows(part, tokenizer, recipe.row_tokens, **options).filter(_is_full(recipe.row_tokens))
-            for part in read_documents(recipe, args, recipe.text_field, command="pretrain")
-        )
     trainer = LongContextTrainer(
         model=model,
         args=args,
@@ -100,26 +100,65 @@ def main() -> None:
         data_collator=default_data_collator,
         processing_class=tokenizer,
         long_context=long_context,
-        callbacks=[InnerLearningRateWarmup(recipe.warmup_start, recipe.warmup_ratio_inner)],
+        callbacks=[warmup],
     )
     held_out = [] if eval_rows is None else [eval_rows[i] for i in range(min(len(eval_rows), recipe.num_eval_rows))]
     chunks = {"before": measure(trainer.model, held_out)}
     train_and_save(trainer, make_report(recipe, long_context, recipe.row_tokens), args)
     chunks["after"] = measure(trainer.model, held_out)
     if args.process_index == 0 and held_out:
-        write_chunks(chunks, Path(args.output_dir))
+        write_chunks(chunks, Path(args.output_dir), chunk_tokens, recipe.row_tokens)
     if args.process_index == 0 and peft_config is not None and not trainer.is_fsdp_enabled:
         save_merged(trainer.model, tokenizer, Path(args.output_dir) / MERGED)
 
 
 def _is_toy(words: list[str]) -> bool:
+    if any(word.partition("=")[0] == "--toy" for word in words):
+        return True
     if "--config" not in words:
         return False
     return "toy" in (yaml.safe_load(read_text(words[words.index("--config") + 1])) or {})
 
 
-def _is_full(tokens: int) -> Any:
-    return lambda row: len(row["input_ids"]) == tokens
+def read_rows(recipe: TTTArguments, args: Any, model_args: Any) -> tuple[Any, Any]:
+    """Full rows to train on, and held-out ones or `None`, before the model is loaded.
+
+    Raises:
+        ValueError: no document fills a row.
+    """
+    validate_count("num_eval_rows", recipe.num_eval_rows, "held-out rows", least=0)
+    source = find_model(model_args.model_name_or_path, "`model_name_or_path`", recipe.gguf_file)
+    files = {"gguf_file": recipe.gguf_file} if recipe.gguf_file else {}
+    files["revision"] = model_args.model_revision
+    tokenizer = load_tokenizer(source, "`model_name_or_path`", **files)
+    with args.main_process_first(desc="reading documents"):
+        documents, held_out = read_documents(recipe, args, recipe.text_field, command="pretrain")
+        options = {"text_field": recipe.text_field, "num_proc": recipe.dataset_num_proc}
+        rows = _full_rows(documents, tokenizer, recipe.row_tokens, "to train on", options)
+        if held_out is None:
+            return rows, None
+        return rows, _full_rows(held_out, tokenizer, recipe.row_tokens, "held out", options)
+
+
+def _full_rows(documents: Any, tokenizer: Any, row_tokens: int, what: str, options: dict[str, Any]) -> Any:
+    parts = split_into_rows(documents, tokenizer, row_tokens, **options)
+    rows = parts.filter(lambda row: len(row["input_ids"]) == row_tokens)
+    if next(iter(rows), None) is None:
+        longest = max((len(part["input_ids"]) for part in parts), default=0)
+        raise ValueError(
+            f"`row_tokens` ({row_tokens}) is more than any document {what} has (the longest has {longest} tokens), "
+            "and a row is a part of one document: lower it, or give longer documents."
+        )
+    return rows
+
+
+def validate_row_tokens(row_tokens: int, chunk_tokens: int) -> None:
+    """Raise `ValueError` for rows in which no step is ever taken."""
+    if row_tokens <= chunk_tokens:
+        raise ValueError(
+            f"`row_tokens` ({row_tokens}) must be above `chunk_tokens` ({chunk_tokens}), after which the first inner "
+            "step is taken: make rows longer, or chunks shorter."
+        )
 
 
 def measure(model: Any, rows: list[dict]) -> dict[str, list[float]]:
@@ -143,10 +182,11 @@ def save_merged(model: Any, tokenizer: Any, folder: Path) -> None:
     Console().print(f"Model with its adapter merged: {folder}", soft_wrap=True)
 
 
-def write_chunks(chunks: dict[str, dict[str, list[float]]], folder: Path) -> None:
-    """Print the losses by chunk, and write them next to the model."""
+def write_chunks(chunks: dict[str, dict[str, list[float]]], folder: Path, chunk_tokens: int, row_tokens: int) -> None:
+    """Print the losses by position, and write those of every chunk next to the model."""
     console = Console()
-    for when, found in chunks.items():
-        for name, losses in found.items():
-            console.print(f"{when} training, {name}: {' '.join(f'{loss:.4f}' for loss in losses)}", soft_wrap=True)
+    found = {f"{when}: {name}": losses for when, arms in chunks.items() for name, losses in arms.items()}
+    console.print("\nMean loss of held-out rows before and after training, by position")
+    console.print(position_table(found, chunk_tokens, row_tokens))
     (folder / CHUNKS_FILE).write_text(json.dumps(chunks, indent=1) + "\n")
+    console.print(f"By chunk:   {folder / CHUNKS_FILE}", soft_wrap=True)

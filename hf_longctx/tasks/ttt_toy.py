@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments, default_data_collator, set_seed
 
 from ..config.test_time import TTTConfig
+from ..config.values import is_number, validate_choice, validate_count, validate_positive
 from ..trainer.causal_lm import LongContextTrainer
 from ..ttt.fast_model import TTTForCausalLM
 from .recipe_file import refuse_earlier_numbers
@@ -32,6 +33,16 @@ NUMBERS_FILE = "ttt_toy.json"
 E2E, WINDOW, NAIVE = "E2E", "window only", "naive"
 NAIVE_RATES = (0.1, 0.3, 1.0, 3.0, 10.0)
 PARTS = 8
+TOYS = ("markov",)
+_COUNTS = {
+    "window": "tokens",
+    "chunk_tokens": "tokens",
+    "fast_size": "columns",
+    "steps": "steps",
+    "batch_size": "rows",
+    "num_eval_rows": "rows",
+    "seeds": "repetitions",
+}
 
 
 @dataclass
@@ -58,6 +69,23 @@ class ToyArguments:
     def __post_init__(self) -> None:
         if self.report_to != "none":
             raise ValueError(f"`report_to` ({self.report_to!r}) must be none: the toy's numbers are in `output_dir`.")
+        validate_choice("toy", self.toy, TOYS)
+        validate_count("symbols", self.symbols, "symbols", least=2)
+        for name, what in _COUNTS.items():
+            validate_count(name, getattr(self, name), what)
+        validate_positive("learning_rate", self.learning_rate, "the step of AdamW")
+        if not (is_number(self.follow) and 0 <= self.follow < 1):
+            raise ValueError(f"`follow` ({self.follow!r}) must be a probability from 0 to below 1.")
+        least = max(PARTS, self.chunk_tokens) + 1
+        if self.row_tokens < least:
+            raise ValueError(
+                f"`row_tokens` ({self.row_tokens}) must be at least {least}: losses are shown in {PARTS} parts, and "
+                f"the first inner step comes after `chunk_tokens` ({self.chunk_tokens})."
+            )
+        if self.hidden_size < 4 or self.hidden_size % 4:
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) must be a multiple of 4: two heads, each of an even width."
+            )
 
     @property
     def floor(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+from ..config.lsh_settings import LSH_KEY
 from ..config.test_time import TTTConfig
 
 
@@ -17,14 +18,20 @@ def complete_settings(settings: TTTConfig, base: Any) -> TTTConfig:
 
     Raises:
         ValueError: a window that is not set, or wider than the base's; too many suffix layers.
+        NotImplementedError: attention that knows no window.
     """
     text, name = base.get_text_config(), base.model_type
+    if getattr(text, LSH_KEY, None) is not None or getattr(text, "_attn_implementation", None) == "lsh":
+        raise NotImplementedError(
+            f"`{name}` runs LSH attention, which knows no window, and a model with fast weights has one: take a base "
+            'model that was trained with ordinary attention, on `attn_implementation="packed"`.'
+        )
     own = getattr(text, "sliding_window", None)
     window, layers = settings.window if settings.window is not None else own, text.num_hidden_layers
     if window is None:
         raise ValueError(
             f"`window` is unset and `{name}` attends to all tokens, so nothing would have to be remembered: set how "
-            "many tokens attention sees, such as `TTTConfig(window=2048)`."
+            "many tokens attention sees, such as `--window 2048` or `TTTConfig(window=2048)`."
         )
     if own is not None and window > own:
         raise ValueError(

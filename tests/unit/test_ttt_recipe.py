@@ -1,9 +1,8 @@
-"""The toy that only learning while reading can solve, the recipe on documents, and the commands."""
+"""The toy that only learning while reading can solve, and the recipe on documents."""
 
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -13,10 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from hf_longctx import TTTForCausalLM
-from hf_longctx.cli.command_line import main
-from hf_longctx.tasks import ttt_eval, ttt_toy
+from hf_longctx.tasks import ttt_toy
 from tests.cards import check_card
-from tests.fast_weights import tiny_base, tiny_ttt, tokens
+from tests.fast_weights import tiny_base, tokens
 from tests.tokenizer import tiny_tokenizer
 
 
@@ -33,9 +31,24 @@ def test_rows_follow_their_own_table():
     assert ttt_toy.ToyArguments().floor == pytest.approx(0.65, abs=0.02)
 
 
-def test_the_toy_reports_nowhere():
-    with pytest.raises(ValueError, match=r"`report_to` \('wandb'\) must be none"):
-        ttt_toy.ToyArguments(report_to="wandb")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"report_to": "wandb"}, r"`report_to` \('wandb'\) must be none"),
+        ({"toy": "xor"}, r"`toy` \('xor'\) must be one of markov"),
+        ({"symbols": 1}, r"`symbols` \(1\) must be a whole number of symbols, at least 2"),
+        ({"num_eval_rows": 0}, r"`num_eval_rows` \(0\) must be a whole number of rows"),
+        ({"seeds": 0}, r"`seeds` \(0\) must be a whole number of repetitions"),
+        ({"follow": 1.0}, r"`follow` \(1.0\) must be a probability from 0 to below 1"),
+        ({"learning_rate": -1.0}, r"`learning_rate` \(-1.0\) must be a finite number above 0"),
+        ({"row_tokens": 16}, r"`row_tokens` \(16\) must be at least 17"),
+        ({"row_tokens": 8, "chunk_tokens": 4}, r"`row_tokens` \(8\) must be at least 9"),
+        ({"hidden_size": 30}, r"`hidden_size` \(30\) must be a multiple of 4"),
+    ],
+)
+def test_the_toy_refuses_what_has_no_numbers(changes, message):
+    with pytest.raises(ValueError, match=message):
+        ttt_toy.ToyArguments(**changes)
 
 
 def test_the_toy_separates_learning_while_reading_from_a_window(tmp_path):
@@ -126,70 +139,3 @@ def test_the_recipe_on_documents_measures_before_and_after(base_folder, document
     assert torch.equal(merged.primes.prime_layers[0].prime_gate, trained)
     measured = {"after": measure(merged, seen[-1])}
     assert measured["after"]["TTT"] == pytest.approx(found["after"]["TTT"], abs=1e-5)
-
-
-def test_convert_and_eval(base_folder, documents, tmp_path, capsys):
-    pytest.importorskip("trl")
-    folder = str(tmp_path / "ttt")
-    sizes = "--window 8 --chunk_tokens 6 --suffix_layers 1 --fast_intermediate_size 8"
-    assert main(["ttt", "convert", str(base_folder), "--output", folder, *sizes.split()]) == 0
-    assert "window 8, chunks of 6, fast weights in the last 1 of 3 layers" in capsys.readouterr().out
-    model = TTTForCausalLM.from_pretrained(folder)
-    assert model.config.base_name == str(base_folder) and not model.primes.prime_layers[0].prime_down.any()
-    words = ["ttt", "eval", folder, "--dataset_name", str(documents), "--row_tokens", "60", "--num_rows", "2"]
-    assert main([*words, "--json", str(tmp_path / "numbers.json")]) == 0
-    found = json.loads((tmp_path / "numbers.json").read_text())
-    arms = {ttt_eval.FULL, ttt_eval.WINDOW, ttt_eval.TTT, ttt_eval.UNTRAINED}
-    assert set(found["position"]) == arms and set(found["needle"]) == arms | {"distances"}
-    # Not trained yet: the two arms with inner steps differ by their random weights, and start alike.
-    first = [found["position"][name][0] for name in arms]
-    assert max(first) - min(first) < 0.05 and len(found["position"][ttt_eval.TTT]) == 10
-    said = capsys.readouterr().out
-    assert "For verbatim recall beyond the window use full attention." in said and "full attention" in said
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("convert BASE --output NEW", "`window` is unset and `llama` attends to all tokens"),
-        ("convert BASE --output BASE --window 8 --chunk_tokens 4", "is not empty: name a new folder"),
-        ("eval TTT --by place", "must name position or needle"),
-        ("eval TTT --row_tokens 8", "must be above the window (8)"),
-        ("eval TTT --row_tokens 90000 --dataset_name DOCS", "a row has 90000"),
-    ],
-)
-def test_commands_refuse_in_a_sentence(base_folder, documents, tmp_path, capsys, words, message):
-    pytest.importorskip("trl")
-    model = tiny_ttt(torch.float32)
-    model.save_pretrained(tmp_path / "ttt")
-    tiny_tokenizer().save_pretrained(tmp_path / "ttt")
-    places = {"BASE": base_folder, "NEW": tmp_path / "new", "TTT": tmp_path / "ttt", "DOCS": documents}
-    assert main(["ttt", *(str(places.get(word, word)) for word in words.split())]) == 2
-    assert message in capsys.readouterr().out.replace("\n", " ")
-
-
-def test_a_needle_stands_as_far_back_as_it_says():
-    class Letters:
-        def __call__(self, text, add_special_tokens):
-            return {"input_ids": [ord(letter) for letter in text]}
-
-    haystack = torch.full((500,), ord("."))
-    row, answer = ttt_eval.needle_row(Letters(), haystack, 300, 150, seed=3)
-    text = "".join(map(chr, row[0].tolist()))
-    key = text[-answer:].strip()
-    assert len(key) == ttt_eval.DIGITS and text.index(key) == 300 - 150 - len(f"{key}. Remember it.\n")
-    assert len(text) == 300 and math.isclose(len(text) - answer, text.rindex(" " + key), abs_tol=0)
-
-
-def test_recall_counts_whole_numbers():
-    def arm(ids):
-        logits = torch.nn.functional.one_hot(ids[:, 1:], 100).float()
-        yield logits, ids[:, 1:]
-
-    def nearly(ids):
-        logits = torch.nn.functional.one_hot(ids[:, 1:], 100).float()
-        logits[:, -1] = -logits[:, -1]
-        yield logits, ids[:, 1:]
-
-    row = tokens(1, 9)
-    assert ttt_eval._repeats(arm, row, 5) and not ttt_eval._repeats(nearly, row, 5)
