@@ -109,13 +109,13 @@ def _find_base(options: argparse.Namespace, config: TTTModelConfig) -> tuple[str
     if name == NO_BASE or (not name and options.base is None):
         return None, None
     try:
-        source = find_model(name, "`--base`", options.gguf_file)
+        source = find_model(name, "it" if options.base is None else "`--base`", options.gguf_file)
     except ValueError as error:
         if options.base is not None:
             raise
         raise ValueError(
-            f"the base model that the configuration names cannot be used: {error} Name it with `--base`, or leave its "
-            f"arms out with `--base {NO_BASE}`."
+            f"the base model that the configuration names cannot be used: {error} Name another with `--base`, or "
+            f"leave its arms out with `--base {NO_BASE}`."
         ) from error
     if options.gguf_file is None:
         _validate_same(source, config)

@@ -90,7 +90,9 @@ def read_model_config(source: str, argument: str) -> dict[str, Any]:
     try:
         found, _ = PreTrainedConfig.get_config_dict(source)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{argument} ({source}) cannot be read: {_reason(source, error)}") from error
+        raise ValueError(
+            f"the configuration of {argument} ({source}) is not read: {_reason(source, error)}"
+        ) from error
     return found
 
 
