@@ -171,6 +171,11 @@ def count_flops(config: PreTrainedConfig, model_class: type | None = None) -> Mo
         NotImplementedError: the model has layers whose cost is not a sum over tokens and pairs, or that this does not
             know; the message names them.
     """
+    if getattr(config, "ttt", None) is not None:
+        raise NotImplementedError(
+            f"`{type(config).__name__}` takes inner steps, whose gradients and their second derivatives are not a sum "
+            "over tokens and pairs: its FLOPs are not known."
+        )
     config = copy.deepcopy(config.get_text_config())
     config._attn_implementation = "eager"  # the only one that never needs an installed kernel
     model = _build_without_weights(config, model_class)

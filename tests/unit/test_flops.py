@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from hf_longctx.adapters.tiled_mlp import tile_mlp
 from hf_longctx.reporting.flops import AttentionSpan, count_flops, count_products
+from hf_longctx.ttt import TTTModelConfig
 
 from ..models import VOCAB, build, config_of
 
@@ -234,6 +235,7 @@ def test_the_configuration_is_left_alone():
     ("config", "said"),
     [
         (tf.T5Config(), "`T5Config` is an encoder-decoder"),
+        (TTTModelConfig(ttt={"window": 8}), "`TTTModelConfig` takes inner steps"),
         (tf.MambaConfig(), "`MambaForCausalLM` has 0 attention modules in 32 layers"),
         (tf.GPTNeoConfig(), "`GPTNeoConfig` has layers of type 'global'"),
         (tf.CLIPVisionConfig(), "transformers has no language model for `CLIPVisionConfig`"),
