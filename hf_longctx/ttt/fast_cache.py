@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .cache_checks import CheckedCache
 from .prime import Fast
 from .prime_blocks import KeysValues
 
@@ -92,29 +93,28 @@ class LayerWindow:
         return self.keys.length
 
 
-class TTTCache:
+class TTTCache(CheckedCache):
     """Memory of a [`TTTForCausalLM`]: pass it as `cache` (`past_key_values` before transformers 5.24).
 
     Args:
         window, chunk_tokens, layers, suffix_layers (`int`): of the model.
+        facts: what else it must agree on with the model ([`TTTForCausalLM.cache_facts`]).
 
     Attributes:
         seen (`int`): tokens read so far.
         steps (`int`): steps that its fast weights took.
         nbytes (`int`): its size.
+        unread (`torch.Tensor` of shape `(B, t)`, *optional*): what `generate()` wrote last and has not read, its last
+            token. It is read before whatever is read next.
+        damage (`str`, *optional*): why nothing can be read into it or asked of it any more.
     """
 
-    is_compileable = False
+    is_compileable = is_croppable = False
     is_linear = (False,)
     is_sliding = (True,)
 
-    def __init__(self, window: int, chunk_tokens: int, layers: int, suffix_layers: int) -> None:
-        self.facts = {
-            "window": window,
-            "chunk_tokens": chunk_tokens,
-            "layers": layers,
-            "suffix_layers": suffix_layers,
-        }
+    def __init__(self, window: int, chunk_tokens: int, layers: int, suffix_layers: int, **facts: Any) -> None:
+        super().__init__(window=window, chunk_tokens=chunk_tokens, layers=layers, suffix_layers=suffix_layers, **facts)
         capacity = window - 1 + chunk_tokens
         self.windows = [LayerWindow(window, capacity) for _ in range(layers)]
         self.pending = TokenBuffer(chunk_tokens)
@@ -146,38 +146,49 @@ class TTTCache:
 
     def repeat(self, times: int) -> TTTCache:
         """A copy with every row `times` times, one after the other, as `generate()` repeats its prompts."""
+        if not isinstance(times, int) or isinstance(times, bool) or times < 1:
+            raise ValueError(f"`times` ({times!r}) must be a positive integer, the copies of each row.")
         repeated = self.copy()
         repeated._map(lambda tensor: tensor.repeat_interleave(times, 0))
         return repeated
 
     def to(self, device: torch.device | str) -> TTTCache:
         """A copy on another device."""
+        if not isinstance(device, str | int | torch.device):
+            raise TypeError(
+                f"`device` ({device!r}) is no device, and a cache keeps the precision in which it was read: give one "
+                "such as 'cuda', or read again with a model in another precision."
+            )
         moved = self.copy()
         moved._map(lambda tensor: tensor.to(device))
         return moved
 
-    def validate_facts(self, facts: dict[str, int]) -> None:
-        """Raise `ValueError` unless it belongs to a model with these facts."""
-        for name, value in facts.items():
-            if self.facts[name] != value:
-                raise ValueError(
-                    f"the cache was made with `{name}` {self.facts[name]}, but the model has {value}: use it with the "
-                    "model that read into it, or read again."
-                )
-
     def save(self, path: str | Path) -> None:
-        """Write it to a safetensors file."""
+        """Write it to a safetensors file.
+
+        Raises:
+            FileNotFoundError: there is no such folder.
+            RuntimeError: it has read nothing, or is damaged.
+        """
+        self.validate_whole()
         if not self.fast:
             raise RuntimeError("the cache has read nothing, so nothing can be saved: call `model.read(...)` first.")
         state = {
-            **self.facts,
             "format": _FORMAT,
             "seen": self.seen,
             "steps": self.steps,
             "is_frozen": self.is_frozen,
+            "frozen_by": self.frozen_by,
+            "facts": self.facts,
+            **{name: None if ids is None else ids.tolist() for name, ids in self._ids().items()},
             "lengths": [window.length for window in self.windows],
             "pending": self.pending.length,
         }
+        if not Path(path).parent.is_dir() or Path(path).is_dir():
+            raise FileNotFoundError(
+                f"`{path}` is no place for a file, as its folder is missing or it is one itself: name a file in a "
+                "folder that exists."
+            )
         tensors = {name: tensor.contiguous().clone() for name, tensor in self._tensors().items()}
         save_file(tensors, str(path), metadata={"ttt_cache": json.dumps(state)})
 
@@ -186,11 +197,17 @@ class TTTCache:
         """Read one back.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file holds something else, or not all of a cache.
         """
-        with safe_open(str(path), framework="pt", device=str(device)) as file:
-            state = json.loads((file.metadata() or {}).get("ttt_cache", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        try:
+            with safe_open(str(path), framework="pt", device=str(device)) as file:
+                state = json.loads((file.metadata() or {}).get("ttt_cache", "{}"))
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"`{path}` cannot be read ({error}), so it is cut short or no safetensors file: give a file that "
+                "`TTTCache.save` wrote."
+            ) from error
         if not state:
             raise ValueError(f"`{path}` holds no `TTTCache`: give a file that `TTTCache.save` wrote.")
         if state.get("format") != _FORMAT:
@@ -198,15 +215,32 @@ class TTTCache:
                 f"`{path}` is a `TTTCache` of format {state.get('format', 1)}, and this version reads format "
                 f"{_FORMAT}, which holds something else of an unfinished chunk: read the text again."
             )
-        cache = cls(*(state[name] for name in ("window", "chunk_tokens", "layers", "suffix_layers")))
+        try:
+            return cls._of(state, tensors)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"`{path}` lacks a part of a `TTTCache` ({type(error).__name__}: {error}), as files of other versions "
+                "do: read again, and save with this version."
+            ) from error
+
+    @classmethod
+    def _of(cls, state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> TTTCache:
+        cache = cls(**state["facts"])
         cache.seen, cache.steps, cache.is_frozen = state["seen"], state["steps"], state["is_frozen"]
+        cache.frozen_by = state["frozen_by"]
         for index, (window, length) in enumerate(zip(cache.windows, state["lengths"], strict=True)):
             window.keys.data, window.values.data = tensors[f"keys.{index}"], tensors[f"values.{index}"]
             window.keys.length = window.values.length = length
         cache.pending.data, cache.pending.length = tensors["pending"], state["pending"]
         cache.pending_ids = tensors["pending_ids"]
-        cache.fast = [tensors[f"fast.{index}"] for index in range(3 * state["suffix_layers"])]
+        cache.fast = [tensors[f"fast.{index}"] for index in range(3 * cache.facts["suffix_layers"])]
+        for name in cache._ids():
+            ids = state[name]
+            setattr(cache, name, None if ids is None else torch.tensor(ids, device=cache.pending_ids.device))
         return cache
+
+    def _ids(self) -> dict[str, torch.Tensor | None]:
+        return {"unread": self.unread, "first_ids": self.first_ids}
 
     def _buffers(self) -> dict[str, TokenBuffer]:
         each = {f"keys.{index}": window.keys for index, window in enumerate(self.windows)}
@@ -221,5 +255,7 @@ class TTTCache:
     def _map(self, change: Any) -> None:
         for buffer in self._buffers().values():
             buffer.data = None if buffer.data is None else change(buffer.data)
-        self.pending_ids = None if self.pending_ids is None else change(self.pending_ids)
+        for name in ("pending_ids", "unread", "first_ids"):
+            ids = getattr(self, name)
+            setattr(self, name, None if ids is None else change(ids))
         self.fast = [change(weight) for weight in self.fast]

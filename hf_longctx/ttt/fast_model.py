@@ -14,11 +14,22 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from .base_comparison import compare_parts
 from .base_loading import LoadingMixin
 from .base_parts import BaseParts, find_parts
-from .cached_forward import CachedForwardMixin, TTTOutput
+from .cached_forward import CachedForwardMixin, TTTOutput, keep_last
 from .chunked_rows import RowPlan, RowsOutput, Tokens, recomputation_levels, run_rows
 from .fast_cache import TTTCache
 from .fast_config import TTTModelConfig
-from .forward_checks import validate_batch, validate_lengths, validate_model, validate_shapes
+from .forward_checks import (
+    as_tokens,
+    find_one_cache,
+    validate_batch,
+    validate_kept_logits,
+    validate_learn,
+    validate_lengths,
+    validate_model,
+    validate_positions,
+    validate_shapes,
+    validate_vocabulary,
+)
 from .generating import GeneratingMixin
 from .held_base import hold_base, validate_hooks
 from .inner import Step, Suffix
@@ -27,6 +38,7 @@ from .prime_blocks import set_kernel
 from .reading import first_bad_step, next_tokens
 from .step_record import StepRecord
 from .suffix_checks import validate_suffix
+from .weight_checksum import WeightChecksum
 
 
 class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrainedModel, GenerationMixin):
@@ -73,6 +85,7 @@ class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrain
         self.measures_gain = False
         self.last_rows: RowsOutput | None = None
         self.step_record = StepRecord()
+        self.weight_checksum = WeightChecksum()
         is_meta = any(parameter.is_meta for parameter in self.parameters())
         if not is_meta:
             for module in self.modules():  # weights are there, and are not to be drawn again
@@ -117,7 +130,7 @@ class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrain
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         learn: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> TTTOutput:
@@ -126,45 +139,59 @@ class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrain
         Args:
             input_ids (`torch.Tensor` of shape `(B, T)`): rows of tokens.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): padding on the right.
-            position_ids (`torch.Tensor`, *optional*): from 0 up, if given.
+            position_ids (`torch.Tensor`, *optional*): from 0 up, if given; with a cache, from what it has read.
             cache ([`TTTCache`], *optional*): what was read before; `past_key_values` is its older name.
             labels (`torch.Tensor` of shape `(B, T)`, *optional*): of the outer loss; the inner one needs none.
-            use_cache (`bool`, *optional*): only `generate()` and `read()` make a cache.
+            use_cache (`bool`, *optional*): `True` reads into a new cache, and returns it.
             learn (`bool`, *optional*): whether steps are taken; `True` unless given.
-            logits_to_keep (`int`): 0 for all; with a cache, logits of the last tokens only.
+            logits_to_keep (`int` or `torch.Tensor`): how many last tokens have logits, 0 for all, or which.
             num_items_in_batch (`int`, *optional*): what the sum over labels is divided by; else their number.
             kwargs: `shift_labels`, which are already shifted; all else is refused unless it changes nothing.
 
         Returns:
             [`TTTOutput`]: in training with labels no logits, so that they are not kept.
+
+        Raises:
+            NotImplementedError: rows that are not one document each; with a cache, rows with padding.
+            RuntimeError: a cache that cannot go on, or inference mode.
+            ValueError: shapes, an argument that there is not, labels with a cache, or a cache of another model.
         """
-        cache = cache if cache is not None else past_key_values
+        cache = find_one_cache({"cache": cache, "past_key_values": past_key_values})
         # No argument by name: trainers take each with `label` in its name for one that every batch has.
         shift_labels = kwargs.pop("shift_labels", None)
-        validate_model(self, self.parts, self.primes)
-        validate_hooks(self, self.parts)
-        if cache is not None:
-            return self._forward_with_cache(input_ids, cache, labels, learn is not False, logits_to_keep)
-        validate_batch(kwargs, input_ids, attention_mask, position_ids)
+        self._validate_model()
+        learns = validate_learn(learn, unset=True)
+        validate_kept_logits(logits_to_keep)
+        if cache is not None or use_cache:
+            self._validate_untrained(labels, shift_labels)
+            rest = (attention_mask, position_ids, kwargs)
+            cache = self.make_cache() if cache is None else cache
+            return self._forward_with_cache(input_ids, cache, learns, logits_to_keep, rest)
+        validate_batch(kwargs, input_ids, attention_mask)
         assert input_ids is not None
         validate_shapes(input_ids, attention_mask=attention_mask, labels=labels, shift_labels=shift_labels)
-        if labels is not None or shift_labels is not None:
-            validate_lengths(input_ids, attention_mask)
-            if shift_labels is None and labels is not None:
-                shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-        if learn is not False and torch.is_inference_mode_enabled():
+        validate_positions(position_ids, input_ids)
+        validate_vocabulary(input_ids, self.get_input_embeddings().weight.shape[0])
+        if learns and torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "reading takes gradient steps, and `torch.inference_mode()` forbids gradients for good: use "
                 "`torch.no_grad()`, or pass `learn=False`."
             )
-        output = self._read_rows(input_ids, attention_mask, shift_labels, learn is not False)
+        shift_labels = _shifted(input_ids, attention_mask, labels, shift_labels)
+        output = self._read_rows(as_tokens(input_ids), attention_mask, shift_labels, learns)
         loss = None
         if shift_labels is not None:
             count = (shift_labels != -100).sum() if num_items_in_batch is None else num_items_in_batch
             loss = output.loss / (count.to(output.loss.device) if isinstance(count, torch.Tensor) else count)
-        if shift_labels is not None and self.training:
-            return TTTOutput(loss=loss)
-        return TTTOutput(loss=loss, logits=output.logits, last_hidden_state=output.hidden_states)
+            if self.training:
+                return TTTOutput(loss=loss)
+        logits = keep_last(output.logits, logits_to_keep)
+        return TTTOutput(loss=loss, logits=logits, last_hidden_state=output.hidden_states)
+
+    def _validate_model(self) -> None:
+        parts = self.parts
+        validate_model(self, parts, self.primes)
+        validate_hooks(self, parts)
 
     def _read_rows(
         self, input_ids: torch.Tensor, mask: torch.Tensor | None, labels: torch.Tensor | None, learn: bool
@@ -208,3 +235,13 @@ class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrain
 
     def _ignored(self) -> int | None:
         return self.config.bos_token_id
+
+
+def _shifted(input_ids: torch.Tensor, mask: Any, labels: Any, shift_labels: Any) -> torch.Tensor | None:
+    """The outer loss's targets, each at the token before it."""
+    if labels is None and shift_labels is None:
+        return None
+    validate_lengths(input_ids, mask)
+    if shift_labels is None:
+        shift_labels = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    return as_tokens(shift_labels)

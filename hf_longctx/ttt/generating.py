@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 
 from ..attention.cache_names import CACHE_NAMES, OUTPUT_NAME
 from .fast_cache import TTTCache
-from .forward_checks import validate_mask, validate_prompts
+from .forward_checks import find_one_cache, validate_continuation, validate_learn
+from .prompt_checks import Options, leave_written, validate_options, validate_prompts, validate_sharing
+from .reading import validate_reading
 
 
 class GeneratingMixin:
     """In front of `GenerationMixin`: a cache of fast weights, and what cannot be exact with it."""
 
     settings: Any  # these of the model
+    generation_config: Any
     make_cache: Any
     cache_facts: Any
+    device: torch.device
 
     def generate(
         self, inputs: torch.Tensor | None = None, *args: Any, learn: bool | None = None, **kwargs: Any
@@ -24,67 +30,65 @@ class GeneratingMixin:
         """transformers' `generate()`, which also learns.
 
         Args:
-            inputs (`torch.Tensor` of shape `(B, t)`): the prompt; with a cache, what comes after what it has read.
+            inputs (`torch.Tensor` of shape `(B, t)`): the prompt; with a cache, what comes after what it has read and
+                what an earlier `generate()` wrote into it.
             learn (`bool`, *optional*): whether steps are taken. Unset: while the prompt is read, and while tokens are
                 written if `learn_while_generating`.
-            args, kwargs: transformers'; `cache` ([`TTTCache`]) goes on from there, and is changed.
+            args, kwargs: transformers'; `cache` ([`TTTCache`]) goes on from there, and is changed. What was written
+                counts as read in the next call: the last token is `cache.unread` until then. After beams, or a batch
+                in which a row ended before others, the cache refuses further use.
 
         Raises:
-            NotImplementedError: prompts of unequal length, assisted decoding or another kind of cache.
+            NotImplementedError: prompts of unequal length, assisted decoding, guidance or another kind of cache.
+            RuntimeError: a cache that cannot go on.
+            ValueError: shapes, or a cache of another model.
         """
-        given = kwargs.get("generation_config")
-        for name in ("assistant_model", "prompt_lookup_num_tokens", "cache_implementation", "prefill_chunk_size"):
-            value = kwargs.get(name, getattr(given, name, None))
-            if value is not None and name == "prefill_chunk_size":
-                raise NotImplementedError(
-                    f"`prefill_chunk_size` ({value!r}) cuts prompts, and a TTT model reads them in chunks of its own "
-                    "anyway: leave it out."
-                )
-            if value is not None and name == "cache_implementation":
-                raise NotImplementedError(
-                    f"`cache_implementation` ({value!r}) has no place for fast weights: leave it out; a `TTTCache` "
-                    "has one size anyway."
-                )
-            if value is not None:
-                raise NotImplementedError(
-                    f"assisted decoding (`{name}`) takes back tokens, and a step that learned from them cannot be "
-                    "taken back: leave it out."
-                )
-        prompts = inputs if inputs is not None else kwargs.get("input_ids")
-        validate_mask(kwargs.get("attention_mask"))
-        validate_prompts(kwargs.get("attention_mask"))
-        if learn is not False and torch.is_inference_mode_enabled():
+        options = Options({**_named(args), **kwargs}, self.generation_config)
+        validate_options(options)
+        prompts = inputs if inputs is not None else options.get("input_ids")
+        validate_prompts(options, prompts)
+        learns = validate_learn(learn, unset=True)
+        if learns and torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "`generate()` takes gradient steps, and `torch.inference_mode()` forbids gradients for good: use "
                 "`torch.no_grad()`, or pass `learn=False`."
             )
-        cache = next((kwargs.pop(name) for name in CACHE_NAMES if kwargs.get(name) is not None), None)
-        if cache is None and kwargs.get("use_cache", getattr(given, "use_cache", True)) is not False:
-            cache = self.make_cache()
-        if cache is not None:
-            self._validate_sharing(cache, prompts, given, kwargs)
-            kwargs |= {OUTPUT_NAME: cache, "read_before": cache.seen}
+        cache = find_one_cache(kwargs)
+        for name in CACHE_NAMES:
+            kwargs.pop(name, None)
         library: Any = super()
-        return library.generate(inputs, *args, learn=learn, **kwargs)
+        if prompts is not None:
+            mask, positions = (options.get(name) for name in ("attention_mask", "position_ids"))
+            validate_continuation(prompts, mask, positions, 0 if cache is None else cache.known)
+        if cache is None and options.get("use_cache") is False:
+            self._validate_rereading(learn)
+            return library.generate(inputs, *args, learn=learn, **kwargs)
+        cache = self.make_cache() if cache is None else cache
+        cache.validate_facts(self.cache_facts(fresh=True))
+        validate_sharing(cache, prompts, options)
+        if prompts is not None:
+            validate_reading(cache, prompts.repeat_interleave(options.times, 0), learns)
+        return self._write(cache, inputs, args, options, learn, kwargs)
 
-    def _validate_sharing(self, cache: Any, prompts: Any, given: Any, kwargs: dict[str, Any]) -> None:
-        """Refuse several continuations of one memory, which would all change it."""
-        if not isinstance(cache, TTTCache):
-            raise ValueError(
-                f"`cache` is a `{type(cache).__name__}`, which has no place for fast weights: pass a `TTTCache`, as "
-                "`model.read(...)` returns, or none."
+    def _write(self, cache: TTTCache, inputs: Any, args: tuple, options: Options, learn: bool | None, given: dict):
+        library: Any = super()
+        was_frozen, known = cache.is_frozen, cache.known
+        with cache.changing("`generate()`"):
+            result = library.generate(
+                inputs, *args, learn=learn, **{**given, OUTPUT_NAME: cache, "read_before": known}
             )
-        cache.validate_facts(self.cache_facts())
-        times = 1
-        for name in ("num_return_sequences", "num_beams"):
-            value = kwargs.get(name, getattr(given, name, None))
-            times = max(times, value or 1)
-        rows = None if prompts is None else len(prompts)
-        if rows is not None and cache.rows is not None and cache.rows != rows * times:
+        if learn is None and cache.is_frozen and not was_frozen:
+            cache.frozen_by = "learn_while_generating=False"
+        rows = result if isinstance(result, torch.Tensor) else result.sequences
+        prompts = inputs if inputs is not None else options.get("input_ids")
+        leave_written(cache, rows, known, 1 if prompts is None else prompts.shape[1], options)
+        return result
+
+    def _validate_rereading(self, learn: bool | None) -> None:
+        if learn is None and not self.settings.learn_while_generating:
             raise ValueError(
-                f"the cache holds {cache.rows} rows, but {rows} prompts with {times} continuations each are "
-                f"{rows * times}, and every one learns by itself: pass "
-                f"`cache=memory.repeat({max(rows * times // cache.rows, 1)})`."
+                "`use_cache` (False) reads the whole row again for every token, and `learn_while_generating` (False) "
+                "learns from its prompt only: generate with a cache, or pass `learn` as True or False."
             )
 
     def prepare_inputs_for_generation(
@@ -94,10 +98,29 @@ class GeneratingMixin:
         cache = next((kwargs[name] for name in CACHE_NAMES if kwargs.get(name) is not None), None)
         if learn is None:
             learn = bool(kwargs.get("is_first_iteration", False)) or self.settings.learn_while_generating
+        # `generate()` has seen that the mask has no padding and that positions count up.
+        inputs = {"learn": learn, "logits_to_keep": kwargs.get("logits_to_keep", 0)}
         if cache is None:
-            return {"input_ids": input_ids, "learn": learn}
-        return {"input_ids": input_ids[:, cache.seen - read_before :], OUTPUT_NAME: cache, "learn": learn}
+            return {"input_ids": input_ids.to(self.device), **inputs}
+        # What the cache has not read of an earlier `generate()` it reads by itself, before the prompt.
+        begin = max(cache.seen - read_before, 0)
+        return {"input_ids": input_ids[:, begin:].to(self.device), OUTPUT_NAME: cache, **inputs}
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Not for models with fast weights."""
+        raise NotImplementedError(
+            "continuous batching keeps pages of keys and values, with no place for fast weights: call `generate()` "
+            "once for each length of prompts."
+        )
+
+    init_continuous_batching = continuous_batching_context_manager = generate_batch
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
+
+
+def _named(args: tuple) -> dict[str, Any]:
+    """Arguments of transformers' `generate()` after `inputs`, by name."""
+    names = list(inspect.signature(GenerationMixin.generate).parameters)[2:]
+    return dict(zip(names, args))

@@ -88,8 +88,9 @@ def validate_reading(cache: TTTCache, input_ids: torch.Tensor, learn: bool) -> N
         )
     if learn and cache.is_frozen:
         raise RuntimeError(
-            "the cache has read tokens with `learn=False`, so its unfinished chunk has a gap: ask questions of "
-            "`memory.copy()`, and go on reading with the memory itself."
+            f"the cache has read tokens with `{cache.frozen_by}`, so its unfinished chunk has a gap: pass "
+            "`learn=False` to go on without learning, or ask questions of `memory.copy()`, and go on reading with the "
+            "memory itself."
         )
     if cache.rows is not None and cache.rows != len(input_ids):
         raise ValueError(
