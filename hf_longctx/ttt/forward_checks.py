@@ -45,6 +45,11 @@ def validate_batch(given: Mapping[str, Any], input_ids: Any, attention_mask: Any
     for name in ("output_attentions", "output_hidden_states"):
         if given.get(name):
             raise NotImplementedError(f"`{name}` is not collected from chunks: leave it out.")
+    if given.get("return_dict") is False:
+        raise NotImplementedError(
+            "`return_dict` (False) asks for a tuple, and a TTT model returns its output by name: leave it out, and "
+            "call `to_tuple()` on what is returned."
+        )
     validate_mask(attention_mask)
 
 

@@ -70,6 +70,7 @@ def test_logits_are_kept_as_they_are_asked_for(model, expected, cached):
         ({"position_ids": torch.arange(7, 9)[None]}, ValueError, r"`position_ids` \(\(1, 2\)\) must be a tensor"),
         ({"position_ids": [7, 8, 9]}, ValueError, r"`position_ids` \(list\) must be a tensor"),
         ({"foo": 1}, ValueError, "`foo` is no argument"),
+        ({"return_dict": False}, NotImplementedError, r"`return_dict` \(False\) asks for a tuple"),
         ({"output_attentions": True}, NotImplementedError, "`output_attentions` is not collected"),
         ({"cu_seq_lens_q": torch.tensor([0, 3])}, NotImplementedError, "packs documents"),
         ({"input_ids": None, "inputs_embeds": torch.zeros(2, 3, 48)}, NotImplementedError, "`inputs_embeds` cannot"),
