@@ -34,6 +34,8 @@ class CheckedCache:
         self.unread: torch.Tensor | None = None
         self.first_ids: torch.Tensor | None = None
         self.damage: str | None = None
+        # While `generate()` runs: what it has found of the model's weights, which need no second look for each token.
+        self.checked: dict[str, Any] | None = None
 
     @property
     def known(self) -> int:

@@ -23,7 +23,7 @@ from .forward_checks import (
 from .inner import token_losses
 from .reading import Reader, read_tokens, validate_reading
 from .run_again import autocast_state
-from .weight_checksum import WeightChecksum
+from .weight_checksum import WeightChecksum, active_adapters
 
 
 @dataclass
@@ -40,6 +40,7 @@ class CachedForwardMixin:
     parts: Any
     primes: Any
     parameters: Any
+    modules: Any
     inner_learning_rate: float
     weight_checksum: WeightChecksum
     training: bool
@@ -49,11 +50,12 @@ class CachedForwardMixin:
     _step: Any
     _ignored: Any
 
-    def cache_facts(self, fresh: bool = False) -> dict[str, Any]:
-        """What a cache must agree on with the model: sizes, settings of the steps, precision and weights.
+    def cache_facts(self, fresh: bool = False, checked: dict[str, Any] | None = None) -> dict[str, Any]:
+        """What a cache must agree on with the model: sizes, settings of the steps, precision, adapters, weights.
 
         Args:
             fresh (`bool`): look at the weights themselves, and not whether they were changed in place.
+            checked (`dict`, *optional*): what [`weight_facts`] has found before, to be taken as it is.
         """
         settings, parts = self.settings, self.parts
         facts = {"window": settings.window, "chunk_tokens": settings.chunk_tokens, "layers": len(parts.layers)}
@@ -66,8 +68,12 @@ class CachedForwardMixin:
         embedding = parts.embedding.weight
         is_cast, dtype = autocast_state(embedding.device)
         facts["dtype"] = str(dtype if is_cast else embedding.dtype).removeprefix("torch.")
-        facts["weights"] = self.weight_checksum.of(self.parameters(), fresh)
-        return facts
+        return facts | (self.weight_facts(fresh) if checked is None else checked)
+
+    def weight_facts(self, fresh: bool = False) -> dict[str, Any]:
+        """The facts that all modules and parameters are looked at for."""
+        weights = self.weight_checksum.of(self.parameters(), fresh)
+        return {"adapters": active_adapters(self.modules()), "weights": weights}
 
     def make_cache(self) -> TTTCache:
         """A cache that has read nothing."""
@@ -129,8 +135,8 @@ class CachedForwardMixin:
     def read_pieces(self, input_ids: torch.Tensor, cache: TTTCache, learn: bool, fresh: bool = False) -> Any:
         """Read tokens into a cache; hidden states after the final norm, a piece at a time."""
         parts, settings = self.parts, self.settings
-        facts = self.cache_facts(fresh)
         find_one_cache({CACHE_NAMES[0]: cache})
+        facts = self.cache_facts(fresh, cache.checked)
         cache.validate_facts(facts)
         validate_shapes(input_ids, least=0)
         validate_vocabulary(input_ids, parts.embedding.weight.shape[0])

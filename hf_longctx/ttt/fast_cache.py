@@ -138,7 +138,9 @@ class TTTCache(CheckedCache):
 
     def copy(self) -> TTTCache:
         """The same memory, which can go on by itself."""
-        return copy.deepcopy(self)
+        copied = copy.deepcopy(self)
+        copied.checked = None
+        return copied
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Take rows `beam_idx`, in that order: windows, the unfinished chunk and fast weights."""

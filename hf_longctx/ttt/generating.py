@@ -22,6 +22,7 @@ class GeneratingMixin:
     generation_config: Any
     make_cache: Any
     cache_facts: Any
+    weight_facts: Any
     device: torch.device
 
     def generate(
@@ -64,11 +65,16 @@ class GeneratingMixin:
             self._validate_rereading(learn)
             return library.generate(inputs, *args, learn=learn, **kwargs)
         cache = self.make_cache() if cache is None else cache
-        cache.validate_facts(self.cache_facts(fresh=True))
+        checked = self.weight_facts(fresh=True)
+        cache.validate_facts(self.cache_facts(checked=checked))
         validate_sharing(cache, prompts, options)
         if prompts is not None:
             validate_reading(cache, prompts.repeat_interleave(options.times, 0), learns)
-        return self._write(cache, inputs, args, options, learn, kwargs)
+        cache.checked = checked
+        try:
+            return self._write(cache, inputs, args, options, learn, kwargs)
+        finally:
+            cache.checked = None
 
     def _write(self, cache: TTTCache, inputs: Any, args: tuple, options: Options, learn: bool | None, given: dict):
         library: Any = super()

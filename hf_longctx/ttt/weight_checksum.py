@@ -38,6 +38,13 @@ class WeightChecksum:
         return self._checksum
 
 
+def active_adapters(modules: Iterable[torch.nn.Module]) -> str:
+    """Adapters (PEFT) that take part in what modules compute, by name."""
+    layers = [module for module in modules if hasattr(type(module), "disable_adapters")]
+    names = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
+    return ", ".join(sorted(names)) or "none"
+
+
 @torch.no_grad()
 def _checksum(parameters: list[torch.Tensor]) -> str:
     sampled: list[tuple[int, torch.Tensor]] = []

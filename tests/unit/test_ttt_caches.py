@@ -225,6 +225,20 @@ def test_a_model_that_was_trained_since_is_another_model(way):
         model.generate(tokens(1, 3), cache=memory, max_new_tokens=1)
 
 
+def test_a_model_with_another_adapter_is_another_model():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_ttt(torch.float32), peft.LoraConfig(target_modules=["q_proj"], r=2))
+    ids, inner = tokens(1, 7), model.get_base_model()
+    memory = inner.read(ids)
+    assert model(ids, **{OUTPUT_NAME: memory}).logits.shape == (1, 7, 97) and memory.seen == 14
+    with (
+        model.disable_adapter(),
+        pytest.raises(ValueError, match="made with `adapters` default, but the model has none"),
+    ):
+        inner.read(ids, memory)
+    assert model.generate(input_ids=ids[:, :3], cache=memory, max_new_tokens=1, eos_token_id=None).shape == (1, 4)
+
+
 def test_precision_device_and_copies(model):
     with torch.autocast("cpu", torch.bfloat16):
         memory = model.read(tokens(1, 7))
