@@ -64,7 +64,7 @@ if TYPE_CHECKING:
     from .trainer.adaptation import adapt as adapt
     from .trainer.causal_lm import LongContextTrainer as LongContextTrainer
     from .trainer.ending import end_training as end_training
-    from .trainer.inner_steps import InnerLearningRateWarmup as InnerLearningRateWarmup
+    from .trainer.inner_warmup import InnerLearningRateWarmup as InnerLearningRateWarmup
     from .trainer.preference import LongContextDPOTrainer as LongContextDPOTrainer
     from .trainer.preference import LongContextKTOTrainer as LongContextKTOTrainer
     from .trainer.reward import LongContextRewardTrainer as LongContextRewardTrainer
@@ -120,7 +120,7 @@ _EXPORTS = {
     "trainer.adaptation": ("adapt",),
     "trainer.causal_lm": ("LongContextTrainer",),
     "trainer.ending": ("end_training",),
-    "trainer.inner_steps": ("InnerLearningRateWarmup",),
+    "trainer.inner_warmup": ("InnerLearningRateWarmup",),
     "trainer.preference": ("LongContextDPOTrainer", "LongContextKTOTrainer"),
     "trainer.reward": ("LongContextRewardTrainer",),
     "trainer.sft": ("LongContextSFTTrainer",),

@@ -9,6 +9,12 @@ from .values import is_number, validate_choice, validate_tokens
 
 META_GRADIENTS = ("exact", "first_order")
 SUFFIX_ATTENTION = ("eager", "sdpa")
+# What weights are trained for: under another value they are other weights.
+TRAINED_WITH = (
+    *("window", "chunk_tokens", "suffix_layers", "fast_intermediate_size"),
+    *("inner_learning_rate", "inner_max_grad_norm", "meta_gradient"),
+)
+FAST_WEIGHTS = "hf_longctx_ttt_e2e"  # the `model_type` of models with fast weights, which `AutoModel` does not know
 
 
 @dataclass(frozen=True, kw_only=True)

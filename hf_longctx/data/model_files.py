@@ -8,18 +8,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from ..config.test_time import FAST_WEIGHTS
 from .files import irregular, read_json, shown
 
 
 _ENDINGS = (".json", ".safetensors", ".bin", ".gguf", ".model", ".pt", ".pth")
 
 
-def check_model_files(name: str | os.PathLike, *, weights: bool = False) -> None:
-    """Raise `ValueError` for a file that cannot be read in a model's folder; a name that is not here passes.
+def check_model_files(name: str | os.PathLike, *, weights: bool = False, fast_weights: bool = False) -> None:
+    """Raise `ValueError` for a folder that `AutoModel` cannot load, by its files; a name that is not here passes.
 
     Args:
         name (`str`): a folder, the path of a `config.json`, or a name on the Hub.
         weights (`bool`, *optional*, defaults to `False`): also read the header of every file of `safetensors`.
+        fast_weights (`bool`, *optional*, defaults to `False`): whether a model with fast weights may lie there, which
+            `AutoModel` does not know.
     """
     path = Path(name).expanduser()
     if not os.path.lexists(path):
@@ -31,7 +34,12 @@ def check_model_files(name: str | os.PathLike, *, weights: bool = False) -> None
             raise ValueError(f"`{shown(file)}` is {reason} and no regular file: put the file itself there.")
     config = path / "config.json" if path.is_dir() else path
     if config.suffix == ".json" and config.is_file():
-        read_json(config)
+        kind = read_json(config).get("model_type")
+        if kind == FAST_WEIGHTS and not fast_weights:
+            raise ValueError(
+                f"`{shown(path)}` already has fast weights (`model_type` {kind!r}), and `AutoModel` does not know "
+                "these: use `hf-longctx ttt train` or `eval`, or load it with `TTTForCausalLM.from_pretrained`."
+            )
     if weights:
         for file in files:
             if file.suffix == ".safetensors":

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..adapters.wrapped import unwrap
+from ..config.test_time import TRAINED_WITH
 from .checkpoint_record import read_json
 from .shard_metadata import check_shards
 
@@ -104,11 +105,19 @@ def _check_kind(model: torch.nn.Module, path: Path) -> None:
     config = getattr(unwrap(model), "config", None)
     if config is None or not path.is_file():
         return
-    saved = read_json(path).get("model_type")
+    content = read_json(path)
+    saved = content.get("model_type")
     if saved != config.model_type:
         raise ValueError(
             f"`{path}` describes a model of type {saved!r}, and this run trains {config.model_type!r}: resume from a "
             "checkpoint of the same model."
+        )
+    there, here = content.get("ttt") or {}, getattr(config, "ttt", None) or {}
+    other = next((name for name in TRAINED_WITH if there.get(name) != here.get(name)), None)
+    if other is not None:
+        raise ValueError(
+            f"`{path}` says that the checkpoint was trained with `{other}` {there.get(other)!r}, but this model has "
+            f"`{other}` {here.get(other)!r}: resume with the checkpoint's settings, or start anew."
         )
 
 

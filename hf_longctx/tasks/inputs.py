@@ -11,7 +11,7 @@ from typing import Any
 import transformers
 from huggingface_hub import HfApi
 from rich.console import Console
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback, set_seed
 
 
 try:
@@ -96,7 +96,7 @@ def load_model(
 ):
     """The model and its tokenizer; on `"ulysses"` if rows are shared, else on `"packed"`, unless told otherwise.
 
-    `auto_class` and `changes` are for models with another head.
+    `auto_class` and `changes` are for models with another head, or of a class that `AutoModel` does not know.
 
     The seed is set first, so that weights made after it (LoRA, from scratch) are the same for any number of processes.
     """
@@ -107,7 +107,8 @@ def load_model(
             "`prepare_kbit` (True) prepares a base model of 4 or 8 bits: set `load_in_4bit: true`, or drop it."
         )
     source = model_folder(model_args.model_name_or_path)
-    check_model_files(source, weights=not from_scratch)
+    own_type = issubclass(auto_class, PreTrainedModel)
+    check_model_files(source, weights=not from_scratch, fast_weights=own_type)
     options = {"revision": model_args.model_revision}
     if recipe.gguf_file:
         options["gguf_file"] = recipe.gguf_file

@@ -40,6 +40,11 @@ def parse_recipe(arguments: Sequence[type]) -> tuple[Any, ...]:
         raise ValueError(f"the arguments do not go together: {error}") from error
 
 
+def given_names(words: Sequence[str]) -> set[str]:
+    """The arguments that a command line or its file sets, by their names in a dataclass."""
+    return {name.replace("-", "_") for name in (*read_recipe_file(words), *_names_in(words))}
+
+
 def _names_in(words: Sequence[str]) -> list[str]:
     return [word[2:].partition("=")[0] for word in words if word.startswith("--") and len(word) > 2]
 

@@ -3,16 +3,18 @@
     python recipes/ttt.py --config recipes/ttt_markov_toy.yaml
     torchrun --standalone --nproc_per_node 2 recipes/ttt.py --config recipes/ttt_smollm2_stdlib.yaml
 
-Every row is a part of one document. Arguments are those of `TrainingArguments`, TRL's `ModelConfig` and `TTTConfig`,
-and the few below; the command line overrides the YAML file. After training, held-out documents are read with inner
-steps and without, and the losses by chunk are printed and written.
+The model is one without fast weights, which gets the settings given, or one that `hf-longctx ttt convert` or an
+earlier run wrote, which keeps its own. Every row is a part of one document. Arguments are those of
+`TrainingArguments`, TRL's `ModelConfig` and `TTTConfig`, and the few below; the command line overrides the YAML file.
+After training, held-out documents are read with inner steps and without, and the losses by chunk are printed and
+written.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +28,15 @@ from ..config.run import LongContextConfig
 from ..config.test_time import TTTConfig
 from ..config.values import validate_count
 from ..data.files import read_text
+from ..data.model_files import check_model_files
 from ..trainer.causal_lm import LongContextTrainer
-from ..trainer.inner_steps import InnerLearningRateWarmup
+from ..trainer.inner_warmup import InnerLearningRateWarmup
+from ..ttt.fast_config import TTTModelConfig
 from ..ttt.fast_model import TTTForCausalLM
 from . import ttt_toy
+from .document_places import model_folder
 from .named_models import find_model, load_tokenizer
-from .recipe_file import check_recipe_file, parse_recipe
+from .recipe_file import check_recipe_file, given_names, parse_recipe
 from .ttt_eval import TTT, WINDOW, losses_by_position, position_table
 
 
@@ -81,10 +86,7 @@ def main() -> None:
     check_output_dir(recipe, args)
     warmup = InnerLearningRateWarmup(recipe.warmup_start, recipe.warmup_ratio_inner)
     rows, eval_rows = read_rows(recipe, args, model_args)
-    base, tokenizer = load_model(recipe, args, model_args, long_context, recipe.from_scratch)
-    if recipe.window_only:
-        settings = replace(settings, inner_learning_rate=0.0)
-    model: Any = TTTForCausalLM.from_base(base, settings)
+    model, tokenizer = load_fast_model(recipe, args, model_args, long_context, settings)
     chunk_tokens = model.settings.chunk_tokens
     validate_row_tokens(recipe.row_tokens, chunk_tokens)
     peft_config = get_peft_config(model_args)
@@ -110,6 +112,55 @@ def main() -> None:
         write_chunks(chunks, Path(args.output_dir), chunk_tokens, recipe.row_tokens)
     if args.process_index == 0 and peft_config is not None and not trainer.is_fsdp_enabled:
         save_merged(trainer.model, tokenizer, Path(args.output_dir) / MERGED)
+
+
+def load_fast_model(
+    recipe: TTTArguments, args: Any, model_args: Any, long_context: LongContextConfig, settings: TTTConfig
+) -> tuple[Any, Any]:
+    """The model with fast weights and its tokenizer: made from a base, or as it was saved.
+
+    Raises:
+        ValueError: it has fast weights already, and settings are given that are not its own.
+    """
+    config = saved_config(model_args.model_name_or_path, model_args.model_revision)
+    if config is None:
+        base, tokenizer = load_model(recipe, args, model_args, long_context, recipe.from_scratch)
+        if recipe.window_only:
+            settings = replace(settings, inner_learning_rate=0.0)
+        return TTTForCausalLM.from_base(base, settings), tokenizer
+    name = model_args.model_name_or_path
+    if recipe.from_scratch:
+        raise ValueError(
+            f"`from_scratch` (True) leaves out all weights of `{name}`, which has fast weights: name the base model "
+            "that it was made from, with the settings of `TTTConfig`."
+        )
+    if recipe.gguf_file:
+        raise ValueError(
+            f"`gguf_file` ({recipe.gguf_file!r}) holds a base model, and `{name}` has fast weights already: leave "
+            "it out, or name the folder of that file."
+        )
+    for key in sorted(given_names(sys.argv[1:]) & {setting.name for setting in fields(TTTConfig)}):
+        own = getattr(config.settings, key)
+        if getattr(settings, key) != own:
+            raise ValueError(
+                f"`{key}` ({getattr(settings, key)!r}) is {own!r} in `{name}`, which has fast weights already and "
+                "keeps its settings: leave it out, or run `hf-longctx ttt convert` with it first."
+            )
+    if recipe.window_only:
+        config.ttt = {**(config.ttt or {}), "inner_learning_rate": 0.0}
+    return load_model(recipe, args, model_args, long_context, auto_class=TTTForCausalLM, config=config)
+
+
+def saved_config(name: str, revision: str | None) -> TTTModelConfig | None:
+    """The configuration of a saved model with fast weights, or `None` for any other model."""
+    source = model_folder(name)
+    check_model_files(source, fast_weights=True)
+    try:
+        found, _ = TTTModelConfig.get_config_dict(source, revision=revision)
+    except OSError:  # such as a folder of a GGUF file; what is missing is said where it is loaded
+        return None
+    is_fast = found.get("model_type") == TTTModelConfig.model_type
+    return TTTModelConfig.from_pretrained(source, revision=revision) if is_fast else None
 
 
 def _is_toy(words: list[str]) -> bool:

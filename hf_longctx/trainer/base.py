@@ -28,6 +28,7 @@ from ..parallel.shard import validate_same_rows
 from ..resilience.fault_tolerance import FaultToleranceMixin
 from ..resilience.same_settings import validate_same_settings
 from .checks import check_arguments, check_model, check_trainer
+from .inner_checks import refuse_by_name, refuse_lost_reference
 from .loaders import build_loader, check_streams, never_ends
 from .packed_rows import check_packed_batch, pack_dataset
 from .random_draws import check_noise, check_noise_of_batch, warn_about_draws
@@ -64,6 +65,8 @@ class TrainerBase(FaultToleranceMixin):
             setattr(self, name, config)
         refuse_sampling(type(self), self.long_context.sequence_parallel_size)
         given = _by_name(type(self), args, kwargs)
+        refuse_by_name(given.get("model"))
+        refuse_lost_reference(type(self), given)
         self._compare_settings(given.get("args"))
         check_arguments(given.get("args"), self.long_context)
         self.prepare_arguments(given)

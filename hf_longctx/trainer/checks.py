@@ -17,6 +17,7 @@ from ..config.lsh_settings import LSH
 from ..config.run import LongContextConfig
 from ..families import query_heads
 from ..parallel.heads import validate_head_count
+from .inner_checks import refuse_shared
 from .other_axes import refuse_axes_of_arguments, refuse_axes_of_model
 
 
@@ -97,6 +98,7 @@ def check_model(model, config: LongContextConfig) -> None:
         refuse_unhashable(model)
     if size == 1:
         return
+    refuse_shared(model, config)
     base = unwrap(model)
     name = type(base).__name__
     if hasattr(base, "_orig_mod"):

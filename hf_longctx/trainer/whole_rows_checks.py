@@ -18,6 +18,7 @@ from ..attention.registry import packs_rows
 from ..attention.unadapted import refuse_token_mixing
 from ..families import text_marks
 from ..tiny_check import REORDERED_SUMS, random_tokens, whole_model
+from .inner_checks import has_fast_weights
 from .pooled_rows import POOLED_ROWS
 from .sanity_check import run_sanity_check
 from .scored_rows import SCORED_ROWS, score_whole_rows
@@ -74,6 +75,11 @@ def warn_dropped_rows(before: Any, after: Any, args: Any, name: str) -> None:
 def check_flattened(model: Any) -> None:
     """Refuse a model whose rows cannot run as documents of one row, by its configuration and adapters."""
     base = unwrap(model)
+    if has_fast_weights(base):
+        raise NotImplementedError(
+            f"`flatten_rows` (True) runs rows as documents of one row, and `{type(base).__name__}` would read each "
+            "with what it learned from those before: set it to False."
+        )
     attention = base.config.get_text_config()._attn_implementation
     if not packs_rows(attention):
         raise ValueError(

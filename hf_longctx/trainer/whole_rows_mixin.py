@@ -16,6 +16,7 @@ from .base import TrainerBase
 from .checks import check_model
 from .group_accelerator import GroupAccelerator
 from .group_batches import GroupBatchesMixin
+from .inner_checks import check_given, has_fast_weights, refuse_built
 from .memory_presets import apply_memory, prepare_memory, tile_model_mlps, tile_trainer_loss
 from .whole_rows import RowSharing, rows_shared
 from .whole_rows_checks import (
@@ -51,6 +52,7 @@ class WholeRowsMixin(GroupBatchesMixin, TrainerBase):
     _are_rows_shared = False
 
     def prepare_arguments(self, given: dict[str, Any]) -> None:
+        check_given(given, self.long_context, self.memory)
         refuse_images(given.get("train_dataset"), self.long_context.sequence_parallel_size)
         if self.memory.memory == "auto":
             raise NotImplementedError(
@@ -84,6 +86,8 @@ class WholeRowsMixin(GroupBatchesMixin, TrainerBase):
         for name, model in self.models().items():
             with named(name):
                 check_model(model, self.long_context)
+                if has_fast_weights(model):
+                    refuse_built(self)
                 if self.preference.flatten_rows:
                     check_flattened(model)
 

@@ -17,16 +17,20 @@ def complete_settings(settings: TTTConfig, base: Any) -> TTTConfig:
         base: the base model's configuration.
 
     Raises:
-        ValueError: a window that is not set, or wider than the base's; too many suffix layers.
+        ValueError: no `TTTConfig`; a window that is not set, or wider than the base's; too many suffix layers.
         NotImplementedError: attention that knows no window.
     """
+    if not isinstance(settings, TTTConfig):
+        raise ValueError(
+            f"`settings` ({settings!r}) must be a `TTTConfig`: write `TTTConfig(window=2048)`, or leave it out."
+        )
     text, name = base.get_text_config(), base.model_type
     if getattr(text, LSH_KEY, None) is not None or getattr(text, "_attn_implementation", None) == "lsh":
         raise NotImplementedError(
             f"`{name}` runs LSH attention, which knows no window, and a model with fast weights has one: take a base "
             'model that was trained with ordinary attention, on `attn_implementation="packed"`.'
         )
-    own = getattr(text, "sliding_window", None)
+    own = window_of(text)
     window, layers = settings.window if settings.window is not None else own, text.num_hidden_layers
     if window is None:
         raise ValueError(
@@ -48,3 +52,12 @@ def complete_settings(settings: TTTConfig, base: Any) -> TTTConfig:
     if width is None:
         width = text.intermediate_size
     return replace(settings, window=window, suffix_layers=suffix, fast_intermediate_size=width)
+
+
+def window_of(text: Any) -> int | None:
+    """The tokens that attention of a base model sees by its configuration, or `None` where it sees all of them."""
+    window = getattr(text, "sliding_window", None)
+    if not window or getattr(text, "use_sliding_window", True) is False:
+        return None
+    kinds = getattr(text, "layer_types", None)
+    return window if not kinds or any(kind == "sliding_attention" for kind in kinds) else None

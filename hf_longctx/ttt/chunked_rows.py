@@ -196,12 +196,19 @@ def suffix_mask(suffix: Suffix, part: torch.Tensor, window: int, begin: int) -> 
 
 @torch.no_grad()
 def _gain(chunk: Chunk, hidden_states: torch.Tensor, older: Fast, state: Fast) -> torch.Tensor:
-    """How much lower the inner loss of a chunk is for the step before it, a row."""
+    """How much lower the inner loss of a chunk is for the step before it, a row.
+
+    Both forwards draw the same dropout, from a copy of the generators: a step that is measured is the step that it
+    would be, and the gain is of the weights alone.
+    """
     count, losses = 3 * len(chunk.suffix.layers), []
     carried = [tensor.detach() for tensor in state[count:]]
+    kind = hidden_states.device.type
+    devices = [hidden_states.device] if kind != "cpu" else []
     for fast in (older[:count], state[:count]):
         keys = [Carried(pair) for pair in zip(carried[::2], carried[1::2])]
-        hidden = run_suffix(chunk.suffix.layers, chunk.suffix.primes, hidden_states, chunk.attends, keys, fast)
-        logits = chunk.suffix.head(chunk.suffix.norm(hidden))
+        with torch.random.fork_rng(devices, device_type=kind if devices else "cuda"):
+            hidden = run_suffix(chunk.suffix.layers, chunk.suffix.primes, hidden_states, chunk.attends, keys, fast)
+            logits = chunk.suffix.head(chunk.suffix.norm(hidden))
         losses.append(row_means(token_losses(logits, chunk.targets), chunk.learned))
     return losses[0] - losses[1]

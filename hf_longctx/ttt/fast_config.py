@@ -7,11 +7,12 @@ without what it learned.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from ..config.test_time import TTTConfig
+from ..attention.cache_names import OUTPUT_NAME
+from ..config.test_time import FAST_WEIGHTS, TTTConfig
 
 
 # What generation and trainers ask of a configuration, taken over from the base's.
@@ -37,7 +38,8 @@ class TTTModelConfig(PreTrainedConfig):
         kwargs: those of `PreTrainedConfig`.
     """
 
-    model_type = "hf_longctx_ttt_e2e"
+    model_type = FAST_WEIGHTS
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [OUTPUT_NAME, "last_hidden_state"]  # metrics get logits
     base_config: dict | None = None
     base_name: str | None = None
     ttt: dict | None = None
@@ -73,3 +75,15 @@ class TTTModelConfig(PreTrainedConfig):
     def settings(self) -> TTTConfig:
         """The settings, as they were given."""
         return TTTConfig(**(self.ttt or {}))
+
+
+def validate_made(config: Any, unknown: dict[str, Any]) -> None:
+    """Raise `ValueError` for a model that is made from another configuration, or with arguments that it has not."""
+    if not isinstance(config, TTTModelConfig):
+        raise ValueError(
+            f"`config` (`{type(config).__name__}`) must be a `TTTModelConfig`: build the model with "
+            "`TTTForCausalLM.from_base(...)`, or load a checkpoint that was saved by one."
+        )
+    if unknown:
+        name, value = next(iter(unknown.items()))
+        raise ValueError(f"`{name}` ({value!r}) is no argument of a model with fast weights: leave it out.")

@@ -6,18 +6,19 @@ trainer of transformers, TRL's SFT and a loop of one's own train it. Nothing is 
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 
 from .base_comparison import compare_parts
-from .base_loading import LoadingMixin
+from .base_loading import LoadingMixin, validate_base
 from .base_parts import BaseParts, find_parts
 from .cached_forward import CachedForwardMixin, TTTOutput, keep_last
 from .chunked_rows import RowPlan, RowsOutput, Tokens, recomputation_levels, run_rows
 from .fast_cache import TTTCache
-from .fast_config import TTTModelConfig
+from .fast_config import TTTModelConfig, validate_made
 from .forward_checks import (
     as_tokens,
     find_one_cache,
@@ -66,7 +67,8 @@ class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrain
     _no_split_modules: list[str] = []
     accepts_loss_kwargs = True
 
-    def __init__(self, config: TTTModelConfig, base: Any = None) -> None:
+    def __init__(self, config: TTTModelConfig, base: Any = None, **unknown: Any) -> None:
+        validate_made(config, unknown)
         super().__init__(config)
         self.settings = config.settings
         if base is None:
@@ -74,6 +76,9 @@ class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrain
             # `from_pretrained` makes what it is asked for the default while a model is built.
             made = {"dtype": torch.get_default_dtype(), "attn_implementation": name}
             base = AutoModelForCausalLM.from_config(config.build_base(), **made)
+        else:
+            validate_base(base)
+            self.generation_config = copy.deepcopy(base.generation_config)
         self.base = base
         parts = find_parts(base, self.settings)
         validate_suffix(parts)
@@ -97,13 +102,13 @@ class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrain
 
     def _make_primes(self, parts: BaseParts) -> PrimeMLPs:
         width = self.settings.fast_intermediate_size
-        assert width is not None and self.settings.window is not None
+        assert width is not None
         mlps = []
         for layer in parts.suffix:
             norm, weight = layer.post_attention_layernorm, next(layer.mlp.parameters())
             dtype = weight.dtype if weight.is_floating_point() else torch.float32
             mlps.append(PrimeMLP(norm, parts.config.hidden_size, width, dtype, weight.device))
-        return PrimeMLPs(mlps, (self.settings.window, self.settings.chunk_tokens))
+        return PrimeMLPs(mlps, self.settings, len(parts.layers))
 
     def _init_weights(self, module: torch.nn.Module) -> None:
         if isinstance(module, PrimeMLP):

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import copy
 import math
+import struct
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from ..config.test_time import META_GRADIENTS, TTTConfig
 
 
 Fast = list[torch.Tensor]  # gate, up and down of each suffix layer in order, with rows first
@@ -55,23 +59,38 @@ class PrimeMLPs(nn.Module):
 
     Args:
         mlps (`list` of [`PrimeMLP`]).
-        facts (`tuple` of `int`): settings that its weights belong to, saved and compared with them.
+        settings ([`TTTConfig`]): complete; those of `FACTS` are saved with the weights and compared when these are
+            loaded, since weights that were trained with some are others under others.
+        layers (`int`): of the whole model.
     """
 
-    NAMES = ("window", "chunk_tokens")
+    SHAPES = ("window", "chunk_tokens", "suffix_layers", "layers", "fast_intermediate_size")
+    STEPS = ("inner_learning_rate", "inner_max_grad_norm", "meta_gradient")
+    FACTS = SHAPES + STEPS
 
-    def __init__(self, mlps: list[PrimeMLP], facts: tuple[int, ...]) -> None:
+    def __init__(self, mlps: list[PrimeMLP], settings: TTTConfig, layers: int) -> None:
         super().__init__()
         self.prime_layers = nn.ModuleList(mlps)
-        self.facts = tuple(facts)
-        self.register_buffer("prime_facts", torch.tensor(facts, dtype=torch.int64))
+        self.facts = {name: layers if name == "layers" else getattr(settings, name) for name in self.FACTS}
+        self.register_buffer("prime_facts", _encode(self.facts))
 
     def start(self, rows: int) -> Fast:
         """Fast weights of rows that have read nothing: float32 or wider, each `(rows, M, D)` or `(rows, D, M)`."""
-        return [_widened(getattr(mlp, name)).expand(rows, -1, -1) for mlp in self.prime_layers for name in MATRICES]
+        return [_widened(matrix).expand(rows, -1, -1) for matrix in self.matrices()]
 
     def matrices(self) -> list[nn.Parameter]:
-        """The parameters that fast weights start from."""
+        """The parameters that fast weights start from.
+
+        Raises:
+            NotImplementedError: an adapter is in front of them, which would not be run.
+        """
+        for index, mlp in enumerate(self.prime_layers):
+            if not isinstance(mlp, PrimeMLP):
+                raise NotImplementedError(
+                    f"`primes.prime_layers.{index}` is inside an adapter (`{type(mlp).__name__}`), and fast weights "
+                    "start from its matrices, which are read and not run: leave it out, and train all of them in full "
+                    "with `modules_to_save=['primes']`."
+                )
         return [getattr(mlp, name) for mlp in self.prime_layers for name in MATRICES]
 
     def run(self, index: int, hidden_states: torch.Tensor, fast: Fast) -> torch.Tensor:
@@ -82,33 +101,74 @@ class PrimeMLPs(nn.Module):
     def check_loaded(self, missing: set[str]) -> None:
         """Raise `ValueError` where a loader that fills tensors by itself filled in weights of other settings.
 
+        The size and clipping of inner steps may be others here: `from_pretrained` takes them from a configuration,
+        and whoever gives another than the checkpoint's has chosen them.
+
         Args:
             missing (`set` of `str`): names below this module that the checkpoint did not have.
         """
-        found = [name for name in self.state_dict() if _is_matrix(name) and name not in missing]
+        names = [name for name in self.state_dict() if name != "prime_facts"]
+        found = [name for name in names if name not in missing]
         if "prime_facts" not in missing:
-            self._validate_facts(tuple(self.prime_facts.tolist()))
-        elif found:
-            raise ValueError(_without_facts(found[0]))
-        else:
-            self.prime_facts.copy_(torch.tensor(self.facts))
+            self._validate_facts(self.prime_facts, self.SHAPES)
+            if lost := [name for name in names if name in missing]:
+                raise ValueError(
+                    f"the checkpoint holds prime MLPs, but no `primes.{lost[0]}`, so a part of them would start anew: "
+                    "load all that was saved, or leave the prime MLPs out to start them anew."
+                )
+        elif matrices := [name for name in found if _is_matrix(name)]:
+            raise ValueError(_without_facts(matrices[0]))
+        self.prime_facts.copy_(_encode(self.facts))
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         saved = state_dict.get(prefix + "prime_facts")
         if saved is not None:
-            self._validate_facts(tuple(saved.tolist()))
+            self._validate_facts(saved, self.FACTS)
         elif found := [name for name in state_dict if name.startswith(prefix) and _is_matrix(name)]:
             raise ValueError(_without_facts(found[0]))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _validate_facts(self, saved: tuple[int, ...]) -> None:
-        if saved != self.facts:
-            there = ", ".join(f"`{name}` {value}" for name, value in zip(self.NAMES, saved))
-            here = ", ".join(f"`{name}` {value}" for name, value in zip(self.NAMES, self.facts))
+    def _validate_facts(self, saved: torch.Tensor, names: tuple[str, ...]) -> None:
+        if saved.shape != self.prime_facts.shape:
             raise ValueError(
-                f"the checkpoint was trained with {there}, but this model has {here}: fast weights start from what "
-                "suits one chunk length; build the model with the checkpoint's settings, or start from its base."
+                f"the checkpoint's `prime_facts` hold {saved.numel()} numbers, and this version's {len(self.FACTS)}: "
+                "it was saved by another version of hf_longctx; load it there, or start from its base."
             )
+        facts = _decode(saved, self.FACTS)
+        others = [name for name in names if facts[name] != self.facts[name]]
+        if others:
+            there = ", ".join(f"`{name}` {facts[name]!r}" for name in others)
+            here = ", ".join(f"`{name}` {self.facts[name]!r}" for name in others)
+            raise ValueError(
+                f"the checkpoint was trained with {there}, but this model has {here}: what fast weights start from "
+                "suits the settings that it was trained with; build the model with these (`from_pretrained` does), "
+                "or start from its base."
+            )
+
+
+def _encode(facts: dict[str, Any]) -> torch.Tensor:
+    """Settings as integers, which no change of precision rounds: numbers with a point by their bits."""
+    numbers = []
+    for name, value in facts.items():
+        if name == "meta_gradient":
+            numbers.append(META_GRADIENTS.index(value))
+        elif name in PrimeMLPs.STEPS:
+            numbers.extend(struct.unpack("<q", struct.pack("<d", value)))
+        else:
+            numbers.append(value)
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def _decode(numbers: torch.Tensor, names: tuple[str, ...]) -> dict[str, Any]:
+    facts: dict[str, Any] = {}
+    for name, number in zip(names, numbers.tolist(), strict=True):
+        if name == "meta_gradient":
+            facts[name] = META_GRADIENTS[number]
+        elif name in PrimeMLPs.STEPS:
+            (facts[name],) = struct.unpack("<d", struct.pack("<q", number))
+        else:
+            facts[name] = number
+    return facts
 
 
 def _is_matrix(name: str) -> bool:
@@ -117,8 +177,8 @@ def _is_matrix(name: str) -> bool:
 
 def _without_facts(name: str) -> str:
     return (
-        f"the weights hold `{name}` but no `prime_facts`, so it is unknown which window and chunk length they were "
-        "trained for: load all that was saved, or leave the prime MLPs out to start them anew."
+        f"the weights hold `{name}` but no `prime_facts`, so it is unknown which settings they were trained with: "
+        "load all that was saved, or leave the prime MLPs out to start them anew."
     )
 
 

@@ -139,3 +139,58 @@ def test_the_recipe_on_documents_measures_before_and_after(base_folder, document
     assert torch.equal(merged.primes.prime_layers[0].prime_gate, trained)
     measured = {"after": measure(merged, seen[-1])}
     assert measured["after"]["TTT"] == pytest.approx(found["after"]["TTT"], abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def fast_folder(tmp_path_factory):
+    folder, tokenizer = tmp_path_factory.mktemp("fast"), tiny_tokenizer()
+    base = tiny_base(dtype=torch.float32, vocab_size=max(97, len(tokenizer)))
+    tiny_ttt(torch.float32, base=base, suffix_layers=1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def recipe_words(folder, documents, output, *more: str) -> list[str]:
+    words = f"--model_name_or_path {folder} --dataset_name {documents} --row_tokens 24 --output_dir {output} "
+    words += "--max_steps 1 --use_cpu true --report_to none --per_device_train_batch_size 1 --dtype float32"
+    return ["x", *words.split(), *more]
+
+
+def test_a_converted_folder_is_trained_with_its_own_settings(fast_folder, documents, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    from hf_longctx.tasks import ttt
+
+    more = ["--chunk_tokens", "6", "--window_only", "true"]
+    monkeypatch.setattr(sys, "argv", recipe_words(fast_folder, documents, tmp_path / "out", *more))
+    ttt.main()
+    trained, began = (TTTForCausalLM.from_pretrained(place) for place in (tmp_path / "out", fast_folder))
+    assert (trained.settings.chunk_tokens, trained.settings.inner_learning_rate) == (6, 0.0)
+    gates = [model.primes.prime_layers[0].prime_gate for model in (trained, began)]
+    assert torch.allclose(*gates, atol=1e-3) and not torch.equal(*gates)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--chunk_tokens 4", r"`chunk_tokens` \(4\) is 6 in `.*`, which has fast weights already and keeps"),
+        ("--window 1024", r"`window` \(1024\) is 8 in "),
+        ("--from_scratch true", r"`from_scratch` \(True\) leaves out all weights of "),
+        ("--gguf_file x.gguf", r"`gguf_file` \('x.gguf'\) holds a base model"),
+    ],
+)
+def test_settings_beside_a_converted_folder(fast_folder, documents, tmp_path, monkeypatch, more, message):
+    pytest.importorskip("trl")
+    from hf_longctx.tasks import ttt
+
+    monkeypatch.setattr(sys, "argv", recipe_words(fast_folder, documents, tmp_path, *more.split()))
+    with pytest.raises(ValueError, match=message):
+        ttt.main()
+
+
+def test_recipes_of_other_models_name_the_command(fast_folder, documents, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    from hf_longctx.tasks import pretrain
+
+    monkeypatch.setattr(sys, "argv", recipe_words(fast_folder, documents, tmp_path))
+    with pytest.raises(ValueError, match="already has fast weights .* use `hf-longctx ttt train` or `eval`"):
+        pretrain.main()
