@@ -157,7 +157,7 @@ def saved_config(name: str, revision: str | None) -> TTTModelConfig | None:
     check_model_files(source, fast_weights=True)
     try:
         found, _ = TTTModelConfig.get_config_dict(source, revision=revision)
-    except OSError:  # such as a folder of a GGUF file; what is missing is said where it is loaded
+    except OSError:  # such as a folder of a GGUF file: what is missing is raised by loading it
         return None
     is_fast = found.get("model_type") == TTTModelConfig.model_type
     return TTTModelConfig.from_pretrained(source, revision=revision) if is_fast else None

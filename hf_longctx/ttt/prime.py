@@ -102,7 +102,7 @@ class PrimeMLPs(nn.Module):
         """Raise `ValueError` where a loader that fills tensors by itself filled in weights of other settings.
 
         The size and clipping of inner steps may be others here: `from_pretrained` takes them from a configuration,
-        and whoever gives another than the checkpoint's has chosen them.
+        and one that is not the checkpoint's was given on purpose.
 
         Args:
             missing (`set` of `str`): names below this module that the checkpoint did not have.

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from hf_longctx import TTTForCausalLM
 from hf_longctx.tasks import ttt_toy
 from tests.cards import check_card
-from tests.fast_weights import tiny_base, tokens
+from tests.fast_weights import tiny_base, tiny_ttt, tokens
 from tests.tokenizer import tiny_tokenizer
 
 
