@@ -87,9 +87,18 @@ class LoadingMixin:
         return (model, info) if wants_info else model
 
     def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers', which fills tensors by itself; prime MLPs of other settings raise `ValueError`."""
+        """transformers', which fills tensors by itself; prime MLPs that are lost, or of other settings, raise.
+
+        Some versions find no place for modules that an adapter saves whole.
+        """
         library: Any = super()
         found = library.load_adapter(*args, **kwargs)
+        lost = sorted(name for name in getattr(found, "unexpected_keys", None) or () if "prime_" in name)
+        if lost:
+            raise ValueError(
+                f"`load_adapter` of transformers found no place for `{lost[0]}` of the adapter, which would be lost: "
+                "load it with `peft.PeftModel.from_pretrained(model, ...)`."
+            )
         self.primes.check_loaded(set())
         return found
 

