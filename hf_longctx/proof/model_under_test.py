@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..config.lsh_settings import LSH, LSH_KEY, LSHConfig
 from ..config.run import LongContextConfig, validate_inner_attention
+from ..config.test_time import FAST_WEIGHTS
 from ..data.model_files import check_model_files
 from ..families import expects_unshifted_labels
 from .hints import LAYER_KINDS
@@ -216,6 +217,8 @@ def read_config(model: str) -> PretrainedConfig:
             check_model_files(path)
             return AutoConfig.from_pretrained(str(path))
         except _UNREADABLE as error:
+            if FAST_WEIGHTS in str(error):  # the file is whole
+                raise
             raise ValueError(f"`{model}` cannot be read ({_reason(error)}): check the file.") from error
     if model in CONFIG_MAPPING_NAMES:
         return default_config(model)

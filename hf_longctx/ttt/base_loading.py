@@ -15,9 +15,10 @@ from .base_settings import complete_settings, window_of
 from .fast_config import TTTModelConfig
 
 
+_SETTINGS = tuple(field.name for field in dataclasses.fields(TTTConfig))
 # What the checkpoint holds and no argument changes. Token ids may be others, as transformers allows for every model.
 _FIXED = (
-    *(field.name for field in dataclasses.fields(TTTConfig)),
+    *_SETTINGS,
     *("ttt", "base_config", "base_name"),
     *("vocab_size", "hidden_size", "num_hidden_layers", "max_position_embeddings", "tie_word_embeddings"),
 )
@@ -46,6 +47,11 @@ class LoadingMixin:
                 transformers by itself.
             NotImplementedError: a base model that is not laid out as Llama is.
         """
+        if of_settings := [name for name in kwargs if name in _SETTINGS]:
+            raise ValueError(
+                f"`{of_settings[0]}` ({kwargs[of_settings[0]]!r}) is a field of the settings: pass "
+                f"`TTTConfig({of_settings[0]}=...)` as second argument."
+            )
         if isinstance(base, (str, os.PathLike)):
             base = _load_base(base, kwargs)
         elif kwargs:

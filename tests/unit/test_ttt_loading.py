@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hf_longctx import LongContextTrainer, TTTConfig, TTTForCausalLM
 from hf_longctx.data.model_files import check_model_files
+from hf_longctx.proof.model_under_test import read_config
 from hf_longctx.ttt import TTTModelConfig, complete_settings
 from hf_longctx.ttt.base_settings import window_of
 from tests.fast_weights import tiny_base, tiny_ttt, tokens
@@ -153,6 +154,8 @@ def test_arguments_of_from_base_that_would_be_ignored():
     for name, value in (("attn_implementation", "eager"), ("dtype", torch.float16)):
         with pytest.raises(ValueError, match=rf"`{name}` \(.*\) is an argument for loading a base model by name"):
             TTTForCausalLM.from_base(base, SETTINGS, **{name: value})
+    with pytest.raises(ValueError, match=r"`window` \(8\) is a field of the settings: pass `TTTConfig\(window=...\)`"):
+        TTTForCausalLM.from_base("somewhere", window=8)
     with pytest.raises(ValueError, match=r"`settings` \(\{'window': 8\}\) must be a `TTTConfig`"):
         TTTForCausalLM.from_base(base, {"window": 8})
 
@@ -170,6 +173,8 @@ def test_folders_with_fast_weights_where_a_base_is_wanted(folder, tmp_path):
     with pytest.raises(ValueError, match="already has fast weights .* use `hf-longctx ttt train` or `eval`"):
         check_model_files(folder)
     check_model_files(folder, fast_weights=True)
+    with pytest.raises(ValueError, match="^`[^`]*` already has fast weights"):
+        read_config(str(folder))
     args = tf.TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     with pytest.raises(ValueError, match=r"has fast weights, which `AutoModel` does not know: pass `TTTForCausalLM"):
         LongContextTrainer(model=str(folder), args=args)
