@@ -50,7 +50,6 @@ class InnerLearningRateWarmup(TrainerCallback, ExportableState):
                 f"`InnerLearningRateWarmup` is among the callbacks, but `{type(unwrap(model)).__name__}` takes no "
                 "inner steps: build the model with `TTTForCausalLM.from_base(...)`, or leave the callback out."
             )
-
         refuse_packing(args)
         if getattr(state, _WARMUP, self) is not self:
             raise ValueError(
@@ -76,8 +75,8 @@ class InnerLearningRateWarmup(TrainerCallback, ExportableState):
                 "checkpoint's settings, or start anew."
             )
         start, ratio = saved["args"]["start"], saved["args"]["ratio"]
-        is_over = state.global_step >= max(ratio, self.ratio) * state.max_steps
-        if (start, ratio) != (self.start, self.ratio) and not is_over:
+        before, steps = InnerLearningRateWarmup(start, ratio), state.max_steps
+        if any(before.factor(step, steps) != self.factor(step, steps) for step in range(state.global_step, steps)):
             raise ValueError(
                 f"the checkpoint's run warms up with `start` {start} and `ratio` {ratio} (1.0 and 0.0 are none), "
                 f"but this one with {self.start} and {self.ratio}: resume with the same `InnerLearningRateWarmup`, or "
