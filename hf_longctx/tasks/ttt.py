@@ -85,8 +85,15 @@ def main() -> None:
     recipe, args, model_args, long_context, settings = parse_recipe(arguments)
     check_output_dir(recipe, args)
     warmup = InnerLearningRateWarmup(recipe.warmup_start, recipe.warmup_ratio_inner)
+    saved = saved_config(recipe, model_args, settings)
     rows, eval_rows = read_rows(recipe, args, model_args)
-    model, tokenizer = load_fast_model(recipe, args, model_args, long_context, settings)
+    if saved is not None:
+        model, tokenizer = load_model(recipe, args, model_args, long_context, auto_class=TTTForCausalLM, config=saved)
+    else:
+        base, tokenizer = load_model(recipe, args, model_args, long_context, recipe.from_scratch)
+        if recipe.window_only:
+            settings = replace(settings, inner_learning_rate=0.0)
+        model = TTTForCausalLM.from_base(base, settings)
     chunk_tokens = model.settings.chunk_tokens
     validate_row_tokens(recipe.row_tokens, chunk_tokens)
     peft_config = get_peft_config(model_args)
@@ -114,21 +121,22 @@ def main() -> None:
         save_merged(trainer.model, tokenizer, Path(args.output_dir) / MERGED)
 
 
-def load_fast_model(
-    recipe: TTTArguments, args: Any, model_args: Any, long_context: LongContextConfig, settings: TTTConfig
-) -> tuple[Any, Any]:
-    """The model with fast weights and its tokenizer: made from a base, or as it was saved.
+def saved_config(recipe: TTTArguments, model_args: Any, settings: TTTConfig) -> TTTModelConfig | None:
+    """The configuration that a saved model with fast weights is trained with, or `None` for any other model.
 
     Raises:
-        ValueError: it has fast weights already, and settings are given that are not its own.
+        ValueError: it has fast weights, and settings are given that are not its own.
     """
-    config = saved_config(model_args.model_name_or_path, model_args.model_revision)
-    if config is None:
-        base, tokenizer = load_model(recipe, args, model_args, long_context, recipe.from_scratch)
-        if recipe.window_only:
-            settings = replace(settings, inner_learning_rate=0.0)
-        return TTTForCausalLM.from_base(base, settings), tokenizer
-    name = model_args.model_name_or_path
+    name, revision = model_args.model_name_or_path, model_args.model_revision
+    source = model_folder(name)
+    check_model_files(source, fast_weights=True)
+    try:
+        found, _ = TTTModelConfig.get_config_dict(source, revision=revision)
+    except OSError:  # such as a folder of a GGUF file; what is missing is said where it is loaded
+        return None
+    if found.get("model_type") != TTTModelConfig.model_type:
+        return None
+    config = TTTModelConfig.from_pretrained(source, revision=revision)
     if recipe.from_scratch:
         raise ValueError(
             f"`from_scratch` (True) leaves out all weights of `{name}`, which has fast weights: name the base model "
@@ -148,19 +156,7 @@ def load_fast_model(
             )
     if recipe.window_only:
         config.ttt = {**(config.ttt or {}), "inner_learning_rate": 0.0}
-    return load_model(recipe, args, model_args, long_context, auto_class=TTTForCausalLM, config=config)
-
-
-def saved_config(name: str, revision: str | None) -> TTTModelConfig | None:
-    """The configuration of a saved model with fast weights, or `None` for any other model."""
-    source = model_folder(name)
-    check_model_files(source, fast_weights=True)
-    try:
-        found, _ = TTTModelConfig.get_config_dict(source, revision=revision)
-    except OSError:  # such as a folder of a GGUF file: what is missing is raised by loading it
-        return None
-    is_fast = found.get("model_type") == TTTModelConfig.model_type
-    return TTTModelConfig.from_pretrained(source, revision=revision) if is_fast else None
+    return config
 
 
 def _is_toy(words: list[str]) -> bool:
