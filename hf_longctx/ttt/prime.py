@@ -124,8 +124,11 @@ class PrimeMLPs(nn.Module):
         saved = state_dict.get(prefix + "prime_facts")
         if saved is not None:
             self._validate_facts(saved, self.FACTS)
-        elif found := [name for name in state_dict if name.startswith(prefix) and _is_matrix(name)]:
-            raise ValueError(_without_facts(found[0]))
+        else:  # a part of the matrices is one file of several: another one has the facts
+            layers = range(len(self.prime_layers))
+            names = [f"{prefix}prime_layers.{index}.{name}" for index in layers for name in MATRICES]
+            if all(name in state_dict for name in names):
+                raise ValueError(_without_facts(names[0]))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _validate_facts(self, saved: torch.Tensor, names: tuple[str, ...]) -> None:

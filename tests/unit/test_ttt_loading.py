@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -61,6 +62,20 @@ def test_a_configuration_may_change_the_steps_and_not_what_they_are_taken_of(fol
     config.ttt = {**config.ttt, "suffix_layers": 1}
     with pytest.raises(ValueError, match="`suffix_layers` 2, but this model has `suffix_layers` 1"):
         TTTForCausalLM.from_pretrained(folder, config=config)
+
+
+def test_a_checkpoint_in_several_files_is_loaded_file_by_file(tmp_path):
+    """As transformers' trainer resumes one: the facts are in one file, matrices in others."""
+    model = tiny_ttt(torch.float32)
+    model.save_pretrained(tmp_path, max_shard_size="4KB")
+    parts = [load_file(file) for file in sorted(tmp_path.glob("*.safetensors"))]
+    assert len({index for index, part in enumerate(parts) for name in part if "primes" in name}) > 1
+    for chunk_tokens in (6, 4):
+        other = tiny_ttt(torch.float32, chunk_tokens=chunk_tokens, zero=True)
+        with nullcontext() if chunk_tokens == 6 else pytest.raises(ValueError, match="`chunk_tokens` 6"):
+            for part in parts:
+                other.load_state_dict(part, strict=False)
+            assert torch.equal(other(tokens()).logits, model(tokens()).logits)
 
 
 def test_facts_of_another_version():
