@@ -239,9 +239,16 @@ def read_config(model: str) -> PretrainedConfig:
 
 def default_config(model_type: str) -> PretrainedConfig:
     """The configuration of a type that is only named, with every kind of layer that its released models have."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[model_type]()
+    try:
+        config = CONFIG_MAPPING[model_type]()
+    except StrictDataclassError as error:
+        raise ValueError(
+            f"`{model_type}` has no default configuration that is valid ({_reason(error.__cause__ or error)}): "
+            "verify a folder with its `config.json`."
+        ) from error
     text = config.get_text_config()
     for field, kinds in LAYER_KINDS.get(text.model_type, {}).items():
         layers = text.num_hidden_layers
@@ -260,7 +267,7 @@ def _transformer_folder(path: Path) -> Path:
         return path
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 

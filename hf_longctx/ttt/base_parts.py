@@ -99,7 +99,7 @@ def find_decoder(base: Any) -> Any:
     validate_next_token(base)
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else getattr(base, "model", None)
     for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
-        if not hasattr(decoder, part):
+        if getattr(decoder, part, None) is None:
             raise NotImplementedError(
                 f"`{name}` has no `{part}` in its decoder (`{type(decoder).__name__}`), and fast weights are added to "
                 "models that are laid out as Llama is: take a Llama-like base model."
@@ -131,7 +131,18 @@ def find_parts(base: Any, settings: TTTConfig) -> BaseParts:
             f"`{type(base).__name__}` adds a loss of its routers (`output_router_logits=True`), which a forward in "
             "chunks does not have: set `output_router_logits=False` in the base's configuration."
         )
+    if base.config.get_text_config() is not base.config:
+        raise NotImplementedError(
+            f"`{type(base).__name__}` reads more than text (its `{type(base.config).__name__}` holds that of a text "
+            "model), and inner steps learn from tokens alone: take its language model as base."
+        )
     layers, head = list(decoder.layers), base.get_output_embeddings()
+    if settings.suffix_layers >= len(layers):
+        raise NotImplementedError(
+            f"`suffix_layers` ({settings.suffix_layers}) must be below the {len(layers)} layers that "
+            f"`{type(base).__name__}` runs, whatever its configuration counts: the layers before read whole rows at "
+            "once."
+        )
     return BaseParts(
         decoder,
         decoder.embed_tokens,

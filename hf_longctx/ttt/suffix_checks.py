@@ -11,10 +11,17 @@ PARTS = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
 
 
 def validate_suffix(parts: BaseParts) -> None:
-    """Raise `NotImplementedError` for a suffix layer that lacks parts, or has some without a second gradient."""
+    """Raise `NotImplementedError` for suffix layers that lack parts, or have some without a second gradient, and for
+    layers before them that are no attention."""
     for offset in reversed(range(parts.suffix_layers)):
         name, fit = f"layers.{len(parts.prefix) + offset}", parts.suffix_layers - 1 - offset
         _validate_parts(parts.suffix[offset], name, remedy(fit))
+    for index, layer in enumerate(parts.prefix):
+        if not hasattr(layer, "self_attn"):
+            raise NotImplementedError(
+                f"`layers.{index}` (`{type(layer).__name__}`) has no `self_attn`, and what a `TTTCache` holds of the "
+                "layers before the suffix are windows of keys and values: take a Llama-like base model."
+            )
 
 
 def remedy(fit: int) -> str:

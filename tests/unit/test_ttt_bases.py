@@ -139,6 +139,37 @@ def test_what_surrounds_the_layers():
         from_changed(lambda base: base.model.add_module("drop", torch.nn.Dropout(0.5)))
 
 
+def test_layers_that_are_not_what_the_configuration_says():
+    class WithoutWindow(llama.LlamaDecoderLayer):
+        calls = 0
+
+        def forward(self, *args, **kwargs):
+            self.calls += 1
+            return super().forward(*args, **kwargs) if self.calls < 2 else 1 / 0
+
+    def of_images(base):
+        base.config.get_text_config = lambda *args, **kwargs: copy.copy(base.config)
+
+    def count(base):
+        base.model.layers = base.model.layers[:2]
+
+    for change, message in (
+        (lambda base: setattr(base.model, "rotary_emb", None), "has no `rotary_emb` in its decoder"),
+        (of_images, r"reads more than text \(its `LlamaConfig`"),
+        (count, r"`suffix_layers` \(2\) must be below the 2 layers that `LlamaForCausalLM` runs"),
+        (
+            lambda base: delattr(base.model.layers[0], "self_attn"),
+            r"`layers.0` \(`LlamaDecoderLayer`\) has no `self_attn`",
+        ),
+        (
+            lambda base: setattr(base.model.layers[0], "__class__", WithoutWindow),
+            r"do not run on a few tokens with a window \(ZeroDivisionError",
+        ),
+    ):
+        with pytest.raises(NotImplementedError, match=message):
+            from_changed(change)
+
+
 @pytest.mark.parametrize(
     ("weight", "place"),
     [("model.embed_tokens.weight", "embedding"), ("model.layers.1.mlp.up_proj.weight", "layers.1"), ("", "head")],
