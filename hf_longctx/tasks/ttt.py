@@ -132,7 +132,7 @@ def saved_config(recipe: TTTArguments, model_args: Any, settings: TTTConfig) -> 
     check_model_files(source, fast_weights=True)
     try:
         found, _ = TTTModelConfig.get_config_dict(source, revision=revision)
-    except OSError:  # such as a folder of a GGUF file; what is missing is said where it is loaded
+    except OSError:  # such as a folder of a GGUF file; what is missing is reported where it is loaded
         return None
     if found.get("model_type") != TTTModelConfig.model_type:
         return None
