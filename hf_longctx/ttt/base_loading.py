@@ -13,6 +13,7 @@ from .base_comparison import compare_parts
 from .base_parts import find_decoder
 from .base_settings import complete_settings, window_of
 from .fast_config import TTTModelConfig
+from .held_base import validate_free
 
 
 _SETTINGS = tuple(field.name for field in dataclasses.fields(TTTConfig))
@@ -61,6 +62,7 @@ class LoadingMixin:
                 f"`{type(base).__name__}` that is loaded already: leave it out, and load the model with it."
             )
         validate_base(base)
+        validate_free(base)
         settings = complete_settings(TTTConfig() if settings is None else settings, base.config)
         if window_of(base.config) is not None:
             base.config.sliding_window = settings.window

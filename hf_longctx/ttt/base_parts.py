@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,7 +66,8 @@ class BaseParts:
         attends = self._attends(hidden_states, windows is None, begin)
         for index, layer in enumerate(self.prefix):
             keeps = {} if windows is None else {cache_argument(type(layer).forward): windows[index]}
-            hidden_states = layer(hidden_states, **attends, **keeps, **self._own_window(layer))
+            with nullcontext() if windows is None else _not_recomputed(layer):
+                hidden_states = layer(hidden_states, **attends, **keeps, **self._own_window(layer))
             if isinstance(hidden_states, tuple):
                 hidden_states = hidden_states[0]
         first, carried = self.suffix[0], None if windows is None else windows[len(self.prefix)]
@@ -87,6 +89,17 @@ class BaseParts:
 
     def _own_window(self, layer: Any) -> dict[str, int]:
         return own_window(layer, self.window) if self.config._attn_implementation.startswith("flash") else {}
+
+
+@contextmanager
+def _not_recomputed(layer: Any) -> Iterator[None]:
+    """Before 5.24, transformers takes the cache from a layer that is recomputed, even where nothing is trained."""
+    recomputes = getattr(layer, "gradient_checkpointing", False)
+    try:
+        layer.gradient_checkpointing = False
+        yield
+    finally:
+        layer.gradient_checkpointing = recomputes
 
 
 def find_decoder(base: Any) -> Any:

@@ -56,8 +56,8 @@ class CheckedCache:
                 )
             if name == "dtype":
                 raise ValueError(
-                    f"the cache was read in {known}, but the model computes in {value}: read and ask in one "
-                    "precision, `torch.autocast` included, or read again."
+                    f"the cache was read by a model in {known}, but this one is in {value}: read and ask in one "
+                    "precision, or read again."
                 )
             raise ValueError(
                 f"the cache was made with `{name}` {known}, but the model has {value}: use it with the model that "

@@ -22,7 +22,6 @@ from .forward_checks import (
 )
 from .inner import token_losses
 from .reading import Reader, read_tokens, validate_reading
-from .run_again import autocast_state
 from .weight_checksum import WeightChecksum, active_adapters
 
 
@@ -39,7 +38,7 @@ class CachedForwardMixin:
     settings: Any  # these of the model
     parts: Any
     primes: Any
-    parameters: Any
+    named_parameters: Any
     modules: Any
     inner_learning_rate: float
     weight_checksum: WeightChecksum
@@ -65,14 +64,19 @@ class CachedForwardMixin:
         facts |= {"fast_intermediate_size": settings.fast_intermediate_size}
         facts |= {"inner_learning_rate": self.inner_learning_rate}
         facts |= {"inner_max_grad_norm": settings.inner_max_grad_norm}
-        embedding = parts.embedding.weight
-        is_cast, dtype = autocast_state(embedding.device)
-        facts["dtype"] = str(dtype if is_cast else embedding.dtype).removeprefix("torch.")
+        # Not that of autocast, which trainers leave on for `forward` alone: windows are cast where they are used.
+        facts["dtype"] = str(parts.embedding.weight.dtype).removeprefix("torch.")
+        facts["bos_token_id"] = "none" if self._ignored() is None else self._ignored()
+        facts["attention_scaling"] = getattr(parts.rotary, "attention_scaling", None)
+        for name in ("rms_norm_eps", "hidden_act"):
+            facts[name] = getattr(parts.config, name, None)
         return facts | (self.weight_facts(fresh) if checked is None else checked)
 
     def weight_facts(self, fresh: bool = False) -> dict[str, Any]:
         """The facts that all modules and parameters are looked at for."""
-        weights = self.weight_checksum.of(self.parameters(), fresh)
+        # What PEFT trains in full stands beside a copy that never runs.
+        used = [p for name, p in self.named_parameters() if "original_module" not in name.split(".")]
+        weights = self.weight_checksum.of([*used, *self.parts.rotary.buffers()], fresh)
         return {"adapters": active_adapters(self.modules()), "weights": weights}
 
     def make_cache(self) -> TTTCache:

@@ -73,7 +73,7 @@ class LayerWindow:
         self.keys.append(key)
         self.values.append(value)
         seen = self.window - 1 + key.shape[-2]
-        return self.keys.last(seen), self.values.last(seen)
+        return self.keys.last(seen).to(key.dtype), self.values.last(seen).to(value.dtype)
 
     def before(self, behind: int) -> KeysValues:
         """What the tokens that are `behind` see of those before them."""

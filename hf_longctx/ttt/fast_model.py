@@ -110,6 +110,14 @@ class TTTForCausalLM(GeneratingMixin, CachedForwardMixin, LoadingMixin, PreTrain
             mlps.append(PrimeMLP(norm, parts.config.hidden_size, width, dtype, weight.device))
         return PrimeMLPs(mlps, self.settings, len(parts.layers))
 
+    def _get_name(self) -> str:
+        """The base's: by it transformers' trainer knows that `label_smoothing_factor` scores the next token."""
+        base = self._modules.get("base")
+        return type(self).__name__ if base is None else type(base).__name__
+
+    def __repr__(self) -> str:
+        return type(self).__name__ + super().__repr__().removeprefix(self._get_name())
+
     def _init_weights(self, module: torch.nn.Module) -> None:
         if isinstance(module, PrimeMLP):
             module.reset_parameters()

@@ -23,6 +23,15 @@ def hold_base(parts: BaseParts) -> None:
         parts.decoder.register_forward_pre_hook(_refuse_own_forward)
 
 
+def validate_free(base: Any) -> None:
+    """Raise `ValueError` for a base model that a TTT model holds already."""
+    if any(_refuse_own_forward in module._forward_pre_hooks.values() for module in base.modules()):
+        raise ValueError(
+            f"this `{type(base).__name__}` is held by a model with fast weights already, which set its window and "
+            "kernels: load the base model once more, or copy it (`copy.deepcopy`) before it is held."
+        )
+
+
 @contextmanager
 def base_runs_itself(parts: BaseParts) -> Iterator[None]:
     """Let the base model run as it did before it was held: all of its layers on one kernel."""

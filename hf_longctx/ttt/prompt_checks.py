@@ -148,10 +148,12 @@ def leave_written(cache: TTTCache, written: torch.Tensor, read_before: int, begi
     unread = written[:, cache.seen - read_before :]
     cache.unread = unread.clone() if unread.shape[1] else None
     ends, pads = options.tokens("eos_token_id"), options.tokens("pad_token_id")
+    pads = pads or ends
     if not ends or len(written) == 1:
         return
     early = torch.isin(written[:, begin:-1], written.new_tensor(ends)).any(1)
-    if pads and pads[0] not in ends:  # padding after another end, as `stop_strings`
+    stops = options.get("stopping_criteria") or options.get("stop_strings")
+    if pads and (stops or pads[0] not in ends):  # padding after another end, as `stop_strings`
         early = early | (written[:, -1] == pads[0])
     if bool(early.any()):
         rows = early.nonzero().flatten().tolist()

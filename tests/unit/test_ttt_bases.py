@@ -193,6 +193,13 @@ def test_a_base_that_is_held_is_not_called_by_itself():
     assert torch.equal(copy.deepcopy(model)(tokens()).logits, model(tokens()).logits)
 
 
+def test_a_base_that_is_held_is_not_held_again():
+    model = tiny_ttt(torch.float32)
+    for base in (model.base, copy.deepcopy(model.base)):
+        with pytest.raises(ValueError, match="`LlamaForCausalLM` is held by a model with fast weights already"):
+            TTTForCausalLM.from_base(base, SETTINGS)
+
+
 def test_hooks_that_would_not_run():
     def device_map(layer):
         layer.forward = type(layer).forward.__get__(layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
@@ -194,7 +195,7 @@ def test_what_is_refused_and_what_is_left_off_spoil_nothing(model):
         ({"base": {"hidden_size": 24}}, "made with `hidden_size` 48, but the model has 24"),
         ({"base": {"num_attention_heads": 2}}, "made with `num_attention_heads` 6, but the model has 2"),
         ({"base": {"num_key_value_heads": 3}}, "made with `num_key_value_heads` 2, but the model has 3"),
-        ({"dtype": torch.bfloat16}, "was read in float32, but the model computes in bfloat16"),
+        ({"dtype": torch.bfloat16}, "was read by a model in float32, but this one is in bfloat16"),
         ({"seed": 7}, "was read by other weights .* not trained since"),
     ],
 )
@@ -239,13 +240,60 @@ def test_a_model_with_another_adapter_is_another_model():
     assert model.generate(input_ids=ids[:, :3], cache=memory, max_new_tokens=1, eos_token_id=None).shape == (1, 4)
 
 
-def test_precision_device_and_copies(model):
-    with torch.autocast("cpu", torch.bfloat16):
-        memory = model.read(tokens(1, 7))
-        assert model.read(tokens(1, 3), memory).seen == 10
-    with pytest.raises(ValueError, match=r"read in bfloat16, but the model computes in float32: .*`torch.autocast`"):
-        model.read(tokens(1, 3), memory)
+@pytest.mark.parametrize("begins_cast", [True, False])
+def test_a_trainer_leaves_autocast_on_for_forward_alone(model, begins_cast):
+    """`read()` runs without it then, and `generate()` with it."""
+    memory, expected = model.make_cache(), model.read(tokens(1, 20)).fast
+    for index, part in enumerate(tokens(1, 20).split([9, 8, 3], 1)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=begins_cast == (index != 1)):
+            model.read(part, memory)
+    for weight, close in zip(memory.fast, expected, strict=True):
+        assert (weight - close).abs().max() < 0.05 * close.abs().max()  # bfloat16 has 8 bits
+
+
+def test_what_never_runs_is_no_part_of_the_model():
+    """PEFT keeps the prime MLPs that were there beside those that it trains."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, modules_to_save=["primes"])
+    model = peft.get_peft_model(tiny_ttt(torch.float32), config).get_base_model()
     memory = model.read(tokens(1, 7))
+    with torch.no_grad():
+        for matrix in model.primes.original_module.matrices():
+            matrix.add_(1)
+    assert model.read(tokens(1, 3), memory).seen == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda model: setattr(model.config, "bos_token_id", 5), "`bos_token_id` 1, but the model has 5"),
+        (
+            lambda model: setattr(model.parts.config, "rms_norm_eps", 0.1),
+            "`rms_norm_eps` 1e-06, but the model has 0.1",
+        ),
+        (lambda model: model.parts.rotary.inv_freq.mul_(2), "by other weights"),
+    ],
+)
+def test_a_memory_knows_the_configuration(model, change, message):
+    other = copy.deepcopy(model)
+    change(other)
+    with pytest.raises(ValueError, match=message):
+        other.read(tokens(1, 3), model.read(tokens(1, 7)))
+
+
+def test_reading_in_training_mode_with_recomputation_keeps_windows():
+    model = tiny_ttt(torch.float32)
+    expected = model.read_losses(tokens(1, 29))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    assert torch.equal(model.read_losses(tokens(1, 29)), expected)
+    assert model.parts.prefix[0].gradient_checkpointing
+
+
+def test_precision_device_and_copies(model):
+    memory = model.read(tokens(1, 7))
+    with pytest.raises(ValueError, match=r"by a model in float32, but this one is in bfloat16: read and ask in one"):
+        copy.deepcopy(model).to(torch.bfloat16).read(tokens(1, 3), memory)
     with pytest.raises(ValueError, match=r"the cache is on meta, .* pass `memory.to\('cpu'\)`"):
         model.read(tokens(1, 3), memory.to("meta"))
     with pytest.raises(TypeError, match=r"`device` \(torch.bfloat16\) is no device"):

@@ -92,6 +92,10 @@ def test_a_batch_in_which_a_row_ends_before_others_spoils_its_cache(model):
     never = {**options, "eos_token_id": next(token for token in range(3, 97) if token not in written)}
     stops = {"return_dict_in_generate": True, "stopping_criteria": [AfterTokens(12)]}
     assert "[0] ended before others" in find_cache(model.generate(prompt, **stops, **never)).damage
+    # The row ends one token before the other, and its last one is padding that also ends texts.
+    late = {**never, "pad_token_id": never["eos_token_id"], "max_new_tokens": 4}
+    stops = {"return_dict_in_generate": True, "stopping_criteria": [AfterTokens(12)]}
+    assert "[0] ended before others" in find_cache(model.generate(prompt, **stops, **late)).damage
     memory = model.make_cache()
     assert model.generate(prompt, cache=memory, **never).shape == (2, 17) and memory.damage is None
     alone = model.make_cache()

@@ -313,3 +313,19 @@ def test_a_model_from_random_weights_is_built_from_its_config():
     ).config
     model = TTTForCausalLM(config)
     assert model(tokens(1, 10), labels=tokens(1, 10)).loss.isfinite()
+
+
+@pytest.mark.parametrize("trainer", [Trainer, LongContextTrainer])
+def test_label_smoothing_scores_the_next_token(trainer, tmp_path):
+    model, batch = tiny_ttt(torch.float32), {"input_ids": tokens(2, 20), "labels": tokens(2, 20)}
+    run = trainer(
+        model=model,
+        args=arguments(tmp_path, label_smoothing_factor=0.1),
+        train_dataset=rows(),
+        data_collator=default_data_collator,
+    )
+    scores = model(batch["input_ids"]).logits[:, :-1].log_softmax(-1)
+    right = scores.gather(-1, batch["labels"][:, 1:, None]).mean()
+    loss = float(run.compute_loss(model, dict(batch)).detach())
+    assert loss == pytest.approx(float(-0.9 * right - 0.1 * scores.mean()), abs=1e-5)
+    assert repr(model).startswith("TTTForCausalLM(\n  (base): LlamaForCausalLM(")
