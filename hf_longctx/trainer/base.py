@@ -170,12 +170,19 @@ class TrainerBase(FaultToleranceMixin):
     def evaluation_loop(self, *args, **kwargs):
         """The library's loop, which leaves a model that was not trained yet as it was."""
         is_fresh = not self.is_in_train and self.model_wrapped is self.model
+        own_forward = vars(self.model).get("forward")
         output = super().evaluation_loop(*args, **kwargs)
         if is_fresh and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             # transformers marks the bare model as prepared, and `train()` would then never wrap it: ranks would drift
             # apart.
-            self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+            self.model = self.model_wrapped = self.accelerator.unwrap_model(self.model)
             self.model._is_accelerate_prepared = False
+            # accelerate takes its casts off a forward together with all that was put around it before, such as TRL's
+            # head and this package's own.
+            if vars(self.model).pop("_original_forward", None) is not None:
+                del self.model.forward
+                if own_forward is not None:
+                    self.model.forward = own_forward
         return output
 
     def get_total_train_batch_size(self, args) -> int:

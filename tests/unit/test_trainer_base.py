@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -221,3 +222,28 @@ def test_batches_that_describe_no_documents_train_as_with_the_library(given, col
 
     for ours, theirs in zip(trained(LongContextTrainer), trained(Trainer), strict=True):
         assert torch.equal(ours, theirs)
+
+
+# Evaluation before training
+
+
+@pytest.mark.parametrize("is_patched", [True, False])
+def test_an_evaluation_in_bfloat16_leaves_the_forward_as_it_was(given, is_patched):
+    """accelerate casts in a forward of its own, and takes TRL's head and every patch away together with it."""
+    model, args = given["model"], arguments(str(given["args"].output_dir), max_steps=1, bf16=True)
+    original, calls = model.forward, []
+
+    @functools.wraps(original)
+    def forward(*args, **kwargs):
+        calls.append(1)
+        return original(*args, **kwargs)
+
+    if is_patched:
+        model.forward = forward
+    run = LongContextTrainer(**{**given, "args": args}, eval_dataset=Rows())
+    patched = vars(model).get("forward")
+    run.evaluate()
+    assert vars(model).get("forward") is patched and "_original_forward" not in vars(model)
+    calls.clear()
+    run.train()
+    assert bool(calls) == is_patched
