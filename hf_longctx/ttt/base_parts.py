@@ -106,10 +106,15 @@ def find_decoder(base: Any) -> Any:
     """The part of a base model that is laid out as Llama's.
 
     Raises:
-        NotImplementedError: there is none, or its loss is not that of the next token.
+        NotImplementedError: there is none, it reads more than text, or its loss is not that of the next token.
     """
     name = type(base).__name__
     validate_next_token(base)
+    if base.config.get_text_config() is not base.config:
+        raise NotImplementedError(
+            f"`{type(base).__name__}` reads more than text (its `{type(base.config).__name__}` holds that of a text "
+            "model), and inner steps learn from tokens alone: take its language model as base."
+        )
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else getattr(base, "model", None)
     for part in ("embed_tokens", "layers", "norm", "rotary_emb"):
         if getattr(decoder, part, None) is None:
@@ -143,11 +148,6 @@ def find_parts(base: Any, settings: TTTConfig) -> BaseParts:
         raise NotImplementedError(
             f"`{type(base).__name__}` adds a loss of its routers (`output_router_logits=True`), which a forward in "
             "chunks does not have: set `output_router_logits=False` in the base's configuration."
-        )
-    if base.config.get_text_config() is not base.config:
-        raise NotImplementedError(
-            f"`{type(base).__name__}` reads more than text (its `{type(base.config).__name__}` holds that of a text "
-            "model), and inner steps learn from tokens alone: take its language model as base."
         )
     layers, head = list(decoder.layers), base.get_output_embeddings()
     if settings.suffix_layers >= len(layers):
