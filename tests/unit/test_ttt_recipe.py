@@ -52,8 +52,9 @@ def test_the_toy_refuses_what_has_no_numbers(changes, message):
 
 
 def test_the_toy_separates_learning_while_reading_from_a_window(tmp_path):
-    """One seed, 100 steps: losses fall along the row with inner steps, and are flat without."""
-    toy = ttt_toy.ToyArguments(output_dir=str(tmp_path), steps=100, num_eval_rows=32, window=16, chunk_tokens=16)
+    """One seed, 100 steps of half the rows, half as long: losses fall along the row with inner steps only."""
+    sizes = {"steps": 100, "num_eval_rows": 32, "window": 16, "chunk_tokens": 16, "batch_size": 8, "row_tokens": 128}
+    toy = ttt_toy.ToyArguments(output_dir=str(tmp_path), **sizes)
     rows = ttt_toy.MarkovRows(toy, toy.num_eval_rows, seed=0)
     learns = ttt_toy.losses_by_part(ttt_toy.train(toy, 0, 1.0), rows, 1.0)
     window = ttt_toy.losses_by_part(ttt_toy.train(toy, 0, 0.0), rows, 0.0)
