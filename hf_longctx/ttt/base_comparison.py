@@ -63,7 +63,7 @@ def compare_parts(base: Any, parts: BaseParts) -> None:
         try:
             found = _run_parts(parts, ids)
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = _reason(error)
             raise NotImplementedError(
                 f"the layers of `{type(base).__name__}` do not run on a few tokens with a window "
                 f"({type(error).__name__}: {reason}): take a Llama-like base model."
@@ -74,6 +74,10 @@ def compare_parts(base: Any, parts: BaseParts) -> None:
         base.train(was_training)
 
 
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
 def _watch(base: Any, parts: BaseParts, ids: torch.Tensor) -> tuple[list[_Watched], torch.Tensor]:
     found = [_Watched() for _ in parts.layers]
     with ExitStack() as hooks:
@@ -82,7 +86,7 @@ def _watch(base: Any, parts: BaseParts, ids: torch.Tensor) -> tuple[list[_Watche
         try:
             logits = base(input_ids=ids, use_cache=False).logits
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = _reason(error)
             raise NotImplementedError(
                 f"`{type(base).__name__}` does not run on a few tokens ({type(error).__name__}: {reason}), so its "
                 "parts cannot be compared with it."
@@ -169,7 +173,7 @@ def _compare_layer(parts: BaseParts, offset: int, watched: _Watched) -> None:
     try:
         same = all(_is_its_parts(layer, watched, trains) for trains in (False, True))
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = _reason(error)
         raise NotImplementedError(
             f"`{name}` (`{type(layer).__name__}`) cannot be taken apart ({type(error).__name__}: {reason}): {advice}."
         ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -139,7 +140,8 @@ def find_parts(base: Any, settings: TTTConfig) -> BaseParts:
             f"`{type(base).__name__}` rotates by the length of a row (`rope_type` {rope!r}), which no chunk knows: "
             "set another `rope_type`, such as 'default' or 'yarn'; attention sees a window only."
         )
-    if "layer_type" in inspect.signature(decoder.rotary_emb.forward).parameters:
+    rotary: Any = type(decoder.rotary_emb)
+    if _takes_layer_type(rotary):
         raise NotImplementedError(
             f"`{type(base).__name__}` rotates each kind of layer in its own way (`rotary_emb` takes a `layer_type`), "
             "and chunks know one rotation: take a Llama-like base model."
@@ -167,6 +169,11 @@ def find_parts(base: Any, settings: TTTConfig) -> BaseParts:
         settings.suffix_layers,
         settings.window,
     )
+
+
+@functools.cache  # every forward finds the parts anew
+def _takes_layer_type(rotary: Any) -> bool:
+    return "layer_type" in inspect.signature(rotary.forward).parameters
 
 
 def validate_next_token(base: Any) -> None:

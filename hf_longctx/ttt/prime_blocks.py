@@ -7,6 +7,7 @@ before anything is trained (`base_comparison.py`).
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -110,10 +111,16 @@ def run_suffix(
 def own_window(layer: Any, window: int) -> dict[str, int]:
     """Set the window of a layer that has one of its own; what a layer without one passes to flash attention."""
     attention = layer.self_attn
-    reads_own = "sliding_window" in inspect.getsource(type(attention).forward)
+    kind: Any = type(attention)
+    reads_own = _reads_own_window(kind)
     if hasattr(attention, "sliding_window"):
         attention.sliding_window = window
     return {} if reads_own else {"sliding_window": window}
+
+
+@functools.cache  # every forward asks for every layer
+def _reads_own_window(attention: Any) -> bool:
+    return "sliding_window" in inspect.getsource(attention.forward)
 
 
 def set_kernel(layer: Any, name: str) -> None:
